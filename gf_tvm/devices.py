@@ -1,0 +1,131 @@
+"""Device profiles: every board by its own name, with what tuning, compiling and reports need to know of it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DeviceError
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One kind of device.
+
+    Attributes:
+        name: explicit; also the folder of its tuning logs.
+        description: for people.
+        arch: machine name as ``platform.machine()`` gives it.
+        target: TVM target as JSON text.
+        lanes: float32 values in a vector register.
+        registers: vector registers.
+        l1_bytes, l2_bytes: data cache of one core.
+        cpu_flags: instruction set extensions that the code uses, in the words of /proc/cpuinfo.
+        peak_gflops, bandwidth_gbs: float32 peak and memory bandwidth if the profile is one board; None where it
+            stands for many machines and the benchmark measures them.
+    """
+
+    name: str
+    description: str
+    arch: str
+    target: str
+    lanes: int
+    registers: int
+    l1_bytes: int
+    l2_bytes: int
+    cpu_flags: tuple[str, ...]
+    peak_gflops: float | None = None
+    bandwidth_gbs: float | None = None
+
+
+_V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4_FLAGS = (*_V3_FLAGS, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+# The x86-64 micro-architecture levels of the System V ABI: a log or bundle made for one runs on every CPU of it.
+_PROFILES = (
+    DeviceProfile(
+        name="x86-64-v4",
+        description="x86-64 with AVX-512",
+        arch="x86_64",
+        target='{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v4"}',
+        lanes=16,
+        registers=32,
+        l1_bytes=32 * 1024,
+        l2_bytes=1024 * 1024,
+        cpu_flags=_V4_FLAGS,
+    ),
+    DeviceProfile(
+        name="x86-64-v3",
+        description="x86-64 with AVX2 and FMA",
+        arch="x86_64",
+        target='{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"}',
+        lanes=8,
+        registers=16,
+        l1_bytes=32 * 1024,
+        l2_bytes=256 * 1024,
+        cpu_flags=_V3_FLAGS,
+    ),
+    DeviceProfile(
+        name="aarch64",
+        description="64-bit Arm with NEON",
+        arch="aarch64",
+        target='{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]}',
+        lanes=4,
+        registers=32,
+        l1_bytes=32 * 1024,
+        l2_bytes=256 * 1024,
+        cpu_flags=("asimd",),
+    ),
+)
+
+
+def list_profiles() -> tuple[DeviceProfile, ...]:
+    """All profiles, the most capable of an architecture first."""
+    return _PROFILES
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction set extensions of this CPU (Linux); empty where they cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def missing_flags(profile: DeviceProfile) -> list[str]:
+    """What this CPU lacks to run code made for ``profile``."""
+    return [flag for flag in profile.cpu_flags if flag not in cpu_flags()]
+
+
+def runs_here(profile: DeviceProfile) -> bool:
+    """Whether this machine can run code made for ``profile``."""
+    return platform.machine() == profile.arch and not missing_flags(profile)
+
+
+def get_profile(name: str) -> DeviceProfile:
+    """The profile called ``name``; ``host`` is the most capable one that this machine runs.
+
+    Raises:
+        DeviceError: no such profile, or none fits this machine.
+    """
+    if name == "host":
+        for profile in _PROFILES:
+            if runs_here(profile):
+                return profile
+        raise DeviceError(
+            f"no device profile fits this machine ({platform.machine()}); known: "
+            + ", ".join(profile.name for profile in _PROFILES)
+        )
+    for profile in _PROFILES:
+        if profile.name == name:
+            return profile
+    known = ", ".join(["host", *(profile.name for profile in _PROFILES)])
+    raise DeviceError(f"unknown device {name!r}; known: {known}")

@@ -1,0 +1,29 @@
+"""The exceptions of gf_tvm. The command line prints their message as one line and exits with code 2."""
+
+
+class GfTvmError(Exception):
+    """Base class: something the caller can put right. The message names the value and what would be right."""
+
+
+class GeometryError(GfTvmError, ValueError):
+    """Shapes, strides, patches or dtypes that do not describe a filtered convolution."""
+
+
+class DeviceError(GfTvmError):
+    """An unknown device profile, or one that this machine cannot run or compile for."""
+
+
+class LogError(GfTvmError):
+    """A tuning log that cannot be read, cannot be written, or was made for something else."""
+
+
+class BundleError(GfTvmError):
+    """A bundle that is damaged, unsafe, or made for another machine or version."""
+
+
+class BuildError(GfTvmError):
+    """A kernel that could not be scheduled, compiled or linked."""
+
+
+class ModelError(GfTvmError, ValueError):
+    """A model, layer selection or data set that cannot be used as asked."""

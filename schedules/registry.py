@@ -1,0 +1,35 @@
+"""Which space belongs to which workload on which device, and the hash that ties a log to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from gf_tvm.devices import DeviceProfile
+from gf_tvm.workload import Workload
+
+from . import cpu
+from .space import Space
+
+
+def get_space(workload: Workload, profile: DeviceProfile) -> Space:
+    """The space of ``workload`` on ``profile``'s kind of device."""
+    geometry = workload.geometry
+    if workload.kernel.startswith("backward"):
+        if geometry.depthwise:
+            return cpu.depthwise_backward(workload, profile)
+        return cpu.backward(workload, profile)
+    if workload.kernel == "filter_input" and not geometry.depthwise:
+        return cpu.filter_input(workload, profile)
+    return cpu.plain(workload, profile)
+
+
+def definition_hash(workload: Workload, profile: DeviceProfile) -> str:
+    """What a tuning log's configs mean: changes with the definition, the schedule or the knobs, and with nothing else.
+
+    It is taken of the scheduled default point as text, so that renaming a Python variable keeps old logs valid and
+    changing the kernel does not.
+    """
+    space = get_space(workload, profile)
+    text = space.schedule(space.default).mod.script() + json.dumps({k: list(v) for k, v in space.knobs.items()})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

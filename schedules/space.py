@@ -1,0 +1,69 @@
+"""A space: named choices, a rule for which combinations make sense, and the schedule that a combination stands for."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gf_tvm.errors import BuildError
+
+#: One point of a space: a value for every knob.
+Config = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The choices for one workload on one device.
+
+    Choosing is kept apart from generating code: a config is a small dictionary of numbers that a log can keep and a
+    person can read, and :meth:`schedule` is the only way from there to a kernel.
+
+    Attributes:
+        knobs: name -> values to choose from; empty for a kernel without choices.
+        default: runs well untuned; always a valid point.
+        build: config -> finished ``tvm.s_tir.Schedule``.
+        rule: config -> whether the combination makes sense (registers, divisibility).
+    """
+
+    knobs: Mapping[str, tuple[int, ...]]
+    default: Config
+    build: Callable[[Config], Any]
+    rule: Callable[[Config], bool] = lambda config: True
+
+    def valid(self, config: Mapping[str, int]) -> bool:
+        """Whether ``config`` is a point of this space."""
+        return (
+            set(config) == set(self.knobs)
+            and all(config[name] in values for name, values in self.knobs.items())
+            and self.rule(dict(config))
+        )
+
+    def schedule(self, config: Mapping[str, int]) -> Any:
+        """The finished schedule, ready to compile. Raises BuildError if ``config`` is no point of this space."""
+        if not self.valid(config):
+            raise BuildError(f"{dict(config)} is no point of this space; knobs: { {k: list(v) for k, v in self.knobs.items()} }")
+        return self.build(dict(config))
+
+    @cached_property
+    def size(self) -> int:
+        """Number of valid points (counted, so not for enormous spaces)."""
+        return sum(1 for _ in self.points())
+
+    def points(self) -> Any:
+        """All valid points, in a fixed order."""
+        for values in itertools.product(*self.knobs.values()):
+            config = dict(zip(self.knobs, values, strict=True))
+            if self.rule(config):
+                yield config
+
+    def sample(self, rng: random.Random) -> Config:
+        """A random valid point."""
+        for _ in range(1000):
+            config = {name: rng.choice(values) for name, values in self.knobs.items()}
+            if self.rule(config):
+                return config
+        return dict(self.default)
