@@ -1,0 +1,220 @@
+"""Loading a bundle: what a board needs at run time. No compiler, no MetaSchedule, no xgboost, not even ``import tvm``.
+
+A bundle is a zip file of a manifest and a shared library; :mod:`gf_tvm.bundle` writes it. Of TVM only the small
+runtime library is loaded, because the compiled kernels take their threads and scratch memory from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .devices import cpu_flags
+from .errors import BundleError, GeometryError
+from .geometry import Geometry
+from .workload import Workload
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LIBRARY = "kernels.so"
+
+_loaded: dict[str, Library] = {}
+_lock = threading.Lock()
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        workload: what it computes.
+        schedule: "tuned" or "default".
+    """
+
+    workload: Workload
+    schedule: str
+    function: Callable[..., None]
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run on contiguous CPU tensors, inputs then outputs, written in place; no tensor is copied."""
+        _use_torch_threads()
+        self.function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
+
+
+class Library:
+    """The kernels of one bundle, found by kernel name, geometry and dtype. Made by :func:`load`."""
+
+    def __init__(self, path: Path, digest: str, manifest: dict[str, Any], kernels: list[Kernel]) -> None:
+        self.path = path
+        self.digest = digest
+        self.device: str = manifest["device"]
+        self.manifest = manifest
+        self.workloads = tuple(kernel.workload for kernel in kernels)
+        self._kernels = {(k.workload.kernel, k.workload.geometry, k.workload.dtype): k for k in kernels}
+
+    def find(self, kernel: str, geometry: Geometry, dtype: str) -> Kernel | None:
+        """The kernel for exactly this workload, or None."""
+        return self._kernels.get((kernel, geometry, dtype))
+
+    def __repr__(self) -> str:
+        return f"Library({self.path.name!r}, device={self.device!r}, {len(self.workloads)} kernels)"
+
+    # A library is code mapped into the process: copies of a model share it, a pickled model loads it again.
+    def __copy__(self) -> Library:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Library:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reload, (str(self.path), self.digest)
+
+
+def _reload(path: str, digest: str) -> Library:
+    """Unpickle: the library if it is loaded already, else from its file, which must be the same one."""
+    if digest in _loaded:
+        return _loaded[digest]
+    library = load(path)
+    if library.digest != digest:
+        raise BundleError(f"{path} is not the bundle that was in use when this was pickled; load the right one first")
+    return library
+
+
+def get(digest: str) -> Library:
+    """A library loaded in this process, by its digest. Raises BundleError if there is none."""
+    try:
+        return _loaded[digest]
+    except KeyError:
+        raise BundleError(f"no bundle with digest {digest[:12]}… is loaded in this process") from None
+
+
+def load(path: str | os.PathLike[str]) -> Library:
+    """Load a bundle that ``gf-tvm build`` made.
+
+    Raises:
+        BundleError: the file is missing, truncated or altered, has entries it should not have, or was made for
+            another architecture, CPU, schema or TVM version.
+    """
+    path = Path(path).absolute()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read bundle {path}: {error.strerror}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    with _lock:
+        if digest not in _loaded:
+            manifest, library = _unpack(path, data)
+            _check_machine(path, manifest)
+            _loaded[digest] = Library(path, digest, manifest, _map_kernels(path, manifest, library))
+        return _loaded[digest]
+
+
+def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+            for name in names:
+                if "/" in name or "\\" in name or ".." in name:
+                    raise BundleError(f"{path.name}: entry {name!r} would leave the archive; not a gf_tvm bundle")
+            if sorted(names) != sorted({MANIFEST, LIBRARY}):
+                raise BundleError(f"{path.name}: has entries {names}, a bundle has {MANIFEST} and {LIBRARY}")
+            manifest = json.loads(archive.read(MANIFEST))
+            library = archive.read(LIBRARY)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+        raise BundleError(f"{path.name}: truncated, damaged or not a gf_tvm bundle ({error})") from None
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{path.name}: the manifest is not a JSON object")
+    if manifest.get("schema") != SCHEMA:
+        raise BundleError(f"{path.name}: has schema {manifest.get('schema')!r}, this gf_tvm reads {SCHEMA}; build it again")
+    checksum = hashlib.sha256(library).hexdigest()
+    if manifest.get("sha256") != {LIBRARY: checksum}:
+        raise BundleError(f"{path.name}: wrong checksum of {LIBRARY}; the file is damaged, copy or build it again")
+    return manifest, library
+
+
+def _check_machine(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        arch, flags, made_with = manifest["arch"], manifest["cpu_flags"], manifest["versions"]["tvm"]
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path.name}: the manifest lacks {error}") from None
+    if arch != platform.machine():
+        raise BundleError(f"{path.name}: was built for {arch}, this machine is {platform.machine()}")
+    if missing := [flag for flag in flags if flag not in cpu_flags()]:
+        raise BundleError(f"{path.name}: needs CPU instructions that this machine lacks: {', '.join(missing)}")
+    installed = importlib.metadata.version("apache-tvm")
+    if _minor(made_with) != _minor(installed):
+        raise BundleError(
+            f"{path.name}: was built with TVM {made_with}, installed is {installed}; "
+            f"install apache-tvm {_minor(made_with)}.* or build it again"
+        )
+
+
+def _minor(version: str) -> str:
+    """Compiled code and runtime must agree on TVM's minor version: its calling convention moves between those."""
+    return ".".join(str(version).split(".")[:2])
+
+
+def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[Kernel]:
+    start_runtime()
+    import tvm_ffi
+
+    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
+        file = Path(folder) / LIBRARY
+        file.write_bytes(library)
+        try:
+            module = tvm_ffi.load_module(str(file))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
+    # The folder may go: the code is mapped.
+    try:
+        return [
+            Kernel(Workload.from_dict(entry["workload"]), entry["schedule"], module[entry["symbol"]])
+            for entry in manifest["kernels"]
+        ]
+    except (KeyError, TypeError, AttributeError, GeometryError) as error:
+        raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
+
+
+def start_runtime() -> None:
+    """Load TVM's runtime library without its Python package, and set up its threads. Done by :func:`load`.
+
+    TVM reads these variables when it starts a pool: it may use every core (it would take half of them on x86), its
+    workers sleep at once instead of spinning (they would fight PyTorch's own threads for the cores in a training
+    step), and they are not pinned (PyTorch's are not either). A value that the user has set stays.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
+        raise BundleError("apache-tvm is not installed; a bundle needs its runtime (pip install apache-tvm)")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
+
+
+def _use_torch_threads() -> None:
+    """Let the calling thread's TVM pool have as many threads as PyTorch has (TVM keeps one pool a calling thread)."""
+    wanted = torch.get_num_threads()
+    if getattr(_thread, "count", None) != wanted:
+        import tvm_ffi
+
+        tvm_ffi.get_global_func("runtime.config_threadpool")(1, wanted)
+        _thread.count = wanted

@@ -1,0 +1,160 @@
+"""The TE kernels, compiled, against the float64 reference: every kernel, any geometry, default and sampled schedules."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, SEEDS, geometries, kinds
+
+from gf_tvm import verify
+from gf_tvm.compile import compile_module
+from gf_tvm.devices import DeviceProfile, get_profile
+from gf_tvm.geometry import Geometry
+from gf_tvm.kernels import definition
+from gf_tvm.library import start_runtime
+from gf_tvm.schedules import definition_hash, get_space
+from gf_tvm.workload import DTYPES, KERNELS, Workload
+
+# What runs in training; the others are checked on fewer geometries.
+MAIN = ("filter_input", "backward", "backward_input", "backward_weight")
+SINGLE = tuple(kernel for kernel in KERNELS if kernel not in MAIN)
+
+
+def any_settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing geometry is small already; shrinking compiles
+    )
+
+
+@pytest.fixture(scope="module")
+def profile() -> DeviceProfile:
+    start_runtime()
+    return get_profile("host")
+
+
+def run(workload: Workload, module: object, profile: DeviceProfile, seed: int = 0) -> float:
+    """Compile and run on fresh inputs and poisoned outputs; the error in units of what is allowed."""
+    inputs, outputs = verify.random_inputs(workload, seed), verify.poisoned_outputs(workload)
+    compile_module(module, profile)["main"](*inputs, *outputs)
+    return verify.excess(outputs, verify.expected(workload, inputs))
+
+
+def check(workload: Workload, profile: DeviceProfile, seed: int, config: dict[str, int] | None = None) -> None:
+    space = get_space(workload, profile)
+    config = space.default if config is None else config
+    error = run(workload, space.schedule(config), profile, seed)
+    assert error <= 1, f"{workload.key} with {config}: {error} times the allowed error"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_default_schedules_on_two_hundred_random_geometries(profile: DeviceProfile) -> None:
+    met: Counter[str] = Counter()
+    checked = 0
+
+    @any_settings(220)
+    @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN[1:]))
+    def every(geometry: Geometry, seed: int, kernel: str) -> None:
+        nonlocal checked
+        checked += 1
+        met.update(kinds(geometry))
+        check(Workload("filter_input", geometry), profile, seed)
+        check(Workload(kernel, geometry), profile, seed)
+
+    every()
+    assert checked >= 200
+    missing = set(KINDS) - set(met) - {"empty batch"}
+    assert not missing, f"never met: {missing}"
+
+
+@any_settings(25)
+@given(geometries(smallest_n=1, largest_channels=6), SEEDS, st.sampled_from(SINGLE))
+def test_single_kernels(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str) -> None:
+    check(Workload(kernel, geometry), profile, seed)
+
+
+@any_settings(25)
+@given(
+    geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN), st.sampled_from(DTYPES[1:])
+)
+def test_sixteen_bit_storage(
+    profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str, dtype: str
+) -> None:
+    check(Workload(kernel, geometry, dtype), profile, seed)
+
+
+@any_settings(25)
+@given(geometries(smallest_n=1, largest_out=20, largest_channels=40), SEEDS, st.sampled_from(MAIN))
+def test_sampled_points_of_the_spaces(
+    profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str
+) -> None:
+    workload = Workload(kernel, geometry)
+    check(workload, profile, seed, get_space(workload, profile).sample(random.Random(seed)))
+
+
+@any_settings(15)
+@given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(tuple(KERNELS)))
+def test_plain_definitions_without_any_schedule(
+    profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str
+) -> None:
+    workload = Workload(kernel, geometry)
+    assert run(workload, definition(workload), profile, seed) <= 1
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("r", [2, 4, 7])
+def test_realistic_shapes(name: str, r: int, profile: DeviceProfile) -> None:
+    from gf_tvm.devices import runs_here
+
+    other = get_profile(name)
+    if not runs_here(other):
+        # The code for other CPUs still has to come out of the compiler.
+        workload = Workload("backward", Geometry(2, 32, 64, 28, 28, 3, r, padding=1))
+        space = get_space(workload, other)
+        compile_module(space.schedule(space.default), other)
+        return
+    for geometry in (
+        Geometry(4, 64, 96, 28, 28, 3, r, padding=1),
+        Geometry(2, 96, 96, 28, 28, 3, r, padding=1, stride=2, groups=96),
+        Geometry(2, 48, 80, 14, 14, 1, r),
+        Geometry(2, 32, 64, 33, 33, 3, r, padding=8, dilation=8),
+    ):
+        for kernel in MAIN:
+            check(Workload(kernel, geometry), other, r)
+
+
+def test_a_wrong_kernel_is_caught(profile: DeviceProfile) -> None:
+    """The bound can fail: a patch too few, a tap too few, a value scaled by 1 + 1e-5."""
+    workload = Workload("backward", Geometry(2, 16, 16, 12, 12, 3, 2, padding=1))
+    inputs, outputs = verify.random_inputs(workload, 3), verify.poisoned_outputs(workload)
+    space = get_space(workload, profile)
+    compile_module(space.schedule(space.default), profile)["main"](*inputs, *outputs)
+    wanted = verify.expected(workload, inputs)
+    assert verify.excess(outputs, wanted) <= 1
+    for k in range(3):
+        for wrong in (outputs[k] * (1 + 1e-4), outputs[k].roll(1, 0), torch.zeros_like(outputs[k])):
+            assert verify.excess([*outputs[:k], wrong, *outputs[k + 1 :]], wanted) > 1
+    almost = outputs[0].clone()
+    almost[-1, -1, -1, -1] = float("nan")
+    assert verify.excess([almost, *outputs[1:]], wanted) == float("inf")
+    lacking = [inputs[0].clone(), *inputs[1:]]
+    lacking[0][0, 0, 0, 0] = 0.0
+    again = verify.poisoned_outputs(workload)
+    compile_module(space.schedule(space.default), profile)["main"](*lacking, *again)
+    assert verify.excess(again, wanted) > 1
+
+
+def test_the_definition_hash_depends_on_what_matters(profile: DeviceProfile) -> None:
+    workload = Workload("backward", Geometry(2, 16, 16, 12, 12, 3, 2, padding=1))
+    again = Workload("backward", Geometry(2, 16, 16, 12, 12, 3, 2, padding=1))
+    other = Workload("backward", Geometry(2, 16, 16, 12, 12, 3, 4, padding=1))
+    assert definition_hash(workload, profile) == definition_hash(again, profile)
+    assert definition_hash(workload, profile) != definition_hash(other, profile)
