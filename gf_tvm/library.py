@@ -16,6 +16,7 @@ import platform
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes]:
                 raise BundleError(f"{path.name}: has entries {names}, a bundle has {MANIFEST} and {LIBRARY}")
             manifest = json.loads(archive.read(MANIFEST))
             library = archive.read(LIBRARY)
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise BundleError(f"{path.name}: truncated, damaged or not a gf_tvm bundle ({error})") from None
     if not isinstance(manifest, dict):
         raise BundleError(f"{path.name}: the manifest is not a JSON object")

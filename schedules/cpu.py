@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tvm
@@ -14,6 +15,8 @@ from gf_tvm.workload import Workload
 
 from .space import Config, Space
 
+#: A stage of fewer steps is done before a sleeping thread has woken up to help.
+PARALLEL_STEPS = 16384
 #: Loops over at most this many pixels are unrolled: conditions at the edge of a map then vanish at compile time.
 UNROLLED_PIXELS = 64
 
@@ -62,12 +65,10 @@ def _expand(sch: s_tir.Schedule, j: Any, b: Any, geometry: Geometry) -> None:
 
 
 def _parallel_outer(sch: s_tir.Schedule, block: Any, count: int) -> None:
-    """Fuse the ``count`` outer loops of a block and share them between the threads."""
-    sch.parallel(sch.fuse(*sch.get_loops(block)[:count]))
-
-
-def _parallel_stage(sch: s_tir.Schedule, name: str, count: int) -> None:
-    _parallel_outer(sch, sch.get_sblock(name), count)
+    """Share the ``count`` outer loops of a stage between the threads, if it is long enough for that."""
+    loops = sch.get_loops(block)
+    if math.prod(int(sch.get(loop).extent) for loop in loops) >= PARALLEL_STEPS:
+        sch.parallel(sch.fuse(*loops[:count]))
 
 
 # --- kernels without choices -----------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def _backward_schedule(workload: Workload, profile: DeviceProfile, config: Confi
     columns = sch.get_sblock("bias_columns")
     o, j, b = sch.get_loops(columns)
     sch.reorder(o, b, j)
-    sch.parallel(o)
+    _parallel_outer(sch, columns, 1)
     return sch
 
 
@@ -325,7 +326,7 @@ def depthwise_backward(workload: Workload, profile: DeviceProfile) -> Space:
             _, j, i = sch.get_loops(sch.get_sblock(name))
             sch.reorder(i, j)
         for name in ["bias_sum"] + (["weight_sum"] if workload.kernel != "backward_input" else []):
-            _parallel_stage(sch, name, 1)
+            _parallel_outer(sch, sch.get_sblock(name), 1)
         return sch
 
     return Space({}, {}, build)
