@@ -1,0 +1,71 @@
+# Every target prepares what it needs in $(VENV), with the versions of constraints.txt; nothing has to be run before it.
+#   make demo PYTHON=python3.12          another Python than 3.11 (3.10 to 3.13)
+#   make test PYTEST_ARGS="-k geometry"  options for pytest
+PYTHON      ?= python3.11
+VENV        ?= .venv
+PYTEST_ARGS ?=
+
+# What the demo runs on is installed first and alone: it is the smaller part, and a first look should be quick.
+RUN_EXTRAS := train,plot,tune-cpu
+DEV_EXTRAS := $(RUN_EXTRAS),models,test,dev
+RUN_STAMP  := $(VENV)/.installed-run
+DEV_STAMP  := $(VENV)/.installed-dev
+BIN        := $(VENV)/bin
+# Compiling every module of torch and TVM to bytecode takes a minute, and few of them are imported: leave that to the
+# first import, which is made here because an environment with PYTHONDONTWRITEBYTECODE would never keep its bytecode.
+INSTALL    := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
+WARM_UP    := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format typecheck wheel clean
+
+help:
+	@echo "make demo       tune, build, train and compare on this machine; ends with a table and a picture"
+	@echo "make test       the tests"
+	@echo "make lint       ruff: rules and formatting"
+	@echo "make format     ruff: formats and repairs what it can"
+	@echo "make typecheck  mypy"
+	@echo "make wheel      dist/gf_tvm-*.whl"
+	@echo "make clean      removes what was built, but not $(VENV)"
+
+$(RUN_STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; try: make $(MAKECMDGOALS) PYTHON=python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[$(RUN_EXTRAS)]'
+	$(WARM_UP) 'import torch, tvm.s_tir.meta_schedule, xgboost, sklearn.datasets, matplotlib.pyplot'
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(INSTALL) -e '.[$(DEV_EXTRAS)]'
+	$(WARM_UP) 'import hypothesis, pytest, torch._dynamo, transformers'
+	@touch $@
+
+demo: $(RUN_STAMP)
+	$(BIN)/python -m gf_tvm.runners.demo --out build/demo
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not see that schedules/ is gf_tvm.schedules, and so on: show it the packages as they are installed.
+typecheck: $(DEV_STAMP)
+	@rm -rf build/types && mkdir -p build/types/gf_tvm
+	@ln -s "$(CURDIR)"/gf_tvm/* "$(CURDIR)/schedules" "$(CURDIR)/runners" "$(CURDIR)/tuning_logs" build/types/gf_tvm/
+	cd build/types && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p gf_tvm
+
+# setuptools never empties build/lib, and would pack modules that are long gone.
+wheel: $(RUN_STAMP)
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find gf_tvm schedules runners tuning_logs tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""Training CNNs on the device: gradient filtering with kernels that TVM compiled.
+
+Names are imported on first use, so that ``import gf_tvm`` is cheap and training on a board never loads a compiler.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from . import functional as functional
+    from . import nn as nn
+    from .autograd import FallbackWarning as FallbackWarning
+    from .bundle import build as build
+    from .comparison import compare as compare
+    from .geometry import Geometry as Geometry
+    from .library import Library as Library
+    from .library import load as load
+    from .nn import FilteredConv2d as FilteredConv2d
+    from .nn import FilterReport as FilterReport
+    from .nn import filter_model as filter_model
+    from .nn import filter_report as filter_report
+    from .nn import select_layers as select_layers
+    from .nn import unfilter_model as unfilter_model
+    from .tuning import tune as tune
+    from .workload import Workload as Workload
+
+__version__ = "0.1.0"
+
+#: Where each name lives; "" marks a module of its own.
+_HOMES = {
+    "FallbackWarning": "autograd",
+    "FilterReport": "nn",
+    "FilteredConv2d": "nn",
+    "Geometry": "geometry",
+    "Library": "library",
+    "Workload": "workload",
+    "build": "bundle",
+    "compare": "comparison",
+    "errors": "",
+    "filter_model": "nn",
+    "filter_report": "nn",
+    "functional": "",
+    "load": "library",
+    "nn": "",
+    "select_layers": "nn",
+    "tune": "tuning",
+    "unfilter_model": "nn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    value = getattr(import_module(f"{__name__}.{home}"), name) if home else import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,392 @@
+"""Measure the filtered backward pass against the exact one, on the machine this runs on.
+
+Three variants of one convolution's backward pass are timed in one interleaved run, each with freshly allocated
+outputs, as a training step allocates them:
+
+- *baseline*: grad_x and grad_W by the framework (``aten.convolution_backward``; oneDNN on CPUs), contiguous NCHW;
+- *reference*: gradient filtering by plain PyTorch operators (:func:`gf_tvm.reference.backward`);
+- *gf_tvm*: the kernel of a library, grad_b included.
+
+Nothing is timed before its result agreed with float64, see :mod:`gf_tvm.variants`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import devices, machine, reference
+from .errors import DeviceError
+from .geometry import Geometry, Pair
+from .shapes import Case
+from .variants import (
+    MIN_REPEATS,
+    MIN_REPEATS_SLOW,
+    ComparisonError,
+    Data,
+    Quartiles,
+    Timing,
+    Variants,
+    baseline_name,
+    check_baseline,
+    exact_backward,
+    itemsize,
+    measure,
+    schedule_of,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from .library import Library
+
+SCHEMA_VERSION = 1
+
+#: Called with the work done, all work (both in seconds, roughly) and what is being done now.
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one device. Times in milliseconds (medians), quartiles as (lower, upper), sizes in bytes.
+
+    ``roofline_ms`` is the limit: bytes moved once at the copy bandwidth, or the operations at the sgemm peak,
+    whichever takes longer (``roofline`` says which). ``gf_tvm_kernel_ms`` is the kernel alone, into outputs that
+    exist already. ``filter_input_ms`` is the pooling of x in the forward pass, for which the baseline needs nothing.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    n: int
+    ci: int
+    co: int
+    h: int
+    w: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    patch: Pair
+    baseline: str
+    baseline_ms: float
+    baseline_ms_quartiles: Quartiles
+    reference_ms: float
+    reference_ms_quartiles: Quartiles
+    gf_tvm_ms: float
+    gf_tvm_ms_quartiles: Quartiles
+    gf_tvm_kernel_ms: float | None
+    schedule: str
+    filter_input_ms: float
+    filter_input_ms_quartiles: Quartiles
+    filter_input_schedule: str
+    roofline_ms: float
+    roofline: str
+    saved_bytes_baseline: int
+    saved_bytes_gf_tvm: int
+    max_rel_error: float
+    repeats: dict[str, int]
+    layers: tuple[str, ...]
+
+    @property
+    def speedup(self) -> float:
+        """Exact backward / filtered backward."""
+        return self.baseline_ms / self.gf_tvm_ms
+
+    @property
+    def speedup_reference(self) -> float:
+        """Plain operators / kernel."""
+        return self.reference_ms / self.gf_tvm_ms
+
+    @property
+    def limit_fraction(self) -> float:
+        """Limit / filtered backward; 1 is as fast as the machine's measured limits allow."""
+        return self.roofline_ms / self.gf_tvm_ms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows and the conditions they were measured under; see :meth:`to_dict` for the JSON form.
+
+    ``conditions["other_cores"]`` says how many cores other programs kept busy meanwhile (None: unknown): from a tenth
+    of a core on, times are doubtful, because PyTorch's threads wait for each other.
+    """
+
+    machine: dict[str, Any]
+    threads: int
+    versions: dict[str, str | None]
+    peak_gflops: float
+    bandwidth_gbs: float
+    conditions: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: schema version, head, rows, geometric means per patch."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "machine": self.machine,
+            "threads": self.threads,
+            "versions": self.versions,
+            "peak_gflops": self.peak_gflops,
+            "bandwidth_gbs": self.bandwidth_gbs,
+            "conditions": self.conditions,
+            "rows": [asdict(row) for row in self.rows],
+            "geometric_means": geometric_means(self.rows),
+        }
+
+
+def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches."""
+    by_patch: dict[Pair, list[Row]] = {}
+    for row in rows:
+        by_patch.setdefault(row.patch, []).append(row)
+    return [
+        {
+            "patch": patch,
+            "rows": len(group),
+            "speedup": statistics.geometric_mean(row.speedup for row in group),
+            "speedup_reference": statistics.geometric_mean(row.speedup_reference for row in group),
+            "limit_fraction": statistics.geometric_mean(row.limit_fraction for row in group),
+        }
+        for patch, group in by_patch.items()
+    ]
+
+
+def compare(
+    cases: Sequence[Case],
+    library: Library | str | os.PathLike[str] | None = None,
+    device: str = "host",
+    threads: int | None = None,
+    repeats: int = 100,
+    seconds: float = 5.0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Check and measure cases.
+
+    Args:
+        cases: see :mod:`gf_tvm.shapes`. Neighbours that differ in nothing but the patch share one baseline.
+        library: a loaded bundle or its file. Cases that it lacks, or all without one, run the plain PyTorch
+            operators: their ``schedule`` is "torch" and ``gf_tvm_ms`` is ``reference_ms``.
+        device: a device profile that describes this machine.
+        threads: CPU threads for all variants; None: as many as PyTorch uses now.
+        repeats: timed calls of one variant at most, at least 5.
+        seconds: to spend on timing one convolution with all of its patches; at least 5 calls of each variant are
+            made (3 where a call takes over a second).
+        progress: told how far the work is.
+
+    Raises:
+        DeviceError: unknown device, one that is not this machine, or fewer than 1 thread.
+        ComparisonError: no cases, a wrong result (nothing of that convolution was timed), or too little memory.
+    """
+    profile = check_request(cases, device, threads, repeats, seconds)
+    loaded = _load(library)
+    groups = [list(group) for _, group in groupby(cases, key=_without_patch)]
+    work = [_estimated_seconds(group, seconds) for group in groups]
+    report = progress or (lambda done, total, what: None)
+    rows: list[Row] = []
+    other_load = machine.OtherLoad()
+    with machine.torch_threads(threads) as used_threads, torch.no_grad():
+        report(0.0, sum(work), "the machine's limits")
+        bandwidth, peak = machine.copy_bandwidth(), machine.sgemm_peak()
+        for index, group in enumerate(groups):
+            before, name = sum(work[:index]), group[0].name
+            report(before, sum(work), f"checking {name}")
+            data, variants, errors = _check_group(group, loaded)
+
+            def timing(part: float, done: float = before, own: float = work[index], name: str = name) -> None:
+                report(done + own * (0.3 + 0.7 * part), sum(work), f"timing {name}")
+
+            times = _time_group(data, variants, (repeats, seconds), timing)
+            head = (profile.name, baseline_name(data, group[0].geometry))
+            rows += [
+                _row(variant, head, error, times, i, (peak, bandwidth))
+                for i, (variant, error) in enumerate(zip(variants, errors, strict=True))
+            ]
+        report(sum(work), sum(work), "done")
+    other_cores = other_load.cores()
+    return Comparison(
+        machine=machine.describe(),
+        threads=used_threads,
+        versions=machine.versions(),
+        peak_gflops=peak,
+        bandwidth_gbs=bandwidth,
+        conditions={
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "statistic": "median; quartiles (lower, upper)",
+            "repeats": {"min": MIN_REPEATS, "min_slow": MIN_REPEATS_SLOW, "max": repeats},
+            "seconds_per_convolution": seconds,
+            "other_cores": other_cores,
+            "order": "variants interleaved in one run, order shuffled in every round",
+            "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
+            "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
+            "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
+            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm, both measured here",
+            "library": None if loaded is None else {"file": Path(loaded.path).name, "sha256": loaded.digest},
+        },
+        rows=tuple(rows),
+    )
+
+
+def check_request(
+    cases: Sequence[Case],
+    device: str = "host",
+    threads: int | None = None,
+    repeats: int = 100,
+    seconds: float = 5.0,
+) -> devices.DeviceProfile:
+    """Raise what :func:`compare` would raise for these arguments before it measures; return the device's profile.
+
+    For callers that have kernels to build first.
+    """
+    if not cases:
+        raise ComparisonError("there is nothing to compare: no cases")
+    if repeats < MIN_REPEATS:
+        raise ComparisonError(f"repeats must be at least {MIN_REPEATS}, got {repeats}")
+    if not seconds >= 0 or math.isinf(seconds):
+        raise ComparisonError(f"seconds must be a number of at least 0, got {seconds}")
+    if threads is not None and threads < 1:
+        raise DeviceError(f"threads must be at least 1, got {threads}")
+    profile = devices.get_profile(device)
+    if not devices.runs_here(profile):
+        raise DeviceError(
+            f"compare measures the machine it runs on ({machine.cpu_model()}, {platform.machine()}), which is not "
+            f"a {profile.name} ({profile.description}): run it there"
+        )
+    for case in cases:
+        _check_memory(case)
+    return profile
+
+
+def _load(library: Library | str | os.PathLike[str] | None) -> Library | None:
+    if not isinstance(library, (str, os.PathLike)):
+        return library
+    from .library import load  # here, because plain operators can be compared without TVM
+
+    return load(library)
+
+
+def _without_patch(case: Case) -> tuple[Any, ...]:
+    return (case.name, case.dtype, replace(case.geometry, patch=(1, 1)))
+
+
+def roofline(geometry: Geometry, dtype: str, peak_gflops: float, bandwidth_gbs: float) -> tuple[float, str]:
+    """The shortest time (ms) that the machine's limits allow for a filtered backward pass, and which limit it is.
+
+    Counted once each: grad_y, x~ and W read, grad_x and grad_W written; two floating-point operations for each
+    multiply-add of the two matrix products. Sums are made in float32 for every storage dtype, hence one peak.
+    """
+    size = itemsize(dtype)
+    elements = math.prod(geometry.y_shape) + math.prod(geometry.x_shape) + 2 * math.prod(geometry.weight_shape)
+    moved = size * elements + _saved_bytes(geometry, dtype)
+    product = 2 * geometry.n * math.prod(geometry.grid) * geometry.co * geometry.ci_group
+    taps = math.prod(geometry.kernel) if geometry.dilated else 1
+    times = {"bandwidth": moved / bandwidth_gbs / 1e6, "arithmetic": product * (1 + taps) / peak_gflops / 1e6}
+    limit = max(times, key=times.__getitem__)
+    return times[limit], limit
+
+
+def _saved_bytes(geometry: Geometry, dtype: str) -> int:
+    """Bytes of x~."""
+    return math.prod(geometry.saved_shape) * reference.sum_dtype(torch_dtype(dtype)).itemsize
+
+
+def _exact_operations(geometry: Geometry) -> int:
+    """Floating-point operations of the exact grad_x and grad_W."""
+    return 4 * math.prod(geometry.y_shape) * geometry.ci_group * math.prod(geometry.kernel)
+
+
+def _estimated_seconds(group: Sequence[Case], seconds: float) -> float:
+    """Rough: the budget, the baseline's least calls, float64 checks."""
+    geometry = group[0].geometry
+    elements = math.prod(geometry.x_shape) + math.prod(geometry.y_shape)
+    return seconds + 4 * _exact_operations(geometry) / 7e10 + len(group) * elements / 5e7
+
+
+def _check_memory(case: Case) -> None:
+    geometry = case.geometry
+    elements = math.prod(geometry.x_shape) + math.prod(geometry.y_shape)
+    # Inputs, two sets of results held for the check, and the framework's reordered copies.
+    needed = 4 * elements * itemsize(case.dtype)
+    available = machine.available_bytes()
+    if available is not None and needed > available:
+        raise ComparisonError(
+            f"case {case.name} needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
+        )
+
+
+def _check_group(group: Sequence[Case], library: Library | None) -> tuple[Data, list[Variants], list[float]]:
+    """Inputs, variants and errors of one convolution with all of its patches. Raises ComparisonError."""
+    data = Data.random(group[0])
+    check_baseline(group[0], data)
+    variants = [Variants(case, data, library) for case in group]
+    return data, variants, [variant.check() for variant in variants]
+
+
+def _time_group(
+    data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
+) -> dict[str, Timing]:
+    """Time the baseline once and everything else once per patch; the names end in the patch's index."""
+    geometry = variants[0].case.geometry
+    calls: dict[str, Callable[[], Any]] = {
+        "baseline": lambda: exact_backward(data.grad_y, data.x, data.weight, geometry)
+    }
+    outputs = None
+    for index, variant in enumerate(variants):
+        calls[f"reference {index}"] = variant.plain_backward
+        calls[f"filter_input {index}"] = variant.filter_input
+        if variant.backward:
+            if outputs is None:  # their shapes do not depend on the patch
+                outputs = variant.kernel_backward()
+            calls[f"gf_tvm {index}"] = variant.kernel_backward
+            calls[f"kernel {index}"] = partial(variant.kernel_backward, outputs)
+    return measure(calls, *effort, progress)
+
+
+def _row(
+    variants: Variants,
+    head: tuple[str, str],
+    error: float,
+    times: Mapping[str, Timing],
+    index: int,
+    limits: tuple[float, float],
+) -> Row:
+    case, geometry, (device, baseline) = variants.case, variants.case.geometry, head
+    exact, plain, pooling = times["baseline"], times[f"reference {index}"], times[f"filter_input {index}"]
+    own, kernel = times.get(f"gf_tvm {index}", plain), times.get(f"kernel {index}")
+    limit, limit_name = roofline(geometry, case.dtype, *limits)
+    return Row(
+        name=case.name,
+        device=device,
+        dtype=case.dtype,
+        **{field: getattr(geometry, field) for field in geometry.__match_args__},
+        baseline=baseline,
+        baseline_ms=exact.median,
+        baseline_ms_quartiles=exact.quartiles,
+        reference_ms=plain.median,
+        reference_ms_quartiles=plain.quartiles,
+        gf_tvm_ms=own.median,
+        gf_tvm_ms_quartiles=own.quartiles,
+        gf_tvm_kernel_ms=kernel.median if kernel else None,
+        schedule=schedule_of(variants.backward),
+        filter_input_ms=pooling.median,
+        filter_input_ms_quartiles=pooling.quartiles,
+        filter_input_schedule=schedule_of(variants.pooling),
+        roofline_ms=limit,
+        roofline=limit_name,
+        saved_bytes_baseline=math.prod(geometry.x_shape) * itemsize(case.dtype),
+        saved_bytes_gf_tvm=_saved_bytes(geometry, case.dtype),
+        max_rel_error=error,
+        repeats={"baseline": exact.repeats, "reference": plain.repeats, "gf_tvm": own.repeats},
+        layers=case.layers,
+    )

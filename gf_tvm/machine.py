@@ -1,0 +1,182 @@
+"""What the machine is, and the two limits that no kernel on it beats: copy bandwidth and single-precision sgemm."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import DeviceError
+
+_PACKAGES = ("gf-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+_CPU_FOLDER = Path("/sys/devices/system/cpu")
+
+
+def describe() -> dict[str, Any]:
+    """CPU, cores that this process may use, memory (bytes) and operating system, as plain values for JSON."""
+    return {
+        "cpu": cpu_model(),
+        "arch": platform.machine(),
+        "cores": usable_cores(),
+        "memory_bytes": _meminfo("MemTotal"),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a time; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    onednn = re.search(r"MKL-DNN v([\w.]+)", torch.__config__.show())
+    found["onednn"] = onednn[1] if onednn and has_onednn() else None
+    return found
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch was built with oneDNN, which then computes its convolutions on CPUs."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def cpu_model() -> str:
+    """The CPU's name as its maker or the board's firmware gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    # ARM kernels give no "model name"; "Model" is the board.
+    return fields.get("model name") or fields.get("Model") or platform.processor() or "unknown"
+
+
+def usable_cores() -> int:
+    """Number of CPUs that this process may run on (taskset and containers' CPU sets considered)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes() -> int | None:
+    """Memory that can be allocated without swapping; None where the system does not say."""
+    return _meminfo("MemAvailable")
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the largest data cache that the first CPU sees; None where the system does not say."""
+    sizes = []
+    for file in _CPU_FOLDER.glob("cpu0/cache/index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", _read(file))
+        if match:
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    return max(sizes, default=None)
+
+
+def _meminfo(field: str) -> int | None:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", _read(Path("/proc/meminfo")), flags=re.MULTILINE)
+    return int(match[1]) << 10 if match else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+class OtherLoad:
+    """How many cores other programs, or other virtual machines, keep busy while this process measures (Linux)."""
+
+    def __init__(self) -> None:
+        self._wall, self._busy, self._own = self._now()
+
+    def cores(self) -> float | None:
+        """Their average since this object was made; None where the system does not say."""
+        wall, busy, own = self._now()
+        if busy is None or self._busy is None or wall <= self._wall:
+            return None
+        return max(0.0, ((busy - self._busy) - (own - self._own)) / (wall - self._wall))
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float]:
+        """Seconds: wall clock; all CPUs' busy time, stolen time included; this process's part of that."""
+        own = time.process_time()
+        fields = _read(Path("/proc/stat")).partition("\n")[0].split()
+        if len(fields) < 9 or fields[0] != "cpu":
+            return time.monotonic(), None, own
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
+        return time.monotonic(), (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[int]:
+    """Run PyTorch with that many threads (None: as many as now), put the old number back, yield the number in use.
+
+    Raises:
+        DeviceError: fewer than 1 thread.
+    """
+    before = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise DeviceError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def copy_bandwidth(seconds: float = 0.5) -> float:
+    """GB/s (1e9 bytes) that ``torch.copy_`` reads and writes together, between buffers far larger than the cache.
+
+    The best of the copies made in ``seconds``, with PyTorch's present number of threads: a limit is the best that
+    was seen, not the usual.
+    """
+    cache = last_level_cache_bytes() or 32 << 20
+    size = min(max(8 * cache, 64 << 20), 512 << 20)
+    available = available_bytes()
+    if available is not None:
+        size = min(size, available // 8)
+    source = torch.ones(max(size // 4, 1 << 18), dtype=torch.float32)
+    target = torch.zeros_like(source)  # written, so that its pages exist before the first copy
+    best = _best_seconds(lambda: target.copy_(source), seconds)
+    return 2 * source.numel() * source.element_size() / best / 1e9
+
+
+def sgemm_peak(seconds: float = 1.0) -> float:
+    """GFLOP/s of the fastest ``torch.mm`` of square float32 matrices made in ``seconds``.
+
+    The matrices are as large as still gives some calls in that time, at most 2048 x 2048.
+    """
+    size, peak = 256, 0.0
+    generator = torch.Generator().manual_seed(0)  # not zeros or ones: some CPUs run those at a higher clock
+    while True:
+        a, b, c = (torch.rand(size, size, generator=generator) for _ in range(3))
+        best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 8)
+        peak = max(peak, 2 * size**3 / best / 1e9)
+        if size == 2048 or 8 * best > seconds / 8:
+            break
+        size *= 2
+    best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 2)
+    return max(peak, 2 * size**3 / best / 1e9)
+
+
+def _best_seconds(call: Callable[[], Any], seconds: float) -> float:
+    """Shortest time of one call, over at least 3 calls after a warm-up and at least ``seconds``."""
+    call()
+    best, calls, start = float("inf"), 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - before)
+        calls += 1
+    return best

@@ -1,0 +1,292 @@
+"""Gradient filtering for modules: one convolution (:class:`FilteredConv2d`) or a live model (:func:`filter_model`)."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .errors import ModelError
+from .functional import conv2d
+from .geometry import Pair, as_pair
+
+if TYPE_CHECKING:
+    from .library import Library
+
+logger = logging.getLogger("gf_tvm")
+
+M = TypeVar("M", bound=nn.Module)
+Patch = int | Sequence[int]
+Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+class FilteredConv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`gf_tvm.functional.conv2d`.
+
+    Args:
+        patch: pixels of the output that share one gradient; an integer or a pair (height, width).
+        library: what :func:`gf_tvm.load` returned, or None for plain PyTorch operators.
+        args, kwargs: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs to
+            the map that is filtered.
+
+    Raises:
+        GeometryError: ``patch`` is not one or two positive integers.
+    """
+
+    patch: Pair
+    library: Library | None
+
+    def __init__(self, *args: Any, patch: Patch = 2, library: Library | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.patch, self.library = as_pair(patch, "patch", 1), _library(library)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, patch: Patch = 2, library: Library | None = None) -> FilteredConv2d:
+        """A new module with the same settings and the same Parameter objects as ``conv``, which stays as it is.
+
+        Hooks stay with ``conv``. Raises ModelError for anything but a plain Conv2d or FilteredConv2d.
+        """
+        if type(conv) not in (nn.Conv2d, FilteredConv2d) or "weight" not in conv._parameters:
+            raise ModelError(f"from_conv takes a plain Conv2d with its own weight, got {conv}")
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",  # no memory and no random numbers for parameters that are replaced at once
+            patch=patch,
+            library=library,
+        )
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (n, ci, h, w) or (ci, h, w) -> y, as ``torch.nn.Conv2d``."""
+        padding: str | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            patch=self.patch,
+            library=self.library,
+        )
+
+    def extra_repr(self) -> str:
+        library = "" if self.library is None else f", library={self.library!r}"
+        return f"{super().extra_repr()}, patch={self.patch}{library}"  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """The convolutions of a model: which are filtered, and why the others are not. ``str()`` is a readable list."""
+
+    filtered: Mapping[str, Pair]  # fully qualified name -> patch (height, width)
+    left_alone: Mapping[str, str]  # fully qualified name -> reason
+
+    def __str__(self) -> str:
+        total = len(self.filtered) + len(self.left_alone)
+        lines = [f"{len(self.filtered)} of {total} convolutions filtered"]
+        lines += [f"  {_shown(name)}: patch {ph}x{pw}" for name, (ph, pw) in self.filtered.items()]
+        lines += [f"  {_shown(name)}: left alone, {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def filter_report(model: nn.Module) -> FilterReport:
+    """What of ``model`` is filtered at present, and what is not and why."""
+    filtered: dict[str, Pair] = {}
+    left_alone: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FilteredConv2d):
+            filtered[name] = module.patch
+        elif isinstance(module, _ConvNd):
+            left_alone[name] = _obstacle(module) or "not selected"
+    return FilterReport(filtered, left_alone)
+
+
+def select_layers(
+    model: nn.Module, last: int | None = None, layers: Layers | None = None
+) -> list[tuple[str, nn.Conv2d]]:
+    """The convolutions that ``last`` or ``layers`` stands for, with fully qualified names, in the model's order.
+
+    Args:
+        model: the order of its modules is the order in which they were registered (as printed), which need not be
+            the order in which they run. A module with several names counts once, under its first.
+        last: that many of the last Conv2d modules (subclasses included).
+        layers: a name, names, or a function of (name, Conv2d module) that says which.
+
+    Raises:
+        ModelError: neither or both given, no such layers, layers that are no Conv2d, or no convolution selected.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if (last is None) == (layers is None):
+        raise ModelError("say which convolutions: either last=K or layers=[names] or layers=function(name, module)")
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if not convs:
+        raise ModelError(f"{type(model).__name__} has no Conv2d module, so nothing can be filtered")
+    if last is not None:
+        if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= len(convs):
+            raise ModelError(
+                f"last must be between 1 and {len(convs)}, the number of convolutions in {type(model).__name__}; "
+                f"got {last!r}"
+            )
+        return list(convs.items())[-last:]
+    assert layers is not None
+    if callable(layers):
+        selected = [(name, module) for name, module in convs.items() if layers(name, module)]
+        if not selected:
+            raise ModelError(f"the function given as layers chose none of the {len(convs)} convolutions")
+        return selected
+    if not isinstance(layers, Iterable):
+        raise ModelError(f"layers must be a name, names, or a function of (name, module); got {layers!r}")
+    wanted = {id(_named(model, name, list(convs))) for name in ([layers] if isinstance(layers, str) else layers)}
+    if not wanted:
+        raise ModelError("layers is empty: name at least one convolution")
+    return [(name, module) for name, module in convs.items() if id(module) in wanted]
+
+
+def filter_model(
+    model: M,
+    patch: Patch | Mapping[str, Patch],
+    last: int | None = None,
+    layers: Layers | None = None,
+    library: Library | None = None,
+) -> M:
+    """Give convolutions of ``model`` a filtered backward pass, in place.
+
+    Modules stay the same objects and only change their class, as ``torch.nn.utils.parametrize`` does it: parameters,
+    hooks, device, dtype, training flag, ``state_dict`` keys and references from elsewhere all stay valid. Filtering a
+    filtered convolution changes its patch and library. A selected convolution that cannot be changed safely (a
+    subclass with a forward pass of its own, say) is left alone, with a warning through ``logging``;
+    :func:`filter_report` lists what is filtered and why the rest is not, :func:`unfilter_model` undoes it all.
+
+    Args:
+        model: any module, also a Conv2d itself.
+        patch: pixels of an output that share one gradient: an integer, a pair (height, width), or one per name. A
+            mapping without ``last`` and ``layers`` also says which convolutions.
+        last, layers: see :func:`select_layers`.
+        library: what :func:`gf_tvm.load` returned; None for plain PyTorch operators.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ModelError: a selection that fits the model badly, or a convolution that is named but cannot be filtered.
+        GeometryError: a patch that is not one or two positive integers.
+        In both cases nothing has been changed.
+    """
+    if isinstance(patch, Mapping) and last is None and layers is None:
+        layers = list(patch)
+    selected = select_layers(model, last, layers)
+    _library(library)
+    patches = _patches(model, selected, patch)
+    obstacles = {name: reason for name, module in selected if (reason := _obstacle(module))}
+    by_name = last is None and not callable(layers)
+    if obstacles and (by_name or len(obstacles) == len(selected)):
+        name, reason = next(iter(obstacles.items()))
+        raise ModelError(f"{_shown(name)} cannot be filtered: {reason}")
+    for name, module in selected:
+        if name in obstacles:
+            logger.warning("%s left alone: %s", _shown(name), obstacles[name])
+            continue
+        _become(module, FilteredConv2d)
+        module.patch, module.library = patches[name], library  # type: ignore[assignment]
+    logger.info("%s", filter_report(model))
+    return model
+
+
+def unfilter_model(model: M) -> M:
+    """Turn every FilteredConv2d of ``model`` back into a Conv2d, in place; returns ``model``."""
+    for module in model.modules():
+        if parametrize.type_before_parametrizations(module) is FilteredConv2d:
+            _become(module, nn.Conv2d)
+            del module.patch, module.library
+    return model
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why ``module`` cannot become a FilteredConv2d; None if it can."""
+    kind = parametrize.type_before_parametrizations(module)
+    if isinstance(module, LazyModuleMixin):
+        return f"a {kind.__name__} has no weight before its first forward pass"
+    if kind not in (nn.Conv2d, FilteredConv2d):
+        return f"a {kind.__name__} is not a plain Conv2d"
+    for name in ("forward", "_conv_forward"):
+        if name in vars(module):
+            return f"its {name} was replaced on the instance"
+    if not module.weight.dtype.is_floating_point:
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def _become(module: nn.Module, kind: type[nn.Conv2d]) -> None:
+    """Make ``kind`` the class of ``module``, below the class that ``parametrize`` may have put on top."""
+    if parametrize.is_parametrized(module):
+        theirs = ("__module__", "__doc__", "__dict__", "__weakref__")
+        own = {name: value for name, value in vars(type(module)).items() if name not in theirs}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
+    module.__class__ = kind
+
+
+def _patches(
+    model: nn.Module, selected: list[tuple[str, nn.Conv2d]], patch: Patch | Mapping[str, Patch]
+) -> dict[str, Pair]:
+    """The patch of each selected convolution."""
+    names = [name for name, _ in selected]
+    if not isinstance(patch, Mapping):
+        return dict.fromkeys(names, as_pair(patch, "patch", 1))
+    given = {id(_named(model, name, names)): (name, value) for name, value in patch.items()}
+    patches = {}
+    for name, module in selected:
+        if id(module) not in given:
+            raise ModelError(f"patch has no entry for the selected convolution {_shown(name)}")
+        patches[name] = as_pair(given.pop(id(module))[1], f"patch of {_shown(name)}", 1)
+    if given:
+        name = next(iter(given.values()))[0]
+        raise ModelError(f"patch has an entry for {_shown(name)}, which is not selected")
+    return patches
+
+
+def _named(model: nn.Module, name: str, convs: list[str]) -> nn.Conv2d:
+    """The convolution called ``name``. Raises ModelError with the nearest of ``convs``."""
+    inside = [conv for conv in convs if conv.startswith(f"{name}.")]
+    near = inside or difflib.get_close_matches(str(name), convs, n=3, cutoff=0.4) or convs[-5:]
+    hint = f"{'near' if len(near) < len(convs) else 'its'} convolutions: {', '.join(near[:5])}"
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"{type(model).__name__} has no layer {name!r}; {hint}") from None
+    if not isinstance(module, nn.Conv2d):
+        raise ModelError(f"layer {name!r} is a {type(module).__name__}, not a Conv2d; {hint}")
+    return module
+
+
+def _library(library: Library | None) -> Library | None:
+    """``library``, if it is one. Raises ModelError."""
+    if library is not None and not isinstance(getattr(library, "digest", None), str):
+        raise ModelError(f"library must be what gf_tvm.load(FILE) returned, or None; got {library!r}")
+    return library
+
+
+def _shown(name: str) -> str:
+    return name or "the model itself"

@@ -1,0 +1,121 @@
+"""The picture of a comparison: how much faster than the exact backward pass, case by case, and how much is possible."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+from .comparison import Comparison, Row
+from .errors import GfTvmError
+from .shapes import format_patch
+
+#: What a picture's file may end in.
+ENDINGS = (".png", ".svg", ".pdf")
+
+# Okabe and Ito's palette: told apart by people with any colour vision.
+_PLAIN, _KERNEL = "#999999", "#0072B2"
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise GfTvmError where :func:`plot` could not work: no matplotlib, or an ending other than :data:`ENDINGS`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise GfTvmError("a picture needs matplotlib: pip install 'gf-tvm[plot]'")
+    if Path(path).suffix.lower() not in ENDINGS:
+        raise GfTvmError(f"cannot draw '{os.fspath(path)}': the file must end in {', '.join(ENDINGS)}")
+
+
+def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Draw the rows of ``comparison`` as speed-ups over the exact backward pass, one panel per patch.
+
+    Args:
+        comparison: at least one row.
+        path: PNG, SVG or PDF by its ending; written whole or not at all.
+
+    Raises:
+        GfTvmError: as :func:`check_plot`, or ``path`` cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    patches = list(dict.fromkeys(row.patch for row in comparison.rows))
+    panels = [[row for row in comparison.rows if row.patch == patch] for patch in patches]
+    height = sum(0.9 + 0.42 * len(rows) for rows in panels) + 1.2
+    # Figure without pyplot: no global state, and no display is looked for.
+    figure = Figure(figsize=(8.5, height), layout="constrained")
+    all_axes = figure.subplots(
+        len(panels), 1, squeeze=False, sharex=True, height_ratios=[0.9 + 0.42 * len(rows) for rows in panels]
+    )[:, 0]
+    shown = [value for row in comparison.rows for value in _speedups(row)]
+    low, high = 0.9 * min(1, *shown), 1.2 * max(1, *shown)
+    for axes, rows in zip(all_axes, panels, strict=True):
+        _panel(axes, rows, (low, high))
+    all_axes[-1].set_xlim(low, high)  # all panels share it
+    all_axes[-1].set_xlabel("times as fast as the exact backward pass (logarithmic)")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    first = comparison.rows[0]
+    figure.suptitle(
+        f"Filtered against exact ({first.baseline}) backward pass\n"
+        f"{comparison.machine['cpu']}, threads: {comparison.threads}, {comparison.bandwidth_gbs:.1f} GB/s, "
+        f"{comparison.peak_gflops:.0f} GFLOP/s",
+        fontsize=11,
+    )
+    part = path.with_name(f".{path.name}.part{path.suffix}")
+    try:
+        figure.savefig(part, dpi=150)
+        os.replace(part, path)
+    except OSError as error:
+        raise GfTvmError(f"cannot write '{path}': {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _speedups(row: Row) -> tuple[float, float, float]:
+    """Of plain operators, of the kernel, and at the limit."""
+    return row.baseline_ms / row.reference_ms, row.speedup, row.baseline_ms / row.roofline_ms
+
+
+def _panel(axes: object, rows: list[Row], limits: tuple[float, float]) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    plain, kernel, limit = zip(*(_speedups(row) for row in rows), strict=True)
+    positions = range(len(rows))
+    bar = 0.38
+    low, high = limits
+    # A bar on a logarithmic axis starts at 1: as fast as the exact pass.
+    for shift, values, color, label in (
+        (-bar / 2, plain, _PLAIN, "filtered, plain PyTorch operators"),
+        (bar / 2, kernel, _KERNEL, "filtered, gf_tvm"),
+    ):
+        at = [position + shift for position in positions]
+        axes.barh(at, [value - 1 for value in values], bar, left=1, color=color, label=label)
+        for y, value in zip(at, values, strict=True):
+            text = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+            # Inside a bar that is long enough, so that it does not hide the limit.
+            inside = math.log(max(value, 1)) > 0.15 * math.log(high / low)
+            axes.annotate(
+                text,
+                (max(value, 1), y),
+                (-4 if inside else 4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if inside else "left",
+                color="white" if inside and color == _KERNEL else "black",
+                fontsize=8,
+            )
+    axes.scatter(limit, list(positions), marker="|", s=300, color="black", label="limit of this machine", zorder=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    names = [row.name if row.dtype == "float32" else f"{row.name} {row.dtype}" for row in rows]
+    axes.set_yticks(list(positions), names)
+    axes.invert_yaxis()
+    axes.set_title(format_patch(rows[0].patch), loc="left", fontsize=10)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)

@@ -1,0 +1,118 @@
+"""What one training run does: a typed, validated, JSON-able configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import GfTvmError
+from ..geometry import Pair, as_pair
+from ..shapes import format_patch
+
+SCHEDULES = ("cosine", "constant")
+
+#: Fields that decide the pretrained weights. The others may differ between runs that start from the same weights.
+PRETRAIN_FIELDS = (
+    *("model", "data", "image_size", "seed", "skew", "test_fraction", "batch", "pretrain_epochs", "pretrain_lr"),
+    *("momentum", "weight_decay", "schedule", "clip", "flip", "shift"),
+)
+
+
+class TrainingError(GfTvmError, ValueError):
+    """A training configuration, or a checkpoint, that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run: pretrain on part A of a data set, fine-tune on part B.
+
+    Args:
+        model: as in :func:`gf_tvm.models.build_model`.
+        data: as in :func:`gf_tvm.training.data.load_dataset`.
+        patch: None (or ``"exact"``) for the exact backward pass, else the patch, an integer or (height, width).
+        last: number of convolutions, counted from the network's end, that are fine-tuned (with the last linear
+            layer, the classifier); the rest stays frozen.
+        image_size: pixels per side after resizing.
+        batch: images per step; a last batch that is not full is left out of training.
+        epochs, pretrain_epochs: passes over part B and part A; 0 pretraining epochs keep the model's own weights.
+        lr, pretrain_lr: learning rates (peak, where the schedule lowers them).
+        momentum, weight_decay: of SGD.
+        schedule: ``cosine`` (from the learning rate to 0 over all steps) or ``constant``.
+        clip: largest norm of all gradients together, None for no clipping. The paper clips at 2.
+        flip: mirror training images at random.
+        shift: move training images at random by up to that many pixels along both axes.
+        seed: of the split, the weights, the order of the images, flips and shifts.
+        skew, test_fraction: see :func:`gf_tvm.training.data.split_parts`.
+        train_bn_affine: fine-tune scale and shift of all batch norms, too (their statistics stay frozen).
+
+    Raises:
+        TrainingError: a value is out of range. GeometryError: a patch that is none.
+    """
+
+    model: str
+    data: str = "digits"
+    patch: int | Pair | str | None = None
+    last: int = 4
+    image_size: int = 32
+    batch: int = 32
+    epochs: int = 5
+    pretrain_epochs: int = 8
+    lr: float = 0.02
+    pretrain_lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    clip: float | None = 2.0
+    flip: bool = False
+    shift: int = 0
+    seed: int = 0
+    skew: float = 0.9
+    test_fraction: float = 0.25
+    train_bn_affine: bool = False
+
+    def __post_init__(self) -> None:
+        patch = None if self.patch in (None, "exact") else self.patch
+        if isinstance(patch, str):
+            raise TrainingError(f"patch must be 'exact', an integer or a pair of integers, got {patch!r}")
+        object.__setattr__(self, "patch", None if patch is None else as_pair(patch, "patch", 1))
+        minima = {"last": 1, "image_size": 1, "batch": 1, "epochs": 1, "pretrain_epochs": 0, "shift": 0, "seed": 0}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise TrainingError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        if self.seed >= 2**63:
+            raise TrainingError(f"seed must be below 2**63, got {self.seed}")
+        for name in ("lr", "pretrain_lr", "momentum", "weight_decay", "skew", "test_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise TrainingError(f"{name} must be a finite number of at least 0, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name in ("lr", "pretrain_lr"):
+            if getattr(self, name) == 0:
+                raise TrainingError(f"{name} must be above 0")
+        if self.momentum >= 1:
+            raise TrainingError(f"momentum must be below 1, got {self.momentum}")
+        if self.clip is not None:
+            if isinstance(self.clip, bool) or not isinstance(self.clip, int | float) or not self.clip > 0:
+                raise TrainingError(f"clip must be above 0, or None, got {self.clip!r}")
+            object.__setattr__(self, "clip", float(self.clip))
+        if self.schedule not in SCHEDULES:
+            raise TrainingError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+
+    @property
+    def variant(self) -> str:
+        """``exact``, or the patch as ``R2`` or ``R2x1``."""
+        return "exact" if self.patch is None else format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``TrainConfig(**d)`` gives an equal configuration."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def pretraining(self) -> dict[str, Any]:
+        """The part of :meth:`to_dict` that decides the pretrained weights."""
+        return {key: value for key, value in self.to_dict().items() if key in PRETRAIN_FIELDS}
+
+
+#: Field names in the order of their definition.
+CONFIG_FIELDS = tuple(field.name for field in fields(TrainConfig))

@@ -1,0 +1,19 @@
+"""Choosing schedules: search over the spaces of :mod:`gf_tvm.schedules`, measurement, and the tuning log.
+
+Each module builds on those before it:
+
+========  =============================================================================================
+log       the files of measured trials; needs neither TVM nor PyTorch
+task      what is tuned: definition, space, arguments and reference of one workload
+worker    the process that builds and runs candidates
+measure   starts workers, gives them candidates, turns what becomes of them into results
+search    proposes candidates, ranked by MetaSchedule's XGBoost cost model
+loop      all of these, over and over: :func:`gf_tvm.tune`
+========  =============================================================================================
+"""
+
+from .log import Record, find_best, shipped_logs
+from .loop import Event, Summary, TaskSummary, tune
+from .task import TuningError
+
+__all__ = ["Event", "Record", "Summary", "TaskSummary", "TuningError", "find_best", "shipped_logs", "tune"]

@@ -1,0 +1,617 @@
+"""The tuning log: a folder per device, a file per workload, a line per trial.
+
+``tuning_logs/<device>/<workload key>.jsonl``. Every line is a JSON object whose last field is the CRC-32 of the rest
+of the line. The first line, the header, says what the file belongs to (:class:`Identity`) and how it was measured
+(``made``); each further line is a :class:`Record`. A line is written in one piece and synced to the disk before the
+next trial begins, so a process that is killed loses at most the line it was writing; that torn end is ignored by
+readers and cut off by the next writer. Anything else that is not as it was written is an error that names the file
+and the line.
+
+There is one writer per folder, because two tuners on one device would spoil each other's measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+import stat
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LogError
+
+if TYPE_CHECKING:
+    from ..devices import DeviceProfile
+    from ..workload import Workload
+
+SCHEMA = 1
+SUFFIX = ".jsonl"
+
+#: How a trial ended. ``build``: the schedule or the compiler refused; ``run``: loading or calling it raised;
+#: ``wrong``: other numbers than the reference; ``crash``: it took its process down; ``timeout``: it did not end.
+STATUSES = ("ok", "build", "run", "wrong", "crash", "timeout")
+#: ``trial``: one measurement during the search; ``winner``: the outcome of the final comparison; ``rejected``: a
+#: trial that was good in the search and failed in the final comparison.
+KINDS = ("trial", "winner", "rejected")
+SPACES = ("ours", "metaschedule")
+
+#: Fields of ``made`` that must agree before trials may be added to a file: with others, times cannot be compared.
+COMPARABLE = ("cpu", "threads", "tvm")
+
+_CRC = ',"crc":"%08x"}'
+_CRC_LENGTH = len(_CRC % 0)
+_LOCK = ".lock"
+# Reserved while the lock is held, so that a full disk is found before the first candidate is built.
+_RESERVE = 1 << 16
+
+
+class LogMismatch(LogError):
+    """A sound log that belongs to something else: another device, workload, kernel definition or schema."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a log belongs to.
+
+    Args:
+        device: name of the device profile; also the folder's name.
+        target: the profile's TVM target.
+        key: the workload's key; also the file's name.
+        workload: the workload as plain values.
+        definition: hash of the kernel's definition and its space.
+    """
+
+    device: str
+    target: str
+    key: str
+    workload: dict[str, Any]
+    definition: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a log after the header.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        space: one of :data:`SPACES`; says whether ``config`` or ``trace`` is set.
+        id: equal for equal candidates of one space.
+        status: one of :data:`STATUSES`.
+        config: choices in a space of our own.
+        trace: a MetaSchedule trace as plain JSON values.
+        seconds: median time of one call; None unless ``status`` is "ok".
+        runs: seconds per call of each repetition.
+        error: largest relative error against the float64 reference; None if it was not compared.
+        message: what went wrong, one line.
+        default_seconds: of a winner: the default schedule's median in the same comparison.
+        source: the file it was read from.
+    """
+
+    kind: str
+    space: str
+    id: str
+    status: str
+    config: dict[str, int | str] | None = None
+    trace: Any = None
+    seconds: float | None = None
+    runs: tuple[float, ...] = ()
+    error: float | None = None
+    message: str = ""
+    default_seconds: float | None = None
+    source: Path | None = field(default=None, compare=False)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether this is the outcome of a final comparison, checked once more with other inputs."""
+        return self.kind == "winner"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without fields that say nothing."""
+        values: dict[str, Any] = {"kind": self.kind, "space": self.space, "id": self.id, "status": self.status}
+        for name in ("config", "trace", "seconds", "error", "default_seconds"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        if self.runs:
+            values["runs"] = list(self.runs)
+        if self.message:
+            values["message"] = self.message
+        return values
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], source: Path | None = None) -> Record:
+        """Inverse of :meth:`to_dict`. Raises ValueError naming the field that is missing or wrong."""
+        unknown = sorted(set(value) - _RECORD_FIELDS)
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}")
+        for name, known in (("kind", KINDS), ("space", SPACES), ("status", STATUSES)):
+            if not (isinstance(value.get(name), str) and value[name] in known):
+                raise ValueError(f"{name} must be one of {', '.join(known)}")
+        for name in ("id", "message"):
+            if not isinstance(value.get(name, ""), str):
+                raise ValueError(f"{name} must be text")
+        if not value.get("id"):
+            raise ValueError("id is missing")
+        config = value.get("config")
+        if value["space"] == "ours":
+            if not isinstance(config, dict) or not all(_is_choice(choice) for choice in config.values()):
+                raise ValueError("config must be an object of integers and strings")
+            if value["id"] != config_id(config):
+                raise ValueError("id is not that of config")
+        elif not isinstance(value.get("trace"), list):
+            raise ValueError("trace must be a list")
+        for name in ("seconds", "default_seconds"):
+            if name in value and not _is_time(value[name]):
+                raise ValueError(f"{name} must be a number above 0")
+        if "error" in value and not (_is_number(value["error"]) and value["error"] >= 0):
+            raise ValueError("error must be a number of at least 0")
+        runs = value.get("runs", [])
+        if not isinstance(runs, list) or not all(_is_time(run) for run in runs):
+            raise ValueError("runs must be a list of numbers above 0")
+        if (value["status"] == "ok" and value["kind"] != "rejected") != ("seconds" in value):
+            raise ValueError("seconds must be given for a trial that ended well, and only for such")
+        if value["kind"] == "winner" and value["status"] != "ok":
+            raise ValueError("a winner's status must be ok")
+        return cls(**{**value, "runs": tuple(runs)}, source=source)
+
+
+_RECORD_FIELDS = {
+    *("kind", "space", "id", "status", "config", "trace"),
+    *("seconds", "runs", "error", "message", "default_seconds"),
+}
+
+
+def config_id(config: Mapping[str, int | str]) -> str:
+    """The ``id`` of a configuration: its canonical JSON text."""
+    return json.dumps(dict(config), sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Log:
+    """The contents of one file.
+
+    Args:
+        path: the file.
+        identity: what it belongs to.
+        made: how it was measured: versions, ``cpu``, ``threads``, and the measurement's parameters.
+        records: in the order in which they were written.
+        sound_bytes: size of the file without a torn end.
+        torn: whether a torn end was ignored.
+    """
+
+    path: Path
+    identity: Identity
+    made: dict[str, Any]
+    records: list[Record]
+    sound_bytes: int
+    torn: bool
+
+
+def log_path(root: Path, device: str, key: str) -> Path:
+    """Where the log of a workload lies under ``root``."""
+    return root / device / f"{key}{SUFFIX}"
+
+
+def best_record(records: Iterable[Record]) -> Record | None:
+    """The newest winner; before there is one, the fastest trial. None if no trial ended well."""
+    records = list(records)
+    rejected = {(record.space, record.id) for record in records if record.kind == "rejected"}
+    good = [record for record in records if record.status == "ok" and (record.space, record.id) not in rejected]
+    winners = [record for record in good if record.kind == "winner"]
+    if winners:
+        return winners[-1]
+    return min(good, key=lambda record: record.seconds or math.inf, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_log(path: Path, identity: Identity | None = None) -> Log:
+    """Read one file and check every line.
+
+    Args:
+        path: the file.
+        identity: what it must belong to; None accepts any.
+
+    Raises:
+        LogMismatch: it belongs to something else; says to what.
+        LogError: it cannot be read or is damaged; names file and line.
+    """
+    try:
+        # A FIFO or a device would block or never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LogError(f"{path}: not a tuning log but {'a folder' if path.is_dir() else 'a special file'}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise LogError(f"{path}: cannot read this tuning log: {error.strerror or error}") from None
+    sound = data.rfind(b"\n") + 1
+    lines = data[:sound].split(b"\n")[:-1]
+    if data[sound:] and sound:
+        # Without its newline the last line counts only if it is whole: the cut may have fallen just before it.
+        with contextlib.suppress(ValueError):
+            _decode(data[sound:])
+            lines.append(data[sound:])
+            sound = len(data)
+    if not lines:
+        raise LogError(f"{path}: not a tuning log: {'no header in its first line' if data else 'the file is empty'}")
+    found, made = _read_header(path, lines[0])
+    if identity is not None:
+        check_identity(path, found, identity)
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            records.append(Record.from_dict(_decode(line), path))
+        except ValueError as error:
+            raise LogError(f"{path}, line {number}: damaged: {error}") from None
+    return Log(path, found, made, records, sound, torn=sound < len(data))
+
+
+def check_identity(path: Path, found: Identity, wanted: Identity) -> None:
+    """Raise LogMismatch, naming the first difference, if a log belongs to something else than ``wanted``."""
+    for name in ("device", "key", "target"):
+        have, want = getattr(found, name), getattr(wanted, name)
+        if have != want:
+            raise LogMismatch(f"{path}: does not fit: its {name} is {have}, wanted is {want}")
+    if found.workload != wanted.workload:
+        raise LogMismatch(f"{path}: does not fit: its header describes another workload than {wanted.key}")
+    if found.definition != wanted.definition:
+        raise LogMismatch(
+            f"{path}: does not fit: made for another definition of the kernel "
+            f"({found.definition[:12]}, now {wanted.definition[:12]})"
+        )
+
+
+def find_best(
+    workload: Workload, profile: DeviceProfile, roots: Sequence[str | os.PathLike[str]]
+) -> tuple[Record | None, list[str]]:
+    """The best schedule that the logs know for a workload.
+
+    Args:
+        workload: what to look for.
+        profile: the device it will run on.
+        roots: folders of logs, in order of precedence: the first that has a usable result decides, because times
+            from different folders may come from different machines. See also :func:`shipped_logs`.
+
+    Returns:
+        The record, or None, and one line for every log that does not fit or has no good trial.
+
+    Raises:
+        LogError: a log is damaged or unreadable; names file and line.
+    """
+    # Imports TVM, which the rest of this module does without.
+    from ..schedules import get_space
+
+    identity = identity_of(workload, profile)
+    reasons = []
+    for root in roots:
+        path = log_path(Path(root), profile.name, workload.key)
+        if not os.path.lexists(path):
+            continue
+        try:
+            log = read_log(path, identity)
+        except LogMismatch as error:
+            reasons.append(str(error))
+            continue
+        best = best_record(log.records)
+        if best is None:
+            reasons.append(f"{path}: no trial ended well")
+        elif best.config is not None and not fits_space(best.config, get_space(workload, profile)):
+            raise LogError(f"{path}: its best configuration {best.id} is not in the space of {workload.key}")
+        else:
+            return best, reasons
+    return None, reasons
+
+
+def identity_of(workload: Workload, profile: DeviceProfile) -> Identity:
+    """What the log of a workload on a device belongs to."""
+    from ..schedules import definition_hash
+
+    definition = definition_hash(workload, profile)
+    return Identity(profile.name, profile.target, workload.key, plain(workload.to_dict()), definition)
+
+
+def fits_space(config: Mapping[str, int | str], space: Any) -> bool:
+    """Whether a configuration names every knob of ``space``, with values the knobs have, and is valid there."""
+    if set(config) != set(space.knobs):
+        return False
+    # 1 == True and 1 == 1.0 in Python, so the types are compared too.
+    chosen = all(any(type(v) is type(c) and v == c for v in space.knobs[k]) for k, c in config.items())
+    return chosen and bool(space.valid(dict(config)))
+
+
+def shipped_logs() -> Path | None:
+    """The folder of the logs that come with the package; None if it was installed without them."""
+    from importlib import resources
+
+    try:
+        folder = resources.files("gf_tvm.tuning_logs")
+    except ModuleNotFoundError:
+        return None
+    path = Path(str(folder))
+    return path if path.is_dir() else None
+
+
+def plain(value: Any) -> Any:
+    """``value`` as it comes back from JSON (tuples become lists)."""
+    return json.loads(json.dumps(value))
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class LogFolder:
+    """The right to write the logs of one device; held by one process at a time.
+
+    Use it as a context manager::
+
+        with LogFolder(root, device) as folder, folder.open(identity, made) as log:
+            log.append(record)
+
+    Raises:
+        LogError: the folder cannot be made or written, its disk is full, or another process holds it (named).
+    """
+
+    def __init__(self, root: str | os.PathLike[str], device: str) -> None:
+        self.root = Path(root)
+        self.path = self.root / device
+        self.device = device
+        self._lock: int | None = None
+
+    def __enter__(self) -> LogFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquire()
+            self._reserve(self._lock)
+            # What a writer that was killed while it made a file has left.
+            for stale in self.path.glob(f".*{SUFFIX}.tmp"):
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            self.close()
+            raise LogError(f"{self.path}: cannot write tuning logs here: {error.strerror or error}") from None
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def _acquire(self) -> int:
+        path = self.path / _LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip("\0\n ") or "another process"
+                    raise LogError(
+                        f"{self.path}: is being written by {holder}; wait for it or use other logs"
+                    ) from None
+                # The last holder may have removed the file between our open and our lock.
+                if _same_file(handle, path):
+                    return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+    @staticmethod
+    def _reserve(handle: int) -> None:
+        text = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+        os.ftruncate(handle, 0)
+        try:
+            os.posix_fallocate(handle, 0, _RESERVE)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        os.pwrite(handle, text, 0)
+        os.fsync(handle)
+
+    def close(self) -> None:
+        """Let others write. The lock also falls with the process, however that ends."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / _LOCK)
+            os.close(self._lock)
+            self._lock = None
+
+    def peek(self, identity: Identity, made: Mapping[str, Any]) -> Log | None:
+        """The log of one workload, if there is one and :meth:`open` would continue it.
+
+        Raises:
+            LogMismatch: there is a log that belongs to something else, or was measured otherwise.
+            LogError: it is damaged.
+        """
+        path = log_path(self.root, self.device, identity.key)
+        if not os.path.lexists(path):
+            return None
+        log = read_log(path, identity)
+        for name in COMPARABLE:
+            if log.made.get(name) != made.get(name):
+                raise LogMismatch(
+                    f"{path}: does not fit: measured with {name} {log.made.get(name)}, now {made.get(name)}; "
+                    "times cannot be compared, so use another folder of logs"
+                )
+        return log
+
+    def open(self, identity: Identity, made: Mapping[str, Any]) -> LogWriter:
+        """Open the log of one workload for adding trials; make it if there is none.
+
+        Args:
+            identity: what the log belongs to; ``identity.device`` must be this folder's.
+            made: how this process measures; must agree with the file's in :data:`COMPARABLE`.
+
+        Raises:
+            LogError: as :meth:`peek`, or the log cannot be written.
+        """
+        if self._lock is None or identity.device != self.device:
+            raise ValueError(f"the folder of {identity.device!r} is not held")
+        log = self.peek(identity, made)
+        if log is None:
+            path = log_path(self.root, self.device, identity.key)
+            self._create(path, identity, made)
+            log = read_log(path, identity)
+        return LogWriter(log)
+
+    def _create(self, path: Path, identity: Identity, made: Mapping[str, Any]) -> None:
+        header = {
+            "gf_tvm_log": SCHEMA,
+            "device": identity.device,
+            "target": identity.target,
+            "key": identity.key,
+            "workload": identity.workload,
+            "definition": identity.definition,
+            "made": dict(made),
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(_encode(header))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise LogError(f"{path}: cannot write this tuning log: {error.strerror or error}") from None
+
+
+class LogWriter:
+    """One open log. :attr:`records` holds what it had when it was opened and what was added since.
+
+    ``recovered`` says whether a torn end was cut off on opening.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.path = log.path
+        self.records = list(log.records)
+        self.recovered = log.torn
+        self._size = log.sound_bytes
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.ftruncate(self._file, self._size)
+                if os.pread(self._file, 1, self._size - 1) != b"\n":
+                    self._write(b"\n")
+            except BaseException:
+                os.close(self._file)
+                raise
+        except OSError as error:
+            raise LogError(f"{self.path}: cannot write this tuning log: {error.strerror or error}") from None
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def append(self, record: Record) -> None:
+        """Add a record; on return it is on the disk.
+
+        Raises:
+            LogError: the disk is full or failed; the file keeps all earlier records and nothing of this one.
+        """
+        try:
+            self._write(_encode(record.to_dict()))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise LogError(
+                f"{self.path}: cannot write this tuning log: {error.strerror or error}; "
+                f"its {len(self.records)} earlier records are kept"
+            ) from None
+        self.records.append(record)
+
+    def _write(self, data: bytes) -> None:
+        written = 0
+        while written < len(data):
+            written += os.write(self._file, data[written:])
+        os.fsync(self._file)
+        self._size += len(data)
+
+
+# ------------------------------------------------------------------------------------------------------------ lines
+
+
+def _encode(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return (text[:-1] + _CRC % zlib.crc32(text.encode("ascii")) + "\n").encode("ascii")
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """The object of a line without its checksum. Raises ValueError."""
+    body = line[:-_CRC_LENGTH] + b"}"
+    if line[-_CRC_LENGTH:] != (_CRC % zlib.crc32(body)).encode("ascii"):
+        raise ValueError("its checksum does not fit")
+    try:
+        value = json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _read_header(path: Path, line: bytes) -> tuple[Identity, dict[str, Any]]:
+    # A file in another schema, or with no relation to this package, need not have our checksums: look at it first.
+    try:
+        schema = json.loads(line)["gf_tvm_log"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise LogError(f"{path}: not a tuning log: no header in its first line") from None
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise LogMismatch(f"{path}: does not fit: written in log schema {schema!r}; this version reads {SCHEMA}")
+    try:
+        header = _decode(line)
+        texts = [header.get(name) for name in ("device", "target", "key", "definition")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("device, target, key and definition must be text")
+        if not isinstance(header.get("workload"), dict) or not isinstance(header.get("made"), dict):
+            raise ValueError("workload and made must be objects")
+    except ValueError as error:
+        raise LogError(f"{path}, line 1: damaged: {error}") from None
+    names = ("device", "target", "key", "workload", "definition")
+    return Identity(**{name: header[name] for name in names}), header["made"]
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 53
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,501 @@
+"""The tuning loop: propose, build, measure, log, learn, and at the end compare the best with each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DeviceError, LogError
+from .log import SPACES, LogFolder, LogWriter, Record, best_record
+from .measure import Measurer, Options, Result
+from .search import ConfigSearch, MetaScheduleSearch, Search
+from .task import Candidate, Config, Task, TuningError, WorkloadTask
+
+if TYPE_CHECKING:
+    from ..workload import Workload
+
+#: Candidates that are proposed, built and measured together.
+BATCH = 16
+# An improvement by less is noise and does not put early stopping off.
+_IMPROVEMENT = 0.01
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show while tuning.
+
+    Args:
+        kind: "start" (of a workload), "note" (see ``message``), "build" (a candidate was built), "trial" (one was
+            measured), "compare" (a round of the final comparison), "done" (with a workload).
+        workload: key.
+        index, count: this is workload ``index`` (from 1) of ``count``.
+        trial, trials: trials that the log has, and that were asked for.
+        status: of a trial, see :data:`~gf_tvm.tuning.log.STATUSES`.
+        seconds: of a trial: median time of one call.
+        best, default: median time of one call of the best and of the default schedule so far.
+        left: seconds until all workloads are done, estimated; None if unknown.
+        message: one line of text.
+    """
+
+    kind: str
+    workload: str
+    index: int
+    count: int
+    trial: int = 0
+    trials: int = 0
+    status: str = ""
+    seconds: float | None = None
+    best: float | None = None
+    default: float | None = None
+    left: float | None = None
+    message: str = ""
+
+
+Progress = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """What came of tuning one workload.
+
+    Args:
+        workload: key.
+        log: the file.
+        measured: trials made by this run.
+        trials: trials in the log, of all runs, with this run's kind of space.
+        failed: those that did not end well.
+        stopped: "trials", "time", "early stop" or "exhausted" (nothing left to try).
+        space, config: what won ("metaschedule" has a trace in place of a config); None if no trial ended well.
+        seconds, default_seconds: median time of one call in the final comparison.
+        confirmed: the winner went through the final comparison.
+    """
+
+    workload: str
+    log: str
+    measured: int
+    trials: int
+    failed: int
+    stopped: str
+    space: str | None
+    config: Config | None
+    seconds: float | None
+    default_seconds: float | None
+    confirmed: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a tuning run. ``seconds`` is its duration."""
+
+    device: str
+    logs: str
+    seconds: float
+    made: dict[str, Any]
+    tasks: tuple[TaskSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def tune(
+    workloads: Iterable[Workload],
+    device: str = "host",
+    *,
+    logs: str | os.PathLike[str] = "tuning_logs",
+    trials: int = 64,
+    minutes: float | None = None,
+    early_stop: int | None = None,
+    space: str = "ours",
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Summary:
+    """Find fast schedules for workloads on this machine, and log every trial.
+
+    A log that is already there is continued: its trials count, are not measured again, and teach the cost model.
+
+    Args:
+        workloads: what to tune, in this order.
+        device: name of a device profile that this machine runs; "host" is this machine's own.
+        logs: folder of logs; the trials go to ``logs/<device>/<workload key>.jsonl``.
+        trials: trials per workload that the log shall have in the end.
+        minutes: end after this time, divided evenly between the workloads that are left.
+        early_stop: end with a workload after so many trials without an improvement by 1 %.
+        space: "ours" (:mod:`gf_tvm.schedules`) or "metaschedule" (its own rules on the same definition).
+        threads: threads of the kernels; default: as many as PyTorch uses.
+        seed: of the search.
+        progress: called with every :class:`Event`.
+
+    Returns:
+        What came of it. Ctrl-C raises KeyboardInterrupt as usual; every finished trial is in the log then.
+
+    Raises:
+        DeviceError: unknown device, or not this machine.
+        LogError: a log that does not fit, is damaged, cannot be written, or is being written by another process.
+        TuningError: a bad option, or a machine that cannot build or measure.
+    """
+    from ..devices import get_profile, missing_flags, runs_here
+
+    profile = get_profile(device)
+    if not runs_here(profile):
+        lacking = missing_flags(profile)
+        reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
+        raise DeviceError(f"device {profile.name!r} cannot be measured on this machine: {reason}")
+    import torch
+
+    options = Options(
+        threads=torch.get_num_threads() if threads is None else threads, builders=len(os.sched_getaffinity(0))
+    )
+    return tune_tasks(
+        [WorkloadTask(workload, profile.name) for workload in dict.fromkeys(workloads)],
+        logs=logs,
+        trials=trials,
+        minutes=minutes,
+        early_stop=early_stop,
+        space=space,
+        seed=seed,
+        options=options,
+        progress=progress,
+    )
+
+
+def tune_tasks(
+    tasks: Sequence[Task],
+    *,
+    logs: str | os.PathLike[str],
+    trials: int = 64,
+    minutes: float | None = None,
+    early_stop: int | None = None,
+    space: str = "ours",
+    seed: int = 0,
+    options: Options,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Summary:
+    """:func:`tune` for any tasks of one device; the arguments are the same, but for:
+
+    Args:
+        options: how to measure.
+        batch: candidates of one round.
+    """
+    _check_arguments(trials, minutes, early_stop, space, options, batch)
+    if not tasks:
+        raise TuningError("nothing to tune: no workloads were given")
+    started = time.monotonic()
+    made = provenance(options)
+    device = tasks[0].identity.device
+    with LogFolder(logs, device) as folder:
+        # All logs are looked at before the first trial: one that does not fit is found now and not in an hour.
+        found = [folder.peek(task.identity, made) for task in tasks]
+        missing = [max(0, trials - len(_trials(log.records if log else [], space))) for log in found]
+        with Measurer(options) as measurer:
+            end = None if minutes is None else started + 60 * minutes
+            say = progress or (lambda event: None)
+            plan = _Plan(measurer, trials, early_stop, space, seed, batch, say, missing, end)
+            summaries = []
+            for index, task in enumerate(tasks):
+                with folder.open(task.identity, made) as log:
+                    # The time that is left belongs in equal parts to the workloads that have trials to make.
+                    waiting = 1 + sum(bool(n) for n in missing[index + 1 :])
+                    now = time.monotonic()
+                    summaries.append(_TaskRun(plan, task, log, index, end and now + (end - now) / waiting).run())
+    return Summary(device, str(Path(logs)), time.monotonic() - started, made, tuple(summaries))
+
+
+def _check_arguments(
+    trials: int, minutes: float | None, early_stop: int | None, space: str, options: Options, batch: int
+) -> None:
+    counts = {"trials": trials, "early_stop": early_stop, "threads": options.threads, "batch": batch}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise TuningError(f"{name} must be at least 1, got {value}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise TuningError(f"minutes must be more than 0, got {minutes}")
+    if space not in SPACES:
+        raise TuningError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
+
+
+def provenance(options: Options) -> dict[str, Any]:
+    """How this process measures, as the header of a log tells it."""
+    from tvm.target import codegen
+
+    from .. import __version__, machine
+
+    return {
+        "gf_tvm": __version__,
+        "tvm": metadata.version("apache-tvm"),
+        "tvm_ffi": metadata.version("apache-tvm-ffi"),
+        "llvm": int(codegen.llvm_version_major()),
+        "python": platform.python_version(),
+        "cpu": machine.cpu_model(),
+        "cores": machine.usable_cores(),
+        "threads": options.threads,
+        "measurement": options.to_dict(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _trials(records: Sequence[Record], space: str) -> list[Record]:
+    """The trials in one kind of space, those that were rejected later counting as what they were rejected for."""
+    rejected = {record.id: record for record in records if record.kind == "rejected" and record.space == space}
+    trials = [record for record in records if record.kind == "trial" and record.space == space]
+    return [replace(rejected[r.id], kind="trial") if r.id in rejected else r for r in trials]
+
+
+@dataclass
+class _Plan:
+    """What all workloads of a run share."""
+
+    measurer: Measurer
+    trials: int
+    early_stop: int | None
+    space: str
+    seed: int
+    batch: int
+    progress: Progress
+    missing: list[int]  # trials to make, of each workload
+    end: float | None  # on the monotonic clock
+    spent: float = 0.0
+    measured: int = 0
+
+    @property
+    def seconds_per_trial(self) -> float:
+        """Building, measuring and proposing together; a guess before the first."""
+        return self.spent / self.measured if self.measured else 2.0
+
+
+class _TaskRun:
+    """Tuning of one workload, from what its log has to a confirmed winner."""
+
+    def __init__(self, plan: _Plan, task: Task, log: LogWriter, index: int, end: float | None) -> None:
+        self.plan = plan
+        self.task = task
+        self.log = log
+        self.index = index
+        self.end = end  # of this workload, on the monotonic clock
+        self.trials = _trials(log.records, plan.space)
+        self.measured = 0
+        self.default = Candidate.of_config(task.space.default)
+        self.search: Search | None = None
+
+    def run(self) -> TaskSummary:
+        """Make the trials that are missing, then compare the best."""
+        self._say("start")
+        if self.log.recovered:
+            self._say("note", message=f"{self.log.path}: its last line was cut off in writing and is dropped")
+        if self.trials:
+            self._say("note", message=f"{self.log.path}: continued, {len(self.trials)} trials are known")
+        while not (stopped := self._reason_to_stop()):
+            begun = time.monotonic()
+            before = len(self.trials)
+            search = self._get_search()
+            candidates = search.propose(self._batch_size())
+            if not candidates:
+                stopped = "exhausted"
+                break
+            self._measure(search, candidates)
+            self.plan.spent += time.monotonic() - begun
+            self.plan.measured += len(self.trials) - before
+        if stopped == "exhausted":
+            self._say("note", message=f"the space is exhausted after {len(self.trials)} trials")
+        self.plan.missing[self.index] = 0
+        self._confirm()
+        self._say("done")
+        return self._summary(stopped)
+
+    # ----------------------------------------------------------------------------------------------------- when to stop
+
+    def _reason_to_stop(self) -> str:
+        if len(self.trials) >= self.plan.trials:
+            return "trials"
+        if self.end is not None and self._time_left() <= 0:
+            return "time"
+        if self.plan.early_stop is not None and self._trials_since_improvement() >= self.plan.early_stop:
+            return "early stop"
+        return ""
+
+    def _time_left(self) -> float:
+        """Seconds for further trials: what is left but for the final comparison."""
+        if self.end is None:
+            return math.inf
+        final = self.plan.seconds_per_trial * (self.plan.measurer.options.final + 1)
+        return self.end - time.monotonic() - final
+
+    def _batch_size(self) -> int:
+        affordable = self._time_left() / self.plan.seconds_per_trial
+        return max(1, int(min(self.plan.batch, self.plan.trials - len(self.trials), affordable)))
+
+    def _trials_since_improvement(self) -> int:
+        best, since = math.inf, 0
+        for record in self.trials:
+            since += 1
+            if record.seconds is not None and record.seconds < best * (1 - _IMPROVEMENT):
+                best, since = record.seconds, 0
+        return since
+
+    # ---------------------------------------------------------------------------------------------------------- trials
+
+    def _get_search(self) -> Search:
+        """The search, made when it turns out to be needed: it has to replay what the log knows."""
+        if self.search is None:
+            plan, threads = self.plan, self.plan.measurer.options.builders
+            # Another seed in each run, so that a continued search does not propose what the first one has.
+            seed = zlib.crc32(f"{plan.seed} {self.task.identity.key} {len(self.log.records)}".encode())
+            if plan.space == "ours":
+                self.search = ConfigSearch(
+                    self.task, lambda candidates: plan.measurer.features(self.task, candidates), threads, seed
+                )
+            else:
+                self.search = MetaScheduleSearch(self.task, threads, seed, plan.batch)
+            try:
+                self.search.resume(self.trials)
+            except ValueError as error:
+                raise LogError(f"{self.log.path}: cannot be continued: {error}") from None
+        return self.search
+
+    def _measure(self, search: Search, candidates: Sequence[Candidate]) -> None:
+        """Build all candidates, then run them in the order in which they were proposed."""
+        libraries: dict[str, Path] = {}
+        results: dict[str, Result] = {}
+        for candidate, library, failure in self.plan.measurer.build(self.task, candidates):
+            if library is not None:
+                libraries[candidate.id] = library
+            elif failure is not None:
+                results[candidate.id] = failure
+                self._log_trial(candidate, failure)
+            done = len(libraries) + len(results)
+            self._say("build", message=f"built {done} of {len(candidates)}")
+            if self.end is not None and self._time_left() <= 0:
+                break
+        for candidate in candidates:
+            if candidate.id not in libraries:
+                continue
+            if self.end is not None and self._time_left() <= 0:
+                break
+            result = self.plan.measurer.run(self.task, libraries[candidate.id], self._best_seconds())
+            self.plan.measurer.discard(libraries.pop(candidate.id))
+            results[candidate.id] = result
+            self._log_trial(candidate, result)
+        for library in libraries.values():
+            self.plan.measurer.discard(library)
+        tried = [candidate for candidate in candidates if candidate.id in results]
+        complaint = search.complaint
+        search.learn(tried, [results[candidate.id] for candidate in tried])
+        if search.complaint != complaint:
+            self._say("note", message=search.complaint)
+
+    def _log_trial(self, candidate: Candidate, result: Result) -> None:
+        if candidate.id == self.default.id and result.status in ("build", "run"):
+            # The schedule that runs untuned: if even that does not, the machine cannot build or load at all.
+            raise TuningError(f"{self.task.identity.key}: its default schedule fails {result.message}")
+        record = _record("trial", candidate, result)
+        self.log.append(record)
+        self.trials.append(record)
+        self.measured += 1
+        self.plan.missing[self.index] = max(0, self.plan.trials - len(self.trials))
+        self._say("trial", status=result.status, seconds=result.seconds, message=result.message)
+
+    # -------------------------------------------------------------------------------------------- the final comparison
+
+    def _confirm(self) -> None:
+        """Check the fastest trials on other inputs and measure them and the default in turns; log who wins."""
+        kinds = [record.kind for record in reversed(self.log.records)]
+        if "trial" not in kinds or ("winner" in kinds and kinds.index("winner") < kinds.index("trial")):
+            return
+        while entries := self._finalists():
+            results = self._compare(entries)
+            for name, candidate in entries.items():
+                if results[name].status != "ok":
+                    self.log.append(_record("rejected", candidate, results[name]))
+                    self._say("note", message=f"{candidate.id} is rejected: {results[name].message}")
+            self.trials = _trials(self.log.records, self.plan.space)
+            good = {name: result.seconds for name, result in results.items() if result.seconds is not None}
+            if good:
+                winner = min(good, key=lambda name: good[name])
+                default = good.get(_name(self.default))
+                self.log.append(replace(_record("winner", entries[winner], results[winner]), default_seconds=default))
+                return
+
+    def _finalists(self) -> dict[str, Candidate]:
+        """The fastest trials that were not rejected, of all spaces, and the default if it ran."""
+        good = [r for space in SPACES for r in _trials(self.log.records, space) if r.seconds is not None]
+        good.sort(key=lambda record: record.seconds or math.inf)
+        count = self.plan.measurer.options.final
+        chosen = [r for i, r in enumerate(good) if i < count or r.id == self.default.id]
+        return {_name(candidate): candidate for candidate in map(Candidate.of_record, chosen)}
+
+    def _compare(self, entries: dict[str, Candidate]) -> dict[str, Result]:
+        libraries: dict[str, Path] = {}
+        results: dict[str, Result] = {}
+        for candidate, library, failure in self.plan.measurer.build(self.task, list(entries.values())):
+            if library is not None:
+                libraries[_name(candidate)] = library
+            elif failure is not None:
+                results[_name(candidate)] = failure
+
+        def round_made(done: int, rounds: int) -> None:
+            self._say("compare", message=f"compared {done} of {rounds}")
+
+        # Inputs that no trial has seen; trials use seed 0.
+        seed = len(self.log.records)
+        results.update(self.plan.measurer.compare(self.task, libraries, seed, round_made))
+        for library in libraries.values():
+            self.plan.measurer.discard(library)
+        return results
+
+    # -------------------------------------------------------------------------------------------------------- reporting
+
+    def _best_seconds(self) -> float | None:
+        return min((record.seconds for record in self.trials if record.seconds is not None), default=None)
+
+    def _default_seconds(self) -> float | None:
+        return next((r.seconds for r in self.log.records if r.kind == "trial" and r.id == self.default.id), None)
+
+    def _say(self, kind: str, status: str = "", seconds: float | None = None, message: str = "") -> None:
+        plan = self.plan
+        left = sum(plan.missing) * plan.seconds_per_trial
+        self.plan.progress(
+            Event(
+                *(kind, self.task.identity.key, self.index + 1, len(plan.missing), len(self.trials), plan.trials),
+                *(status, seconds, self._best_seconds(), self._default_seconds()),
+                left=left if plan.end is None else max(0.0, min(left, plan.end - time.monotonic())),
+                message=message,
+            )
+        )
+
+    def _summary(self, stopped: str) -> TaskSummary:
+        best = best_record(self.log.records)
+        return TaskSummary(
+            workload=self.task.identity.key,
+            log=str(self.log.path),
+            measured=self.measured,
+            trials=len(self.trials),
+            failed=sum(record.status != "ok" for record in self.trials),
+            stopped=stopped,
+            space=best.space if best else None,
+            config=best.config if best else None,
+            seconds=best.seconds if best else None,
+            default_seconds=best.default_seconds if best else None,
+            confirmed=best.confirmed if best else False,
+        )
+
+
+def _name(candidate: Candidate) -> str:
+    """Tells candidates of all spaces apart."""
+    return f"{candidate.space} {candidate.id}"
+
+
+def _record(kind: str, candidate: Candidate, result: Result) -> Record:
+    return Record(
+        *(kind, candidate.space, candidate.id, result.status, candidate.config, candidate.trace),
+        *(result.seconds, result.runs, result.error, result.message),
+    )

@@ -1,0 +1,409 @@
+"""Proposes which candidates to measure next."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .log import Record, config_id, fits_space
+from .measure import Result
+from .task import Candidate, Config, Space, Task, TuningError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Finds what the cost model sees of candidates; see :meth:`gf_tvm.tuning.measure.Measurer.features`.
+Features = Callable[[Sequence[Candidate]], "list[np.ndarray | None]"]
+
+#: Trials before the cost model is asked.
+WARM_UP = 16
+#: Part of each batch that is drawn at random, whatever the model says.
+EPSILON = 0.1
+# Candidates that are ranked for a batch.
+_POPULATION = 96
+# The fastest trials, whose configurations are varied.
+_PARENTS = 8
+# Trials of earlier runs that the cost model is fitted to again; each costs a schedule and its features.
+_REPLAYED = 256
+# Larger spaces are not enumerated to find out whether anything is left.
+_ENUMERABLE = 1 << 15
+_DRAWS = 400
+# Length of MetaSchedule's per-store features with its default settings.
+_FEATURES = 164
+# No limit on the trials of MetaSchedule's search, which the loop counts itself.
+_MANY = 1 << 30
+# Rounds without anything new after which MetaSchedule's space counts as exhausted.
+_EMPTY_ROUNDS = 5
+
+
+class Search(ABC):
+    """Proposes candidates, never one twice, and learns from what became of them."""
+
+    #: Why the cost model is not in use, one line; empty if it is.
+    complaint = ""
+
+    @abstractmethod
+    def resume(self, records: Sequence[Record]) -> None:
+        """Learn from the trials of earlier runs. Raises ValueError for one that this search cannot have made."""
+
+    @abstractmethod
+    def propose(self, count: int) -> list[Candidate]:
+        """Up to ``count`` new candidates; none if the space is exhausted."""
+
+    @abstractmethod
+    def learn(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        """Learn from measured candidates."""
+
+
+class CostModel:
+    """MetaSchedule's XGBoost model of how fast a candidate is, for candidates whose features are made elsewhere.
+
+    MetaSchedule's extractor would schedule every candidate in this process; here workers do that, on all cores and
+    where a crash does no harm. Its features describe the loop nest of every store; the configuration's values are added
+    as further columns, for choices that leave no trace in a loop nest.
+    """
+
+    def __init__(self, task: Task, threads: int, seed: int) -> None:
+        try:
+            import tvm.s_tir.meta_schedule as ms
+            import xgboost  # noqa: F401  (MetaSchedule imports it when it is too late to say anything)
+            from tvm.ir.utils import derived_object
+        except ImportError as error:
+            raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+        import tvm
+
+        rows: dict[int, np.ndarray] = {}
+
+        @derived_object
+        class Known(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[misc, name-defined]
+            def extract_from(self, context: Any, candidates: Any) -> list[Any]:
+                return [tvm.runtime.tensor(rows[hash(candidate)]) for candidate in candidates]
+
+        self._rows = rows
+        self._ms = ms
+        self._schedule = tvm.s_tir.Schedule(task.module())
+        self._context = ms.TuneContext(task.module(), target=task.target(), num_threads=1)
+        config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
+        self._model = ms.cost_model.XGBModel(
+            extractor=Known(), config=config, num_warmup_samples=1, num_tuning_cores=threads, verbose_eval=0
+        )
+
+    def update(self, rows: Sequence[np.ndarray], results: Sequence[Result]) -> None:
+        """Fit to further trials; ``rows`` are their features."""
+        outcomes = [_runner_result(self._ms, result) for result in results]
+        self._model.update(self._context, self._stand_ins(rows), outcomes)
+
+    def predict(self, rows: Sequence[np.ndarray]) -> list[float]:
+        """The higher, the faster."""
+        return [float(score) for score in self._model.predict(self._context, self._stand_ins(rows))]
+
+    def _stand_ins(self, rows: Sequence[np.ndarray]) -> list[Any]:
+        """Objects that the model takes for candidates, and its extractor knows again."""
+        self._rows.clear()
+        candidates = [self._ms.MeasureCandidate(self._schedule, []) for _ in rows]
+        self._rows.update((hash(candidate), row) for candidate, row in zip(candidates, rows, strict=True))
+        return candidates
+
+
+class ConfigSearch(Search):
+    """Searches a space of ours: mutations and crossings of the fastest configurations, and random ones.
+
+    Args:
+        task: what to tune.
+        features: of candidates, for the cost model; None does without a model.
+        threads: of the cost model.
+        seed: of all random choices.
+    """
+
+    def __init__(self, task: Task, features: Features | None, threads: int = 1, seed: int = 0) -> None:
+        self._space: Space = task.space
+        self._features = features
+        self._rng = random.Random(seed)
+        self._known: set[str] = set()
+        self._times: list[tuple[float, Config]] = []
+        self._trials = 0
+        self._columns: list[np.ndarray] | None = None
+        self._model = CostModel(task, threads, seed) if features is not None else None
+        self._rows: dict[str, np.ndarray] = {}
+
+    def resume(self, records: Sequence[Record]) -> None:
+        """Learn from the trials of earlier runs."""
+        candidates, results = [], []
+        for record in records:
+            if record.config is None or not fits_space(record.config, self._space):
+                raise ValueError(f"configuration {record.id} is not in the space")
+            candidates.append(Candidate.of_record(record))
+            results.append(Result(record.status, record.runs, record.error, record.message))
+        self._note(candidates, results)
+        # The fastest say where to search, the latest what the search has come to.
+        order = sorted(range(len(results)), key=lambda i: results[i].seconds or math.inf)
+        chosen = sorted({*order[: _REPLAYED // 2], *range(max(0, len(results) - _REPLAYED // 2), len(results))})
+        self._fit([candidates[i] for i in chosen], [results[i] for i in chosen])
+
+    def learn(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        """Learn from measured candidates."""
+        self._note(candidates, results)
+        self._fit(candidates, results)
+
+    def _note(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        for candidate, result in zip(candidates, results, strict=True):
+            self._known.add(candidate.id)
+            self._trials += 1
+            if result.status in ("build", "crash", "timeout"):
+                # Scheduling it once more for its features could do the same harm again.
+                self._rows[candidate.id] = self._row(candidate, None)
+            if result.seconds is not None and candidate.config is not None:
+                self._times.append((result.seconds, candidate.config))
+        self._times.sort(key=lambda item: item[0])
+
+    def propose(self, count: int) -> list[Candidate]:
+        """Up to ``count`` new candidates; the default configuration comes before all others."""
+        chosen: dict[str, Candidate] = {}
+        default = Candidate.of_config(self._space.default)
+        if default.id not in self._known:
+            chosen[default.id] = default
+            self._known.add(default.id)
+        population = self._population(max(_POPULATION, 4 * count))
+        random_part = sum(self._rng.random() < EPSILON for _ in range(count))
+        for candidate in itertools.chain(self._ranked(population)[: count - random_part], population):
+            if len(chosen) >= count:
+                break
+            chosen[candidate.id] = candidate
+        self._known.update(chosen)
+        return list(chosen.values())
+
+    # -------------------------------------------------------------------------------------------------- the population
+
+    def _population(self, size: int) -> list[Candidate]:
+        """New candidates in random order: half of them mutations, a quarter crossings, the rest random."""
+        found: dict[str, Candidate] = {}
+        parents = [config for _, config in self._times[:_PARENTS]]
+        for draw in range(4 * size):
+            if len(found) >= size:
+                break
+            kind = draw % 4 if parents else 3
+            if kind < 2:
+                config = self._mutate(self._rng.choice(parents))
+            elif kind == 2:
+                config = self._cross(self._rng.choice(parents), self._rng.choice(parents))
+            else:
+                config = self._space.sample(self._rng)
+            self._add(found, config)
+        draws = 0
+        while not found and draws < _DRAWS:
+            self._add(found, self._space.sample(self._rng))
+            draws += 1
+        if len(found) < size and math.prod(len(values) for values in self._space.knobs.values()) <= _ENUMERABLE:
+            # A small space: what chance has not found is still there to be listed.
+            for config in self._all():
+                if len(found) >= size:
+                    break
+                self._add(found, config)
+        population = list(found.values())
+        self._rng.shuffle(population)
+        return population
+
+    def _add(self, found: dict[str, Candidate], config: Config) -> None:
+        identity = config_id(config)
+        if identity not in self._known and identity not in found and self._space.valid(config):
+            found[identity] = Candidate("ours", identity, config=config)
+
+    def _all(self) -> Iterator[Config]:
+        knobs = self._space.knobs
+        for values in itertools.product(*knobs.values()):
+            yield dict(zip(knobs, values, strict=True))
+
+    def _mutate(self, config: Config) -> Config:
+        """Give one or two knobs another value."""
+        free = [name for name, values in self._space.knobs.items() if len(values) > 1]
+        changed = dict(config)
+        for name in self._rng.sample(free, min(len(free), self._rng.choice((1, 1, 2)))):
+            changed[name] = self._rng.choice([v for v in self._space.knobs[name] if v != config[name]])
+        return changed
+
+    def _cross(self, a: Config, b: Config) -> Config:
+        return {name: self._rng.choice((a, b))[name] for name in a}
+
+    # -------------------------------------------------------------------------------------------------- the cost model
+
+    def _ranked(self, population: list[Candidate]) -> list[Candidate]:
+        """The population, the most promising first; as it is while the model knows too little."""
+        if self._model is None or self._trials < WARM_UP or len(population) < 2:
+            return population
+        try:
+            scores = self._model.predict(self._feature_rows(population))
+        except TuningError:
+            raise
+        except Exception as error:
+            self._give_up(error)
+            return population
+        order = sorted(range(len(population)), key=lambda i: -scores[i])
+        return [population[i] for i in order]
+
+    def _fit(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        if self._model is None or not candidates:
+            return
+        try:
+            self._model.update(self._feature_rows(candidates), results)
+        except TuningError:
+            raise
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        # Tuning without a ranking is slower, not wrong; the caller says so.
+        self._model = None
+        self.complaint = f"the cost model failed and is not used any more: {type(error).__name__}: {error}"
+
+    def _feature_rows(self, candidates: Sequence[Candidate]) -> list[np.ndarray]:
+        """For each candidate float32 (stores, features + knobs)."""
+        assert self._features is not None
+        new = [candidate for candidate in candidates if candidate.id not in self._rows]
+        for candidate, found in zip(new, self._features(new) if new else (), strict=True):
+            self._rows[candidate.id] = self._row(candidate, found)
+        return [self._rows[candidate.id] for candidate in candidates]
+
+    def _row(self, candidate: Candidate, stores: np.ndarray | None) -> np.ndarray:
+        """Per-store features with the knobs' columns; zeros for a candidate that has no features."""
+        import numpy as np
+
+        if stores is None:
+            stores = np.zeros((1, _FEATURES), dtype="float32")
+        knobs = np.array([self._knob_columns(candidate.config or {})] * len(stores), dtype="float32")
+        return np.ascontiguousarray(np.concatenate([stores, knobs], axis=1))
+
+    def _knob_columns(self, config: Config) -> list[float]:
+        """A number for each knob: its value, or the place of its value among all."""
+        columns = []
+        for name, values in self._space.knobs.items():
+            value = config[name]
+            columns.append(float(value) if isinstance(value, int) else float(values.index(value)))
+        return columns
+
+
+class MetaScheduleSearch(Search):
+    """MetaSchedule's own design space and evolutionary search on the same definition, for comparison.
+
+    Its populations and batches are in the proportion of its defaults (512 to 64).
+
+    Args:
+        task: what to tune.
+        threads: of the search.
+        seed: of all random choices.
+        batch: candidates of one round.
+    """
+
+    def __init__(self, task: Task, threads: int = 1, seed: int = 0, batch: int = 16) -> None:
+        try:
+            import tvm
+            import tvm.s_tir.meta_schedule as ms
+            import xgboost  # noqa: F401  (MetaSchedule imports it when it is too late to say anything)
+        except ImportError as error:
+            raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+        self._task = task
+        self._ms = ms
+        target = task.target()
+        if "num-cores" not in target.attrs:  # its rules for CPUs ask for it
+            target = tvm.target.Target({**target.export(), "num-cores": threads})
+        self._target = target
+        module = task.module()
+        self._arguments = ms.arg_info.ArgInfo.from_prim_func(module["main"])
+        self._context = ms.TuneContext(
+            module,
+            target=target,
+            space_generator="post-order-apply",
+            search_strategy=ms.search_strategy.EvolutionarySearch(population_size=8 * batch, init_min_unmeasured=batch),
+            num_threads=threads,
+            rand_state=seed % ((1 << 31) - 1) + 1,
+        )
+        self._database = ms.database.MemoryDatabase()
+        self._workload = self._database.commit_workload(module)
+        config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
+        self._model = ms.cost_model.XGBModel(
+            config=config, num_warmup_samples=WARM_UP, num_tuning_cores=threads, verbose_eval=0
+        )
+        self._context.pre_tuning(_MANY, batch, database=self._database, cost_model=self._model)
+        self._known: set[str] = set()
+        self._pending: dict[str, Any] = {}
+
+    def resume(self, records: Sequence[Record]) -> None:
+        """Learn from the trials of earlier runs."""
+        self._known.update(record.id for record in records)
+        order = sorted(range(len(records)), key=lambda i: records[i].seconds or math.inf)
+        chosen = sorted({*order[: _REPLAYED // 2], *range(max(0, len(records) - _REPLAYED // 2), len(records))})
+        candidates, results = [], []
+        for record in (records[i] for i in chosen):
+            try:
+                schedule = self._task.schedule(Candidate.of_record(record))
+            except Exception as error:
+                raise ValueError(f"trace {record.id} cannot be replayed: {type(error).__name__}") from None
+            if self._hash(schedule) != record.id:
+                raise ValueError(f"trace {record.id} gives another schedule")
+            candidates.append(self._ms.MeasureCandidate(schedule, self._arguments))
+            results.append(Result(record.status, record.runs, record.error, record.message))
+        self._feed(candidates, results)
+
+    def propose(self, count: int) -> list[Candidate]:
+        """Up to ``count`` new candidates."""
+        chosen: dict[str, Candidate] = {}
+        for _ in range(_EMPTY_ROUNDS):
+            proposed = self._context.generate_measure_candidates()
+            if proposed is None:
+                break
+            for measured in proposed:
+                identity = self._hash(measured.sch)
+                if identity in self._known or len(chosen) == count:
+                    continue
+                self._known.add(identity)
+                self._pending[identity] = measured
+                chosen[identity] = Candidate("metaschedule", identity, trace=_plain(measured.sch.trace.as_json()))
+            if chosen:
+                break
+        return list(chosen.values())
+
+    def learn(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        """Learn from measured candidates."""
+        measured = [self._pending.pop(candidate.id) for candidate in candidates]
+        outcomes = self._feed(measured, results)
+        if measured:
+            self._context.notify_runner_results(measured, outcomes)
+
+    def _feed(self, measured: list[Any], results: Sequence[Result]) -> list[Any]:
+        outcomes = [_runner_result(self._ms, result) for result in results]
+        if measured:
+            self._model.update(self._context, measured, outcomes)
+        for candidate, result in zip(measured, results, strict=True):
+            if result.status == "ok":
+                self._database.commit_tuning_record(
+                    self._ms.database.TuningRecord(
+                        candidate.sch.trace, self._workload, list(result.runs), self._target, self._arguments
+                    )
+                )
+        return outcomes
+
+    def _hash(self, schedule: Any) -> str:
+        return str(self._ms.utils.shash2hex(schedule.mod))
+
+
+def _runner_result(ms: Any, result: Result) -> Any:
+    """MetaSchedule's form of a result."""
+    if result.status == "ok":
+        return ms.runner.RunnerResult(list(result.runs), None)
+    return ms.runner.RunnerResult(None, result.status)
+
+
+def _plain(value: Any) -> Any:
+    """A trace's JSON form, which holds TVM's objects, as plain Python values."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return _plain(value.value)  # IntImm, FloatImm

@@ -1,0 +1,238 @@
+"""What is tuned: everything that the search and the measurement need to know about one workload."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import GfTvmError
+from .log import Identity, Record, config_id, identity_of
+
+if TYPE_CHECKING:
+    import random
+
+    import torch
+
+    from ..workload import Workload
+
+Config = dict[str, int | str]
+
+
+class TuningError(GfTvmError):
+    """Tuning cannot start or go on: a bad option, a broken tool chain, a machine without room."""
+
+
+class Space(Protocol):
+    """A space of schedules, as :func:`gf_tvm.schedules.get_space` gives it."""
+
+    @property
+    def knobs(self) -> Mapping[str, tuple[int | str, ...]]:
+        """The values that each knob can take."""
+
+    @property
+    def default(self) -> Config:
+        """The configuration that runs without tuning."""
+
+    def valid(self, config: Config) -> bool:
+        """Whether the knobs' values go together."""
+
+    def schedule(self, config: Config) -> Any:
+        """The finished schedule (tvm.s_tir.Schedule) of a configuration."""
+
+    def sample(self, rng: random.Random) -> Config:
+        """A random valid configuration."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One schedule to measure: a configuration of a space of ours, or a MetaSchedule trace as plain JSON values."""
+
+    space: str
+    id: str
+    config: Config | None = None
+    trace: Any = None
+
+    @classmethod
+    def of_config(cls, config: Config) -> Candidate:
+        """The candidate of a configuration."""
+        return cls("ours", config_id(config), config=dict(config))
+
+    @classmethod
+    def of_record(cls, record: Record) -> Candidate:
+        """The candidate that a record is about."""
+        return cls(record.space, record.id, record.config, record.trace)
+
+
+class Task(ABC):
+    """One workload on one device. Pickled into worker processes, so it holds names and builds the rest on demand."""
+
+    #: Largest relative error against the reference at which a result counts as right.
+    tolerance: float
+
+    @property
+    @abstractmethod
+    def identity(self) -> Identity:
+        """What the task's log belongs to."""
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """The space to search."""
+
+    @abstractmethod
+    def module(self) -> Any:
+        """The unscheduled IRModule with one PrimFunc "main"."""
+
+    @abstractmethod
+    def export(self, schedule: Any, path: Path) -> None:
+        """Compile a schedule into a shared library. Raises whatever the compiler raises."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Callable[..., None]:
+        """Load an exported library; the result takes inputs, then outputs, as contiguous CPU tensors."""
+
+    @abstractmethod
+    def inputs(self, seed: int) -> list[torch.Tensor]:
+        """Random inputs; equal for equal seeds."""
+
+    @abstractmethod
+    def output_specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each output."""
+
+    @abstractmethod
+    def expected(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The reference's outputs, in float64."""
+
+    @abstractmethod
+    def error(self, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+        """Largest relative error of ``outputs``; infinite if one of them holds NaN."""
+
+    def poison(self, outputs: list[torch.Tensor]) -> None:
+        """Fill the outputs with what must not remain in a right result: NaN."""
+        for output in outputs:
+            output.fill_(float("nan"))
+
+    def target(self) -> Any:
+        """The tvm.target.Target of the device."""
+        import tvm
+
+        text = self.identity.target
+        return tvm.target.Target(json.loads(text) if text.startswith("{") else text)
+
+    def schedule(self, candidate: Candidate) -> Any:
+        """The finished schedule (tvm.s_tir.Schedule) of a candidate."""
+        if candidate.config is not None:
+            return self.space.schedule(dict(candidate.config))
+        from tvm.s_tir import Schedule, Trace
+
+        schedule = Schedule(self.module())
+        Trace.apply_json_to_schedule(candidate.trace, schedule)
+        return schedule
+
+
+class WorkloadTask(Task):
+    """A :class:`~gf_tvm.workload.Workload` with the spaces, kernels and references of this package.
+
+    Args:
+        workload: what to tune.
+        device: name of a device profile.
+    """
+
+    def __init__(self, workload: Workload, device: str) -> None:
+        self.workload = workload
+        self.device = device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.workload, self.device)
+
+    @cached_property
+    def profile(self) -> Any:
+        """The device profile."""
+        from ..devices import get_profile
+
+        return get_profile(self.device)
+
+    @property
+    def tolerance(self) -> float:  # type: ignore[override]
+        """See :func:`gf_tvm.compile.tolerance`."""
+        from ..compile import tolerance
+
+        return tolerance(self.workload)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the task's log belongs to."""
+        return identity_of(self.workload, self.profile)
+
+    @cached_property
+    def space(self) -> Space:
+        """The space to search."""
+        from ..schedules import get_space
+
+        return get_space(self.workload, self.profile)
+
+    def module(self) -> Any:
+        """The unscheduled IRModule."""
+        from ..kernels import definition
+
+        return definition(self.workload)
+
+    def export(self, schedule: Any, path: Path) -> None:
+        """Compile a schedule for the device."""
+        from ..compile import compile_module, export
+
+        export([compile_module(schedule, self.profile)], path, self.profile)
+
+    def load(self, path: Path) -> Callable[..., None]:
+        """Load an exported library."""
+        import tvm
+
+        return tvm.runtime.load_module(str(path))["main"]
+
+    def inputs(self, seed: int) -> list[torch.Tensor]:
+        """Random inputs."""
+        from ..compile import random_inputs
+
+        return random_inputs(self.workload, seed)
+
+    def output_specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each output."""
+        import torch
+
+        from ..compile import argument_specs
+
+        specs = argument_specs(self.workload)
+        return [(tuple(shape), getattr(torch, dtype)) for _, shape, dtype, is_output in specs if is_output]
+
+    def expected(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The reference's outputs."""
+        from ..compile import run_reference
+
+        return run_reference(self.workload, inputs)
+
+    def error(self, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+        """Largest relative error."""
+        from ..compile import check_outputs
+
+        return check_outputs(self.workload, outputs, expected)
+
+    def poison(self, outputs: list[torch.Tensor]) -> None:
+        """NaN everywhere, but zero where the caller has to write zeros: the rows of grad_x that no patch covers."""
+        from ..compile import argument_specs
+
+        geometry = self.workload.geometry
+        names = [name for name, _, _, is_output in argument_specs(self.workload) if is_output]
+        for name, output in zip(names, outputs, strict=True):
+            if name == "grad_x" and not geometry.covers_input:
+                rows, cols = (
+                    slice(max(-axis.in_offset, 0), max(axis.patches * axis.window - axis.in_offset, 0))
+                    for axis in (geometry.rows, geometry.cols)
+                )
+                output.zero_()
+                output = output[:, :, rows, cols]
+            output.fill_(float("nan"))

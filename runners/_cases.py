@@ -1,0 +1,50 @@
+"""The options that say which convolutions a command works on; shared by tune, build and compare."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..shapes import Case
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device, --shapes or --model with --input and --last, --patch and --cases."""
+    parser.add_argument(
+        "--device", default="host", metavar="D", help="device profile (default: host; see gf-tvm devices)"
+    )
+    source = parser.add_argument_group("convolutions")
+    either = source.add_mutually_exclusive_group(required=True)
+    either.add_argument(
+        "--shapes", metavar="paper|FILE", help="the paper's seven cases, or a JSON file of the form of paper_cases.json"
+    )
+    either.add_argument("--model", metavar="M", help="mobilenetv2, resnet18 or package.module:factory")
+    source.add_argument("--input", metavar="NxCxHxW", help="with --model: a training batch's shape, as 8x3x32x32")
+    source.add_argument("--last", type=int, metavar="K", help="with --model: its last K convolutions")
+    source.add_argument(
+        "--patch", metavar="R,...", help="patches, as 2,4 or 2x1,4 (default: those of the shapes; with --model: 2,4)"
+    )
+    source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
+
+
+def cases_from(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options of :func:`add_case_arguments` name. Raises GeometryError and ModelError."""
+    from ..errors import GeometryError, ModelError
+    from ..shapes import load_cases, model_cases, paper_cases, parse_input, parse_patches, pick_cases
+
+    patches = None if args.patch is None else parse_patches(args.patch)
+    if args.model is not None:
+        if args.input is None or args.last is None:
+            raise ModelError("--model needs --input NxCxHxW and --last K")
+        from ..models import build_model
+
+        shape = parse_input(args.input)
+        # The number of classes does not matter here: no convolution depends on it.
+        model = build_model(args.model, num_classes=10, in_channels=shape[1], image_size=min(shape[2:]))
+        cases = model_cases(model, shape, last=args.last, patches=patches or [2, 4])
+    else:
+        if args.input is not None or args.last is not None:
+            raise GeometryError("--input and --last belong to --model, not to --shapes")
+        cases = paper_cases(patches) if args.shapes == "paper" else load_cases(args.shapes, patches)
+    return cases if args.cases is None else pick_cases(cases, args.cases)

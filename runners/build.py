@@ -1,0 +1,112 @@
+"""gf-tvm build: compile the logs' winners into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._cases import add_case_arguments, cases_from
+from ._output import OutputError, Progress, check_writable, format_table, write_json
+
+if TYPE_CHECKING:
+    from ..bundle import BuildReport, BuiltKernel
+    from ..devices import DeviceProfile
+    from ..workload import Workload
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "build",
+        help="compile tuned kernels into a bundle",
+        description="Compile the kernels of some convolutions into a bundle, with the best schedules of the tuning "
+        "logs, or the default ones where no log has any.",
+    )
+    add_case_arguments(parser)
+    add_logs_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was built as JSON")
+    parser.set_defaults(run=run)
+
+
+def add_logs_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --logs."""
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of tuning logs, searched before those that come with gf_tvm; may be given more than once",
+    )
+
+
+def check_logs(logs: list[Path]) -> None:
+    """Raise LogError for a folder that does not exist: a mistyped name would silently give default schedules."""
+    from ..errors import LogError
+
+    for folder in logs:
+        if not folder.is_dir():
+            raise LogError(f"there is no folder of tuning logs {str(folder)!r}")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..devices import get_profile
+    from ..shapes import workloads_of
+
+    for path in (args.out, args.json):
+        if path is not None:
+            check_writable(path)
+    if args.out.exists() and not args.out.is_file():  # a bundle is renamed into place, which would replace a device
+        raise OutputError(f"cannot write '{args.out}': not a regular file")
+    check_logs(args.logs)
+    profile = get_profile(args.device)
+    report = build_with_progress(workloads_of(cases_from(args)), profile, args.logs, args.out)
+    rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
+    print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
+    print_reasons(report)
+    counts = Counter(kernel.schedule for kernel in report.kernels)
+    summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
+    size = report.path.stat().st_size
+    print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}), {size / 1e3:.0f} kB")
+    if args.json is not None:
+        write_json(args.json, _document(report, profile, size))
+    return 0
+
+
+def build_with_progress(workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path) -> BuildReport:
+    """:func:`gf_tvm.build`, with a progress bar."""
+    from ..bundle import build
+
+    with Progress(len(workloads), "building", unit="kernel") as progress:
+
+        def update(done: int, of: int, kernel: BuiltKernel) -> None:
+            progress.update(done, f"{kernel.schedule} {kernel.workload.kernel}")
+
+        return build(workloads, profile, logs, out, update)
+
+
+def print_reasons(report: BuildReport) -> None:
+    """Say once each why kernels have default schedules."""
+    for reason, count in Counter(kernel.reason for kernel in report.kernels if kernel.reason).items():
+        print(f"{count} with default schedules: {reason}")
+
+
+def _document(report: BuildReport, profile: DeviceProfile, size: int) -> dict[str, Any]:
+    return {
+        "bundle": report.path,
+        "device": profile.name,
+        "bytes": size,
+        "kernels": [
+            {
+                "key": kernel.workload.key,
+                "workload": kernel.workload.to_dict(),
+                "schedule": kernel.schedule,
+                "config": kernel.config,
+                "log": kernel.log,
+                "reason": kernel.reason or None,
+            }
+            for kernel in report.kernels
+        ],
+    }

@@ -1,0 +1,107 @@
+"""The command ``gf-tvm``: finds the command's module, and turns what goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import GfTvmError
+
+#: One module of this package each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``.
+#: Importing one must stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
+COMMANDS = ("devices", "tune", "build", "train", "compare")
+
+#: A mistake of the user, or a file that cannot be read or written.
+EXIT_ERROR = 2
+#: What a shell reports for a program ended by Ctrl-C, and for one whose reader went away.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front, and takes options only by their full names."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Parser(
+        prog="gf-tvm",
+        description="Gradient filtering for training CNNs on the device: tunes, builds, uses and measures backward "
+        "kernels of convolutions.",
+    )
+    parser.add_argument("--version", action="version", version=f"gf-tvm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        if importlib.util.find_spec(f".{name}", __package__) is None:  # DEVELOPMENT ONLY: until every command exists
+            continue
+        importlib.import_module(f".{name}", __package__).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = _format_warning
+    try:
+        code = _run(argv)
+        sys.stdout.flush()  # here, where a full disk or a reader that went away can still be reported
+        return code
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("gf-tvm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except GfTvmError as error:
+        return _fail(str(error))
+    except OSError as error:
+        _discard_stdout()
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse's way to end after --help, --version and its errors
+        return stop.code if isinstance(stop.code, int) else 0
+    code: int = args.run(args)
+    return code
+
+
+def _fail(message: str) -> int:
+    print(f"gf-tvm: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _format_warning(message: Warning | str, *_: object) -> str:
+    return f"gf-tvm: warning: {message}\n"
+
+
+def _discard_stdout() -> None:
+    """Send to nowhere what standard output still holds, if it cannot take it: Python would complain at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

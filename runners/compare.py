@@ -1,0 +1,137 @@
+"""gf-tvm compare: measure the filtered backward pass against the exact one."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._cases import add_case_arguments, cases_from
+from ._output import Progress, check_writable, format_table, write_json
+from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
+
+if TYPE_CHECKING:
+    from ..comparison import Comparison
+    from ..library import Library
+    from ..shapes import Case
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="measure against the exact backward pass",
+        description="Measure the filtered backward pass of convolutions on this machine against the framework's exact "
+        "one and against gradient filtering with plain PyTorch operators. Results are checked before they are timed.",
+    )
+    add_case_arguments(parser)
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE.gfb", help="the bundle to measure (default: build one from the logs)"
+    )
+    add_logs_argument(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="timing of each convolution (default: 5), but 5 calls"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (png, svg or pdf)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..comparison import check_request, compare
+
+    for path in (args.json, args.plot):
+        if path is not None:
+            check_writable(path)
+    if args.plot is not None:
+        from ..plot import check_plot
+
+        check_plot(args.plot)
+    check_logs(args.logs)
+    cases = cases_from(args)
+    profile = check_request(cases, args.device, args.threads, seconds=args.seconds)
+    library = _library(args, cases, profile)
+    parts = 1000
+    with Progress(parts, "comparing", unit="part") as progress:
+
+        def update(done: float, of: float, what: str) -> None:
+            progress.update(int(parts * done / of), what)
+
+        result = compare(cases, library, profile.name, args.threads, seconds=args.seconds, progress=update)
+    _print(result)
+    if args.json is not None:
+        write_json(args.json, result.to_dict())
+    if args.plot is not None:
+        from ..plot import plot
+
+        plot(result, args.plot)
+    return 0
+
+
+def _library(args: argparse.Namespace, cases: Sequence[Case], profile: Any) -> Library:
+    """The bundle that was named, or one that is built from the logs and forgotten after this run."""
+    from ..library import load
+    from ..shapes import workloads_of
+
+    if args.library is not None:
+        return load(args.library)
+    # Without the workloads that training calls in a model's first trained layer: they are not compared.
+    workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
+    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
+        report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb")
+        print_reasons(report)
+        return load(report.path)  # its code stays mapped when the file is gone
+
+
+def _print(result: Comparison) -> None:
+    from ..shapes import format_patch
+
+    first = result.rows[0]
+    print(
+        f"{result.machine['cpu']}, threads: {result.threads}, copying: {result.bandwidth_gbs:.1f} GB/s, "
+        f"sgemm: {result.peak_gflops:.0f} GFLOP/s"
+    )
+    print(
+        f"Backward pass, medians in ms: exact ({first.baseline}), filtered with plain PyTorch operators, filtered by "
+        "gf_tvm; limit: what this bandwidth and this sgemm allow."
+    )
+    headers = (
+        *("case", "patch", "exact", "plain", "gf_tvm", "limit", "exact /\ngf_tvm", "plain /\ngf_tvm"),
+        *("limit /\ngf_tvm", "x kept\nMB", "x~ kept\nMB", "schedule", "error"),
+    )
+    rows = [
+        (
+            row.name if row.dtype == "float32" else f"{row.name} {row.dtype}",
+            format_patch(row.patch),
+            *(_digits(ms) for ms in (row.baseline_ms, row.reference_ms, row.gf_tvm_ms, row.roofline_ms)),
+            f"{row.speedup:.1f}",
+            f"{row.speedup_reference:.2f}",
+            f"{row.limit_fraction:.0%}",
+            _digits(row.saved_bytes_baseline / 1e6),
+            _digits(row.saved_bytes_gf_tvm / 1e6),
+            row.schedule,
+            f"{row.max_rel_error:.0e}",
+        )
+        for row in result.rows
+    ]
+    print(format_table(headers, rows))
+    for mean in result.to_dict()["geometric_means"]:
+        print(
+            f"geometric mean of {mean['rows']} {format_patch(mean['patch'])} rows: {mean['speedup']:.1f} times as fast "
+            f"as exact, {mean['speedup_reference']:.2f} times as fast as plain operators, "
+            f"{mean['limit_fraction']:.0%} of the limit"
+        )
+    missing = sum(row.schedule == "torch" for row in result.rows)
+    if missing:
+        print(f"{missing} of {len(result.rows)} rows ran plain PyTorch operators: the bundle lacks their kernels")
+
+    other_cores = result.conditions["other_cores"]
+    if other_cores is not None and other_cores > 0.1:
+        print(f"Doubtful: other programs kept {other_cores:.1f} cores busy meanwhile; measure on an idle machine")
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent for large numbers."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

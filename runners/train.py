@@ -1,0 +1,215 @@
+"""gf-tvm train: fine-tune the last convolutions of a network with the exact and the filtered backward pass."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GeometryError
+from ..geometry import Pair
+from ..shapes import parse_patches
+from ..training.config import SCHEDULES, TrainConfig
+from ._output import Progress, check_writable, format_table, write_json
+
+if TYPE_CHECKING:
+    from ..training.results import EpochRow, Event, TrainResult
+
+_DESCRIPTION = """\
+Pretrains a network on one part of a data set and fine-tunes it on another part with other class frequencies. Only the
+last K convolutions and the classifier are fine-tuned; batch-norm statistics are frozen. Every patch is a run of its own
+from the same pretrained weights. The batch size is fixed, a last batch that is not full is left out: kernels are
+compiled for one batch size."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of the command line."""
+    parser = subparsers.add_parser(
+        "train", help="fine-tune a network with filtered gradients", description=_DESCRIPTION
+    )
+    default = {field.name: field.default for field in fields(TrainConfig)}
+
+    def option(group: Any, flag: str, kind: Any, metavar: str, text: str) -> None:
+        value = default[flag[2:].replace("-", "_")]
+        group.add_argument(flag, type=kind, default=value, metavar=metavar, help=f"{text} (default: {value})")
+
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="mobilenetv2, resnet18, one of these with a width in percent (resnet18_025), or package.module:factory",
+    )
+    option(parser, "--data", str, "DATA", "digits, a folder of class folders of images, or an .npz with x and y")
+    parser.add_argument(
+        "--patch",
+        default="exact,2,4",
+        metavar="R,...",
+        help="the runs: exact for the exact backward pass, or a patch as 2 or 2x1 (default: exact,2,4)",
+    )
+    option(parser, "--last", int, "K", "fine-tune the last K convolutions")
+    parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
+    option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
+    protocol = parser.add_argument_group("protocol")
+    option(protocol, "--epochs", int, "N", "fine-tuning epochs")
+    option(protocol, "--pretrain-epochs", int, "N", "pretraining epochs; 0 keeps the weights that the model comes with")
+    option(protocol, "--batch", int, "N", "images in a step")
+    option(protocol, "--lr", float, "X", "learning rate of fine-tuning")
+    option(protocol, "--pretrain-lr", float, "X", "learning rate of pretraining")
+    option(protocol, "--momentum", float, "X", "momentum of SGD")
+    option(protocol, "--weight-decay", float, "X", "weight decay of SGD")
+    protocol.add_argument(
+        "--schedule", default=default["schedule"], choices=SCHEDULES, help="of the learning rate (default: %(default)s)"
+    )
+    protocol.add_argument(
+        "--clip", type=float, default=default["clip"], metavar="X",
+        help="clip the norm of all gradients together; 0 for no clipping (default: %(default)s)",
+    )  # fmt: skip
+    protocol.add_argument("--flip", action="store_true", help="mirror training images at random")
+    option(protocol, "--shift", int, "PIXELS", "move training images at random by up to that many pixels")
+    protocol.add_argument(
+        "--train-bn-affine",
+        action="store_true",
+        help="also fine-tune scale and shift of the batch norms after the first fine-tuned convolution",
+    )
+    option(protocol, "--seed", int, "N", "of the split, the weights and the order of the images")
+    option(protocol, "--skew", float, "X", "share of a class's images in its main part, 0.5 (even) to 1")
+    option(protocol, "--test-fraction", float, "X", "share of the images that are only tested on")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="keep pretrained weights (used again by later runs) and, after every epoch, each run's state there",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the runs in --checkpoint instead of starting over"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the parsed arguments say. Returns the exit code; raises GfTvmError for a user's mistake."""
+    from ..library import load
+    from ..machine import torch_threads
+    from ..training.results import SCHEMA
+    from ..training.trainer import train_variants
+
+    values = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
+    values["clip"] = args.clip or None
+    patches = _patches(args.patch)
+    config = TrainConfig(**{**values, "patch": None})
+    if args.json is not None:
+        check_writable(args.json)
+    library = None if args.library is None else load(args.library)
+    with _Lines() as lines, torch_threads(args.threads):
+        results = train_variants(
+            config,
+            patches,
+            library=library,
+            checkpoint=args.checkpoint,
+            resume=args.resume,
+            callback=lines,
+        )
+    _print_summary(results)
+    if args.json is not None:
+        write_json(args.json, {"schema": SCHEMA, "runs": [result.to_dict() for result in results]})
+    return 0
+
+
+def _patches(text: str) -> list[Pair | None]:
+    """``"exact,2,2x1"`` -> [None, (2, 2), (2, 1)], each once. Raises GeometryError."""
+    patches: list[Pair | None] = []
+    for part in text.split(","):
+        if part.strip().lower() == "exact":
+            patches.append(None)
+            continue
+        try:
+            patches += parse_patches(part)
+        except GeometryError as error:
+            if "written as" not in str(error):
+                raise
+            raise GeometryError(f"patches are written as exact,2,4 or 2x1 (height x width), got {text!r}") from None
+    return list(dict.fromkeys(patches))
+
+
+class _Lines:
+    """Shows events: a progress bar per phase and run, and a line per epoch."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._shown: tuple[str, str] | None = None
+
+    def __call__(self, event: Event) -> None:
+        done = (event.epoch - 1) * event.steps + event.step
+        if self._shown != (event.phase, event.variant):
+            self.close()
+            label = "pretraining" if event.phase == "pretrain" else f"fine-tuning {event.variant}"
+            self._progress = Progress(event.epochs * event.steps, label, initial=done)
+            self._shown = (event.phase, event.variant)
+        assert self._progress is not None
+        if event.row is not None:
+            self._progress.write(_epoch_line(event, event.row))
+        elif done > self._progress.done:
+            self._progress.update(done)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _epoch_line(event: Event, row: EpochRow) -> str:
+    name = "pretrain" if event.phase == "pretrain" else event.variant
+    kept = f"kept {_mb(row.kept_bytes)} MB"
+    if event.phase == "finetune":
+        kept += f", {_mb(row.kept_bytes_convolutions)} by the convolutions"
+    return (
+        f"{name} {row.epoch}/{event.epochs}: loss {row.train_loss:.3f}, accuracy train {_percent(row.train_accuracy)} "
+        f"test {_percent(row.test_accuracy)} %, a step: forward {row.forward_ms:.1f} backward {row.backward_ms:.1f} "
+        f"update {row.update_ms:.1f} ms, {kept}"
+    )
+
+
+def _print_summary(results: list[TrainResult]) -> None:
+    first = results[0]
+    images, config = first.dataset["images"], first.config
+    print(
+        f"{config.model} on {config.data}: fine-tuned {len(first.trained_layers)} convolutions and the classifier "
+        f"({first.trained_parameters} of {first.parameters} parameters) on {images['finetune_train']} images, "
+        f"tested on {images['finetune_test']}; batch {config.batch}, {first.threads} threads"
+    )
+    exact = next((result for result in results if result.config.patch is None), None)
+    headers = ["run", "before %", "after %", "points to exact", "forward ms", "backward ms", "update ms"]
+    headers += ["kept by convs MB", "kept MB", "gradients by"]
+    rows = []
+    for result in results:
+        step, last = result.step_ms, result.rows[-1]
+        difference = None if exact is None else 100 * (result.test_accuracy - exact.test_accuracy)
+        rows.append(
+            (
+                *(result.config.variant, _percent(result.initial_test_accuracy), _percent(result.test_accuracy)),
+                None if difference is None else f"{difference:+.1f}",
+                *(f"{step[phase]:.2f}" for phase in ("forward", "backward", "update")),
+                *(_mb(last.kept_bytes_convolutions), _mb(last.kept_bytes)),
+                ", ".join(dict.fromkeys(result.kernels.values())),
+            )
+        )
+    print(format_table(headers, rows))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _mb(size: int) -> str:
+    """Megabytes, 1e6 bytes."""
+    return f"{size / 1e6:.2f}"

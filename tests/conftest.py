@@ -1,0 +1,56 @@
+"""What the test files share; and ``--fail-on-skip``: a test that did not run has shown nothing, so CI counts it as
+failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Under emulation or load an example takes as long as it takes.
+settings.register_profile("gf_tvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gf_tvm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Most tests run without a library on purpose; the tests of the warning itself ask for it.
+    config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many operators on tiny tensors, where waking a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fail-on-skip", action="store_true", help="report skipped tests and modules as failed")
+
+
+def _fail_if_skipped(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
+    # An expected failure is reported as skipped, too; it did run.
+    if config.getoption("--fail-on-skip") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (--fail-on-skip)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    _fail_if_skipped(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    _fail_if_skipped(collector.config, report)
+    return report

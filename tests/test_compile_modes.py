@@ -1,0 +1,259 @@
+"""The operators under opcheck, torch.compile, torch.export and other ways to run a graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_library import FakeLibrary, loaded
+from strategies import tensors
+from test_functional import saved_tensors
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gf_tvm
+from gf_tvm.functional import conv2d
+from gf_tvm.geometry import Geometry
+
+# Compiling with inductor calls a C++ compiler; what is tested here is the graph, so that a few cases suffice.
+BACKENDS = ("aot_eager", "inductor")
+
+GEOMETRIES = {
+    "plain": Geometry(2, 3, 4, 8, 7, 3, 2, 1, 1),
+    "grouped, strided, negative offset": Geometry(1, 4, 6, 9, 10, (2, 3), (3, 2), (2, 1), 0, 1, 2),
+    "depthwise": Geometry(2, 3, 3, 6, 6, 3, 4, 1, 1, 1, 3),
+    "dilated case": Geometry(1, 2, 2, 10, 10, 3, 2, 1, 2, 2),
+    "one pixel": Geometry(1, 2, 3, 1, 1, 1, 1),
+    "empty batch": Geometry(0, 2, 3, 6, 6, 3, 2, 1, 1),
+}
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch's own modules, imported or run while compiling.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=[False, True], ids=["no library", "library"])
+def library(request: pytest.FixtureRequest) -> Iterator[FakeLibrary | None]:
+    library = FakeLibrary()
+    with loaded(library):
+        yield library if request.param else None
+
+
+def settings_of(geometry: Geometry, library: FakeLibrary | None) -> tuple[Any, ...]:
+    g = geometry
+    return (
+        list(g.stride),
+        list(g.padding),
+        list(g.dilation),
+        g.groups,
+        list(g.patch),
+        library.digest if library else "",
+    )
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(geometry: Geometry, dtype: torch.dtype, library: FakeLibrary | None) -> None:
+    x, weight, bias, grad_y = tensors(geometry, 0, dtype)
+    settings = settings_of(geometry, library)
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+    torch.library.opcheck(torch.ops.gf_tvm.conv2d.default, (x, weight, bias, *settings, True))
+    torch.library.opcheck(torch.ops.gf_tvm.conv2d.default, (x, weight.detach(), None, *settings, False))
+    _, sums = torch.ops.gf_tvm.conv2d(x.detach(), weight.detach(), None, *settings, True)
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        arguments = (grad_y, sums, weight.detach(), list(geometry.x_shape), *settings, *needs)
+        torch.library.opcheck(torch.ops.gf_tvm.conv2d_backward.default, arguments)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_opcheck_channels_last(both: bool, library: FakeLibrary | None) -> None:
+    geometry = GEOMETRIES["plain"]
+    x, weight, bias, grad_y = tensors(geometry, 0, torch.float32)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    if both:
+        weight = weight.to(memory_format=torch.channels_last)
+    settings = settings_of(geometry, library)
+    torch.library.opcheck(torch.ops.gf_tvm.conv2d.default, (x, weight.requires_grad_(), bias, *settings, True))
+    _, sums = torch.ops.gf_tvm.conv2d(x.detach(), weight.detach(), None, *settings, True)
+    grad_y = grad_y.to(memory_format=torch.channels_last)
+    arguments = (grad_y, sums, weight.detach(), list(geometry.x_shape), *settings, True, True, True)
+    torch.library.opcheck(torch.ops.gf_tvm.conv2d_backward.default, arguments)
+
+
+def small_model(library: FakeLibrary | None) -> nn.Module:
+    """Every way a layer can be set up that takes a path of its own while it is traced."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
+        nn.Conv2d(8, 8, (2, 3), padding="same", bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    )
+    return gf_tvm.filter_model(model, patch=2, last=4, library=library)
+
+
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = run(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_model_equals_eager_for_several_batch_sizes(backend: str, library: FakeLibrary | None) -> None:
+    model = small_model(library)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for n in (4, 3, 1, 5, 2):
+        x = torch.randn(n, 3, 12, 10)
+        assert_same(gradients(compiled, model, x), gradients(model, model, x))
+    # A second size makes the batch dynamic and a batch of one is compiled for itself; no size after that costs a graph.
+    assert counter.frame_count <= 3
+    if library is not None:
+        assert library.called.count("backward") == 2 * 5 * 4
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiled_with_other_map_sizes(dynamic: bool, library: FakeLibrary | None) -> None:
+    model = small_model(library)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n, h, w in ((2, 12, 10), (3, 9, 11)):
+        x = torch.randn(n, 3, h, w)
+        assert_same(gradients(compiled, model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "all"])
+def test_compiled_with_frozen_tensors(frozen: str, library: FakeLibrary | None) -> None:
+    model = small_model(library)
+    if frozen != "input":
+        for layer in model if frozen == "all" else [model[6]]:
+            layer.requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 12, 10, requires_grad=frozen == "all")
+    results = []
+    for run in (compiled, model):
+        leaves = [t for t in (x, *model.parameters()) if t.requires_grad]
+        results.append(torch.autograd.grad(run(x).square().sum(), leaves))
+    assert_same(*results)
+
+
+def test_compiled_under_autocast(library: FakeLibrary | None) -> None:
+    model = small_model(library)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 12, 10)
+    results = []
+    for run in (compiled, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(x)
+        assert y.dtype == torch.bfloat16
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))])
+    assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_channels_last(backend: str, library: FakeLibrary | None) -> None:
+    model = small_model(library).to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(2, 3, 12, 10).to(memory_format=torch.channels_last)
+    assert_same(gradients(compiled, model, x), gradients(model, model, x))
+
+
+def test_compiled_graph_keeps_filtered_inputs_only() -> None:
+    """The partitioner could as well keep x and filter it again in the backward pass."""
+    geometry = Geometry(2, 3, 4, 32, 32, 3, 4, 1, 1)
+    x, weight, _, _ = (t.requires_grad_() for t in tensors(geometry, 0, torch.float32))
+    compiled = torch.compile(lambda x, w: conv2d(x, w, padding=1, patch=4), fullgraph=True, backend="aot_eager")
+    with saved_tensors() as saved:
+        compiled(x, weight)
+    assert sorted(t.numel() for t in saved) == sorted([2 * 8 * 8 * 3, weight.numel()])
+
+
+def test_filtering_after_compilation_takes_effect() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 2, 9, 9)
+    exact = gradients(compiled, model, x)
+    gf_tvm.filter_model(model, patch=3, last=1)
+    filtered = gradients(compiled, model, x)
+    assert_same(filtered, gradients(model, model, x))
+    assert not torch.allclose(filtered[-2], exact[-2])
+    gf_tvm.filter_model(model, patch=2, last=1)
+    assert_same(gradients(compiled, model, x), gradients(model, model, x))
+    gf_tvm.unfilter_model(model)
+    assert_same(gradients(compiled, model, x), exact)
+
+
+def test_fallback_is_said_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gf_tvm.autograd._said", set())
+    model = small_model(None)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gf_tvm.FallbackWarning)
+        for _ in range(3):
+            compiled(torch.randn(2, 3, 12, 10)).sum().backward()
+    assert len([w for w in caught if w.category is gf_tvm.FallbackWarning]) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"patch": 0}, {"groups": 2}, {"padding": "full"}, {"weight": torch.ones(4, 5, 3, 3)}]
+)
+def test_bad_input_is_named_while_compiling(change: dict[str, Any]) -> None:
+    compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
+    arguments = {"x": torch.ones(2, 3, 8, 7), "weight": torch.ones(4, 3, 3, 3)} | change
+    with pytest.raises(Exception, match=r"patch must be|groups=2 must divide|padding must be|x has 3 channels"):
+        compiled(**arguments)
+
+
+def test_exported_model_equals_eager() -> None:
+    model = small_model(None).eval()
+    x = torch.randn(2, 3, 12, 10)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    x = torch.randn(5, 3, 12, 10)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_functional_transforms() -> None:
+    """torch.func.grad and functional_call, as meta-learning and federated code uses them."""
+    model = small_model(None)
+    x = torch.randn(2, 3, 12, 10)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(model, parameters, (x,))
+        return y.square().sum()
+
+    actual = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert_same([actual[name] for name, _ in model.named_parameters()], list(expected))
+
+
+def test_meta_tensors() -> None:
+    model = small_model(None).to("meta")
+    x = torch.empty(2, 3, 12, 10, device="meta", requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (2, 4, 6, 5)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
