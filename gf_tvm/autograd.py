@@ -111,7 +111,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _without_autocast(device: str) -> AbstractContextManager[None]:
     """Inside an operator dtypes are settled: autocast would lower the sums' dtype behind the reference's back."""
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -169,7 +169,7 @@ def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
     found = _find(("filter_input",), geometry, x, library)
     if found is None:
         sums = reference.filter_input(x, geometry)
-        return sums if geometry.depthwise else sums.permute(0, 2, 3, 1).contiguous()
+        return (sums if geometry.depthwise else sums.permute(0, 2, 3, 1)).contiguous()
     sums = x.new_empty(geometry.saved_shape, dtype=reference.sum_dtype(x.dtype))
     found[1](x.contiguous(), sums)
     return sums

@@ -68,6 +68,8 @@ def build(
     if not workloads:
         raise BuildError("nothing to build: no workloads given")
     out = Path(out)
+    if out.exists() and not out.is_file():
+        raise BuildError(f"{out} is not a regular file; a bundle would replace it")
     find_linker(profile)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         kernels, modules, entries = [], [], []

@@ -194,11 +194,11 @@ def compare(
     groups = [list(group) for _, group in groupby(cases, key=_without_patch)]
     work = [_estimated_seconds(group, seconds) for group in groups]
     report = progress or (lambda done, total, what: None)
-    rows: list[Row] = []
+    pending: list[Callable[[tuple[float, float]], Row]] = []
     other_load = machine.OtherLoad()
     with machine.torch_threads(threads) as used_threads, torch.no_grad():
         report(0.0, sum(work), "the machine's limits")
-        bandwidth, peak = machine.copy_bandwidth(), machine.sgemm_peak()
+        limits = [(machine.sgemm_peak(), machine.copy_bandwidth())]
         for index, group in enumerate(groups):
             before, name = sum(work[:index]), group[0].name
             report(before, sum(work), f"checking {name}")
@@ -209,11 +209,14 @@ def compare(
 
             times = _time_group(data, variants, (repeats, seconds), timing)
             head = (profile.name, baseline_name(data, group[0].geometry))
-            rows += [
-                _row(variant, head, error, times, i, (peak, bandwidth))
-                for i, (variant, error) in enumerate(zip(variants, errors, strict=True))
-            ]
+            for i, (variant, error) in enumerate(zip(variants, errors, strict=True)):
+                schedules = (schedule_of(variant.backward), schedule_of(variant.pooling))
+                pending.append(partial(_row, variant.case, schedules, head, error, times, i))
+            del data, variants, variant  # the next convolution may need the memory
+        # Again at the end: a limit is the best that was seen, and a busy moment must not pass for one.
+        limits.append((machine.sgemm_peak(), machine.copy_bandwidth()))
         report(sum(work), sum(work), "done")
+    peak, bandwidth = (max(values) for values in zip(*limits, strict=True))
     other_cores = other_load.cores()
     return Comparison(
         machine=machine.describe(),
@@ -231,10 +234,10 @@ def compare(
             "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
             "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
             "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
-            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm, both measured here",
+            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm; best of start and end",
             "library": None if loaded is None else {"file": Path(loaded.path).name, "sha256": loaded.digest},
         },
-        rows=tuple(rows),
+        rows=tuple(row((peak, bandwidth)) for row in pending),
     )
 
 
@@ -260,8 +263,8 @@ def check_request(
     profile = devices.get_profile(device)
     if not devices.runs_here(profile):
         raise DeviceError(
-            f"compare measures the machine it runs on ({machine.cpu_model()}, {platform.machine()}), which is not "
-            f"a {profile.name} ({profile.description}): run it there"
+            f"device {profile.name!r} ({profile.description}) is not this machine ({machine.cpu_model()}, "
+            f"{platform.machine()}); compare measures the machine it runs on, so run it there"
         )
     for case in cases:
         _check_memory(case)
@@ -354,14 +357,15 @@ def _time_group(
 
 
 def _row(
-    variants: Variants,
+    case: Case,
+    schedules: tuple[str, str],
     head: tuple[str, str],
     error: float,
     times: Mapping[str, Timing],
     index: int,
     limits: tuple[float, float],
 ) -> Row:
-    case, geometry, (device, baseline) = variants.case, variants.case.geometry, head
+    geometry, (device, baseline) = case.geometry, head
     exact, plain, pooling = times["baseline"], times[f"reference {index}"], times[f"filter_input {index}"]
     own, kernel = times.get(f"gf_tvm {index}", plain), times.get(f"kernel {index}")
     limit, limit_name = roofline(geometry, case.dtype, *limits)
@@ -378,10 +382,10 @@ def _row(
         gf_tvm_ms=own.median,
         gf_tvm_ms_quartiles=own.quartiles,
         gf_tvm_kernel_ms=kernel.median if kernel else None,
-        schedule=schedule_of(variants.backward),
+        schedule=schedules[0],
         filter_input_ms=pooling.median,
         filter_input_ms_quartiles=pooling.quartiles,
-        filter_input_schedule=schedule_of(variants.pooling),
+        filter_input_schedule=schedules[1],
         roofline_ms=limit,
         roofline=limit_name,
         saved_bytes_baseline=math.prod(geometry.x_shape) * itemsize(case.dtype),

@@ -142,7 +142,7 @@ def copy_bandwidth(seconds: float = 0.5) -> float:
     was seen, not the usual.
     """
     cache = last_level_cache_bytes() or 32 << 20
-    size = min(max(8 * cache, 64 << 20), 512 << 20)
+    size = min(max(4 * cache, 64 << 20), 512 << 20)
     available = available_bytes()
     if available is not None:
         size = min(size, available // 8)
@@ -155,19 +155,17 @@ def copy_bandwidth(seconds: float = 0.5) -> float:
 def sgemm_peak(seconds: float = 1.0) -> float:
     """GFLOP/s of the fastest ``torch.mm`` of square float32 matrices made in ``seconds``.
 
-    The matrices are as large as still gives some calls in that time, at most 2048 x 2048.
+    The matrices grow to 2048 x 2048, on slow machines to what one call can do in ``seconds``.
     """
     size, peak = 256, 0.0
     generator = torch.Generator().manual_seed(0)  # not zeros or ones: some CPUs run those at a higher clock
     while True:
         a, b, c = (torch.rand(size, size, generator=generator) for _ in range(3))
-        best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 8)
+        best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 4)
         peak = max(peak, 2 * size**3 / best / 1e9)
-        if size == 2048 or 8 * best > seconds / 8:
-            break
+        if size == 2048 or 8 * best > seconds:
+            return peak
         size *= 2
-    best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 2)
-    return max(peak, 2 * size**3 / best / 1e9)
 
 
 def _best_seconds(call: Callable[[], Any], seconds: float) -> float:

@@ -89,7 +89,9 @@ def _fail(message: str) -> int:
     return EXIT_ERROR
 
 
-def _format_warning(message: Warning | str, *_: object) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     return f"gf-tvm: warning: {message}\n"
 
 

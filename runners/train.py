@@ -189,21 +189,21 @@ def _print_summary(results: list[TrainResult]) -> None:
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points to exact", "forward ms", "backward ms", "update ms"]
-    headers += ["kept by convs MB", "kept MB", "gradients by"]
-    rows = []
+    headers += ["kept by convolutions kB", "kept in all kB", "gradients by"]
+    rows: list[tuple[object, ...]] = []
     for result in results:
-        step, last = result.step_ms, result.rows[-1]
-        difference = None if exact is None else 100 * (result.test_accuracy - exact.test_accuracy)
+        step, last, difference = result.step_ms, result.rows[-1], None
+        if exact is not None and exact is not result:
+            difference = 100 * (result.test_accuracy - exact.test_accuracy)
         rows.append(
             (
-                *(result.config.variant, _percent(result.initial_test_accuracy), _percent(result.test_accuracy)),
-                None if difference is None else f"{difference:+.1f}",
-                *(f"{step[phase]:.2f}" for phase in ("forward", "backward", "update")),
-                *(_mb(last.kept_bytes_convolutions), _mb(last.kept_bytes)),
+                *(result.config.variant, 100 * result.initial_test_accuracy, 100 * result.test_accuracy, difference),
+                *(step[phase] for phase in ("forward", "backward", "update")),
+                *(last.kept_bytes_convolutions / 1e3, last.kept_bytes / 1e3),
                 ", ".join(dict.fromkeys(result.kernels.values())),
             )
         )
-    print(format_table(headers, rows))
+    print(format_table(headers, rows, floats=".1f"))
 
 
 def _percent(share: float) -> str:

@@ -324,6 +324,15 @@ def test_median_and_quartiles() -> None:
     assert timing.quartiles == pytest.approx((2, 4))
 
 
+def test_limits_are_the_best_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    bandwidths, peaks = iter((10.0, 20.0)), iter((200.0, 100.0))
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda: next(bandwidths))
+    monkeypatch.setattr(machine, "sgemm_peak", lambda: next(peaks))
+    result = run([Case("small", SMALL)])
+    assert (result.bandwidth_gbs, result.peak_gflops) == (20.0, 200.0)
+    assert result.rows[0].roofline_ms == roofline(SMALL, "float32", 200.0, 20.0)[0]
+
+
 def test_roofline_of_a_paper_case() -> None:
     """By hand: 512 channels, 14x14, R2: 2 products of 32*49 x 512 x 512 multiply-adds; 25.7 MB of gradients."""
     geometry = Geometry(32, 512, 512, 14, 14, (3, 3), (2, 2), padding=(1, 1))
@@ -395,7 +404,7 @@ def test_bad_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ComparisonError, match="repeats"):
         compare([case], repeats=2)
     other = "aarch64" if platform.machine() != "aarch64" else "x86-64-v4"
-    with pytest.raises(DeviceError, match=f"not a {other}.*run it there"):
+    with pytest.raises(DeviceError, match=f"device {other!r} .* is not this machine .*run it there"):
         compare([case], device=other)
 
 

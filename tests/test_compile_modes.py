@@ -18,9 +18,6 @@ import gf_tvm
 from gf_tvm.functional import conv2d
 from gf_tvm.geometry import Geometry
 
-# Compiling with inductor calls a C++ compiler; what is tested here is the graph, so that a few cases suffice.
-BACKENDS = ("aot_eager", "inductor")
-
 GEOMETRIES = {
     "plain": Geometry(2, 3, 4, 8, 7, 3, 2, 1, 1),
     "grouped, strided, negative offset": Geometry(1, 4, 6, 9, 10, (2, 3), (3, 2), (2, 1), 0, 1, 2),
@@ -80,8 +77,9 @@ def test_opcheck(geometry: Geometry, dtype: torch.dtype, library: FakeLibrary | 
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_opcheck_channels_last(both: bool, library: FakeLibrary | None) -> None:
-    geometry = GEOMETRIES["plain"]
+@pytest.mark.parametrize("name", ["plain", "depthwise"])
+def test_opcheck_channels_last(name: str, both: bool, library: FakeLibrary | None) -> None:
+    geometry = GEOMETRIES[name]
     x, weight, bias, grad_y = tensors(geometry, 0, torch.float32)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     if both:
@@ -120,10 +118,9 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_model_equals_eager_for_several_batch_sizes(backend: str, library: FakeLibrary | None) -> None:
+def test_compiled_model_equals_eager_for_several_batch_sizes(library: FakeLibrary | None) -> None:
     model = small_model(library)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for n in (4, 3, 1, 5, 2):
         x = torch.randn(n, 3, 12, 10)
@@ -172,12 +169,28 @@ def test_compiled_under_autocast(library: FakeLibrary | None) -> None:
     assert_same(*results)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_channels_last(backend: str, library: FakeLibrary | None) -> None:
+def test_compiled_channels_last(library: FakeLibrary | None) -> None:
     model = small_model(library).to(memory_format=torch.channels_last)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 12, 10).to(memory_format=torch.channels_last)
     assert_same(gradients(compiled, model, x), gradients(model, model, x))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """The default backend calls a C++ compiler, hence once for all; it asserts the strides that fake kernels promise."""
+    library = FakeLibrary(("filter_input", "backward"), digest="inductor")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2))
+    gf_tvm.filter_model(model, {"0": 2, "2": (2, 3)})
+    model[2].library = library
+    model.to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, fullgraph=True)
+    with loaded(library):
+        for n in (2, 3):
+            x = torch.randn(n, 8, 12, 10).to(memory_format=torch.channels_last)
+            assert_same(gradients(compiled, model, x), gradients(model, model, x))
+    assert library.called == ["filter_input", "backward"] * 4
 
 
 def test_compiled_graph_keeps_filtered_inputs_only() -> None:
@@ -232,21 +245,6 @@ def test_exported_model_equals_eager() -> None:
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     x = torch.randn(5, 3, 12, 10)
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_functional_transforms() -> None:
-    """torch.func.grad and functional_call, as meta-learning and federated code uses them."""
-    model = small_model(None)
-    x = torch.randn(2, 3, 12, 10)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        y: Tensor = torch.func.functional_call(model, parameters, (x,))
-        return y.square().sum()
-
-    actual = torch.func.grad(loss)(parameters)
-    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    assert_same([actual[name] for name, _ in model.named_parameters()], list(expected))
 
 
 def test_meta_tensors() -> None:

@@ -251,10 +251,13 @@ def test_exact_variant_else_superset_else_reference(has, needs) -> None:
 
 @pytest.mark.parametrize("has", [("filter_input",), ("backward",)])
 @pytest.mark.parametrize("geometry", [PLAIN, Geometry(2, 6, 6, 9, 9, 3, 4, 2, 1, 1, 6)])
-def test_kernels_and_reference_can_share_a_layer(has, geometry) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_kernels_and_reference_can_share_a_layer(has, geometry, memory_format) -> None:
     """x~ is laid out alike by both."""
     library = FakeLibrary(has)
-    x, weight, _, grad_y = tensors(geometry, 0, torch.float32)
+    x, weight, _, grad_y = (
+        t.to(memory_format=memory_format) if t.dim() == 4 else t for t in tensors(geometry, 0, torch.float32)
+    )
     with loaded(library):
         call(geometry, x.requires_grad_(), weight.requires_grad_(), None, library).backward(grad_y)
     assert library.called == list(has)

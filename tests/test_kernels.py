@@ -82,20 +82,14 @@ def test_single_kernels(profile: DeviceProfile, geometry: Geometry, seed: int, k
 
 
 @any_settings(25)
-@given(
-    geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN), st.sampled_from(DTYPES[1:])
-)
-def test_sixteen_bit_storage(
-    profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str, dtype: str
-) -> None:
+@given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN), st.sampled_from(DTYPES[1:]))
+def test_sixteen_bit_storage(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str, dtype: str) -> None:
     check(Workload(kernel, geometry, dtype), profile, seed)
 
 
 @any_settings(25)
 @given(geometries(smallest_n=1, largest_out=20, largest_channels=40), SEEDS, st.sampled_from(MAIN))
-def test_sampled_points_of_the_spaces(
-    profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str
-) -> None:
+def test_sampled_points_of_the_spaces(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str) -> None:
     workload = Workload(kernel, geometry)
     check(workload, profile, seed, get_space(workload, profile).sample(random.Random(seed)))
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
+from ..machine import available_bytes
 
 #: Files read from a class folder.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -131,6 +132,17 @@ def load_images(data: str, image_size: int = 32) -> Images:
     return images
 
 
+def _check_memory(count: int, image_size: int, data: str) -> None:
+    """Raise ModelError if ``count`` images would not fit into memory, before the system kills the process."""
+    needed = 3 * count * CHANNELS * image_size**2 * 4  # as read, as split, and what it takes to normalise them
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ModelError(
+            f"{count} images of {image_size}x{image_size} pixels from {data!r} need {needed / 1e9:.3g} GB of memory, "
+            f"{available / 1e9:.3g} GB are available; a smaller image size may do"
+        )
+
+
 def _resize(x: Tensor, image_size: int) -> Tensor:
     """(n, c, h, w) -> (n, 3, image_size, image_size); grey images get three equal channels."""
     if x.shape[-2:] != (image_size, image_size):
@@ -145,6 +157,7 @@ def _load_digits(image_size: int) -> Images:
     except ImportError as error:
         raise ModelError(f"data 'digits' needs scikit-learn: pip install scikit-learn ({error})") from None
     digits = load_digits()
+    _check_memory(len(digits.target), image_size, "digits")
     x = torch.from_numpy(digits.images).float().div_(16.0).unsqueeze(1)
     return Images(_resize(x, image_size), torch.from_numpy(digits.target).long(), tuple(str(d) for d in range(10)))
 
@@ -173,7 +186,9 @@ def load_folder(folder: Path, image_size: int) -> Images:
         if not files[name]:
             suffixes = " ".join(IMAGE_SUFFIXES)
             raise ModelError(f"the class folder {str(folder / name)!r} has no images ({suffixes})")
-    x = np.empty((sum(map(len, files.values())), image_size, image_size, CHANNELS), np.uint8)
+    count = sum(map(len, files.values()))
+    _check_memory(count, image_size, str(folder))
+    x = np.empty((count, image_size, image_size, CHANNELS), np.uint8)
     y: list[int] = []
     for label, name in enumerate(classes):
         for file in files[name]:
@@ -238,6 +253,7 @@ def load_npz(path: Path, image_size: int) -> Images:
         raise ModelError(f"the labels in {str(path)!r} must be integers, got {y.dtype}")
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ModelError(f"the images in {str(path)!r} must be uint8 or floating, got {x.dtype}")
+    _check_memory(len(x), image_size, str(path))
     values, labels = np.unique(y, return_inverse=True)
     tensor = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
     if not torch.isfinite(tensor).all():

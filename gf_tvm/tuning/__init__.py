@@ -5,6 +5,7 @@ Each module builds on those before it:
 ========  =============================================================================================
 log       the files of measured trials; needs neither TVM nor PyTorch
 task      what is tuned: definition, space, arguments and reference of one workload
+metaschedule  imports TVM's MetaSchedule
 worker    the process that builds and runs candidates
 measure   starts workers, gives them candidates, turns what becomes of them into results
 search    proposes candidates, ranked by MetaSchedule's XGBoost cost model

@@ -89,7 +89,7 @@ class Record:
         trace: a MetaSchedule trace as plain JSON values.
         seconds: median time of one call; None unless ``status`` is "ok".
         runs: seconds per call of each repetition.
-        error: largest relative error against the float64 reference; None if it was not compared.
+        excess: largest error against the float64 reference in units of what is allowed; None if it was not compared.
         message: what went wrong, one line.
         default_seconds: of a winner: the default schedule's median in the same comparison.
         source: the file it was read from.
@@ -103,7 +103,7 @@ class Record:
     trace: Any = None
     seconds: float | None = None
     runs: tuple[float, ...] = ()
-    error: float | None = None
+    excess: float | None = None
     message: str = ""
     default_seconds: float | None = None
     source: Path | None = field(default=None, compare=False)
@@ -116,7 +116,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without fields that say nothing."""
         values: dict[str, Any] = {"kind": self.kind, "space": self.space, "id": self.id, "status": self.status}
-        for name in ("config", "trace", "seconds", "error", "default_seconds"):
+        for name in ("config", "trace", "seconds", "excess", "default_seconds"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         if self.runs:
@@ -150,8 +150,8 @@ class Record:
         for name in ("seconds", "default_seconds"):
             if name in value and not _is_time(value[name]):
                 raise ValueError(f"{name} must be a number above 0")
-        if "error" in value and not (_is_number(value["error"]) and value["error"] >= 0):
-            raise ValueError("error must be a number of at least 0")
+        if "excess" in value and not (_is_number(value["excess"]) and value["excess"] >= 0):
+            raise ValueError("excess must be a number of at least 0")
         runs = value.get("runs", [])
         if not isinstance(runs, list) or not all(_is_time(run) for run in runs):
             raise ValueError("runs must be a list of numbers above 0")
@@ -164,7 +164,7 @@ class Record:
 
 _RECORD_FIELDS = {
     *("kind", "space", "id", "status", "config", "trace"),
-    *("seconds", "runs", "error", "message", "default_seconds"),
+    *("seconds", "runs", "excess", "message", "default_seconds"),
 }
 
 

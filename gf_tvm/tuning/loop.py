@@ -497,5 +497,5 @@ def _name(candidate: Candidate) -> str:
 def _record(kind: str, candidate: Candidate, result: Result) -> Record:
     return Record(
         *(kind, candidate.space, candidate.id, result.status, candidate.config, candidate.trace),
-        *(result.seconds, result.runs, result.error, result.message),
+        *(result.seconds, result.runs, result.excess, result.message),
     )

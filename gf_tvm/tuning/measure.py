@@ -85,7 +85,7 @@ class Result:
 
     status: str
     runs: tuple[float, ...] = ()
-    error: float | None = None
+    excess: float | None = None
     message: str = ""
 
     @property
@@ -404,9 +404,9 @@ class Measurer:
             runner = self._prepared(task, seed=0)
             try:
                 runner.call(task, "load", options.run_timeout, name="candidate", path=library)
-                error, complaint = self._check(runner, task, "candidate")
+                excess, complaint = self._check(runner, task, "candidate")
                 if complaint:
-                    return Result("wrong", error=error, message=complaint)
+                    return Result("wrong", excess=excess, message=complaint)
                 runs = runner.call(
                     *(task, "time", options.run_timeout + 2 * options.max_seconds),
                     name="candidate",
@@ -416,21 +416,21 @@ class Measurer:
                     cutoff=best * options.cutoff if best else float("inf"),
                 )
                 runner.call(task, "unload", options.run_timeout, name="candidate")
-                return Result("ok", tuple(runs), error)
+                return Result("ok", tuple(runs), excess)
             except CandidateFailed as failure:
                 return _failed_run(failure)
             except _Ended as ended:
                 if last or not ended.killed:
-                    return Result("crash", message=str(ended))
+                    return Result("crash", message=f"while running: {ended}")
         raise AssertionError("not reached")
 
     def _check(self, runner: Process, task: Task, name: str) -> tuple[float | None, str]:
         runner.call(task, "run", self.options.run_timeout, name=name)
-        error, complaint = runner.call(task, "check", _COMPARE_SECONDS)
+        excess, complaint = runner.call(task, "check", _COMPARE_SECONDS)
         if complaint:
             # What else it has written to, nobody knows.
             self._end_runner()
-        return (error if math.isfinite(error) else None), complaint
+        return (excess if math.isfinite(excess) else None), complaint
 
     def compare(
         self, task: Task, libraries: Mapping[str, Path], seed: int, progress: Callable[[int, int], None] | None = None
@@ -452,15 +452,15 @@ class Measurer:
             runs: dict[str, list[float]] = {name: [] for name in libraries if name not in failed}
             if not runs:
                 return failed
-            errors: dict[str, float | None] = {}
+            excesses: dict[str, float | None] = {}
             name = ""
             try:
                 runner = self._prepared(task, seed)
                 for name in runs:
                     runner.call(task, "load", options.run_timeout, name=name, path=libraries[name])
-                    errors[name], complaint = self._check(runner, task, name)
+                    excesses[name], complaint = self._check(runner, task, name)
                     if complaint:
-                        failed[name] = Result("wrong", error=errors[name], message=complaint)
+                        failed[name] = Result("wrong", excess=excesses[name], message=complaint)
                         break
                 else:
                     for done in range(options.rounds):
@@ -476,13 +476,13 @@ class Measurer:
                             progress(done + 1, options.rounds)
                     for name in runs:
                         runner.call(task, "unload", options.run_timeout, name=name)
-                    good = {name: Result("ok", tuple(runs[name]), errors[name]) for name in runs}
+                    good = {name: Result("ok", tuple(runs[name]), excesses[name]) for name in runs}
                     return {**failed, **good}
             except CandidateFailed as failure:
                 failed[name] = _failed_run(failure)
                 self._end_runner()
             except _Ended as ended:
-                failed[name] = Result("crash", message=str(ended))
+                failed[name] = Result("crash", message=f"while running: {ended}")
 
 
 def _failed_run(failure: CandidateFailed) -> Result:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .log import Record, config_id, fits_space
 from .measure import Result
+from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Config, Space, Task, TuningError
 
 if TYPE_CHECKING:
@@ -68,13 +69,9 @@ class CostModel:
     """
 
     def __init__(self, task: Task, threads: int, seed: int) -> None:
-        try:
-            import tvm.s_tir.meta_schedule as ms
-            import xgboost  # noqa: F401  (MetaSchedule imports it when it is too late to say anything)
-            from tvm.ir.utils import derived_object
-        except ImportError as error:
-            raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+        ms = metaschedule()
         import tvm
+        from tvm.ir.utils import derived_object
 
         rows: dict[int, np.ndarray] = {}
 
@@ -86,7 +83,7 @@ class CostModel:
         self._rows = rows
         self._ms = ms
         self._schedule = tvm.s_tir.Schedule(task.module())
-        self._context = ms.TuneContext(task.module(), target=task.target(), num_threads=1)
+        self._context = tune_context(task.module(), task.target(), num_threads=1)
         config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
         self._model = ms.cost_model.XGBModel(
             extractor=Known(), config=config, num_warmup_samples=1, num_tuning_cores=threads, verbose_eval=0
@@ -137,7 +134,7 @@ class ConfigSearch(Search):
             if record.config is None or not fits_space(record.config, self._space):
                 raise ValueError(f"configuration {record.id} is not in the space")
             candidates.append(Candidate.of_record(record))
-            results.append(Result(record.status, record.runs, record.error, record.message))
+            results.append(Result(record.status, record.runs, record.excess, record.message))
         self._note(candidates, results)
         # The fastest say where to search, the latest what the search has come to.
         order = sorted(range(len(results)), key=lambda i: results[i].seconds or math.inf)
@@ -298,12 +295,9 @@ class MetaScheduleSearch(Search):
     """
 
     def __init__(self, task: Task, threads: int = 1, seed: int = 0, batch: int = 16) -> None:
-        try:
-            import tvm
-            import tvm.s_tir.meta_schedule as ms
-            import xgboost  # noqa: F401  (MetaSchedule imports it when it is too late to say anything)
-        except ImportError as error:
-            raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+        ms = metaschedule()
+        import tvm
+
         self._task = task
         self._ms = ms
         target = task.target()
@@ -312,9 +306,9 @@ class MetaScheduleSearch(Search):
         self._target = target
         module = task.module()
         self._arguments = ms.arg_info.ArgInfo.from_prim_func(module["main"])
-        self._context = ms.TuneContext(
+        self._context = tune_context(
             module,
-            target=target,
+            target,
             space_generator="post-order-apply",
             search_strategy=ms.search_strategy.EvolutionarySearch(population_size=8 * batch, init_min_unmeasured=batch),
             num_threads=threads,
@@ -344,7 +338,7 @@ class MetaScheduleSearch(Search):
             if self._hash(schedule) != record.id:
                 raise ValueError(f"trace {record.id} gives another schedule")
             candidates.append(self._ms.MeasureCandidate(schedule, self._arguments))
-            results.append(Result(record.status, record.runs, record.error, record.message))
+            results.append(Result(record.status, record.runs, record.excess, record.message))
         self._feed(candidates, results)
 
     def propose(self, count: int) -> list[Candidate]:

@@ -71,9 +71,6 @@ class Candidate:
 class Task(ABC):
     """One workload on one device. Pickled into worker processes, so it holds names and builds the rest on demand."""
 
-    #: Largest relative error against the reference at which a result counts as right.
-    tolerance: float
-
     @property
     @abstractmethod
     def identity(self) -> Identity:
@@ -105,12 +102,12 @@ class Task(ABC):
         """Shape and dtype of each output."""
 
     @abstractmethod
-    def expected(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The reference's outputs, in float64."""
+    def expected(self, inputs: list[torch.Tensor]) -> Any:
+        """What the reference says in float64, in any form that :meth:`excess` takes."""
 
     @abstractmethod
-    def error(self, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-        """Largest relative error of ``outputs``; infinite if one of them holds NaN."""
+    def excess(self, outputs: list[torch.Tensor], expected: Any) -> float:
+        """The largest error in units of what is allowed: up to 1 is right, NaN counts as infinite."""
 
     def poison(self, outputs: list[torch.Tensor]) -> None:
         """Fill the outputs with what must not remain in a right result: NaN."""
@@ -157,13 +154,6 @@ class WorkloadTask(Task):
 
         return get_profile(self.device)
 
-    @property
-    def tolerance(self) -> float:  # type: ignore[override]
-        """See :func:`gf_tvm.compile.tolerance`."""
-        from ..compile import tolerance
-
-        return tolerance(self.workload)
-
     @cached_property
     def identity(self) -> Identity:
         """What the task's log belongs to."""
@@ -196,43 +186,31 @@ class WorkloadTask(Task):
 
     def inputs(self, seed: int) -> list[torch.Tensor]:
         """Random inputs."""
-        from ..compile import random_inputs
+        from ..verify import random_inputs
 
         return random_inputs(self.workload, seed)
 
     def output_specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each output."""
-        import torch
+        from ..verify import argument_specs
 
-        from ..compile import argument_specs
+        return [(argument.shape, argument.dtype) for argument in argument_specs(self.workload) if argument.output]
 
-        specs = argument_specs(self.workload)
-        return [(tuple(shape), getattr(torch, dtype)) for _, shape, dtype, is_output in specs if is_output]
+    def expected(self, inputs: list[torch.Tensor]) -> Any:
+        """See :func:`gf_tvm.verify.expected`."""
+        from ..verify import expected
 
-    def expected(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The reference's outputs."""
-        from ..compile import run_reference
+        return expected(self.workload, inputs)
 
-        return run_reference(self.workload, inputs)
+    def excess(self, outputs: list[torch.Tensor], expected: Any) -> float:
+        """See :func:`gf_tvm.verify.excess`."""
+        from ..verify import excess
 
-    def error(self, outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-        """Largest relative error."""
-        from ..compile import check_outputs
-
-        return check_outputs(self.workload, outputs, expected)
+        return excess(outputs, expected)
 
     def poison(self, outputs: list[torch.Tensor]) -> None:
-        """NaN everywhere, but zero where the caller has to write zeros: the rows of grad_x that no patch covers."""
-        from ..compile import argument_specs
+        """NaN, but zeros where the caller has to write them: in the rows of grad_x that no patch covers."""
+        from ..verify import poisoned_outputs
 
-        geometry = self.workload.geometry
-        names = [name for name, _, _, is_output in argument_specs(self.workload) if is_output]
-        for name, output in zip(names, outputs, strict=True):
-            if name == "grad_x" and not geometry.covers_input:
-                rows, cols = (
-                    slice(max(-axis.in_offset, 0), max(axis.patches * axis.window - axis.in_offset, 0))
-                    for axis in (geometry.rows, geometry.cols)
-                )
-                output.zero_()
-                output = output[:, :, rows, cols]
-            output.fill_(float("nan"))
+        for output, poisoned in zip(outputs, poisoned_outputs(self.workload), strict=True):
+            output.copy_(poisoned)

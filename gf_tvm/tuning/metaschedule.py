@@ -1,0 +1,49 @@
+"""MetaSchedule, imported in one place and in a tolerable time."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .task import TuningError
+
+_INTRINSICS = "tvm.s_tir.tensor_intrin"
+# The intrinsics that its rules for CPUs look up by name.
+_OF_CPU = {"x86_64": "x86", "aarch64": "arm_cpu"}
+
+
+def metaschedule() -> Any:
+    """The module ``tvm.s_tir.meta_schedule``. Raises TuningError if it or its cost model is not installed."""
+    try:
+        # MetaSchedule itself imports xgboost when it is too late to say anything.
+        import_module("xgboost")
+        return import_module("tvm.s_tir.meta_schedule")
+    except ImportError as error:
+        raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+
+
+def tune_context(module: Any, target: Any, **options: Any) -> Any:
+    """A ``TuneContext``, made without importing the intrinsics of every device that TVM knows.
+
+    The constructor imports them all. They are some 250 functions in TVM's script language, most of them for GPUs, and
+    parsing one takes longer the more modules are loaded: with PyTorch half a minute together, in every process. Only
+    those of this machine's CPU are imported here.
+    """
+    ms = metaschedule()
+    if _INTRINSICS in sys.modules:
+        return ms.TuneContext(module, target=target, **options)
+    folder = Path(import_module("tvm.s_tir").__file__ or "").parent / "tensor_intrin"
+    stand_in = ModuleType(_INTRINSICS)
+    stand_in.__path__ = [str(folder)]
+    sys.modules[_INTRINSICS] = stand_in
+    try:
+        # A second import of what has registered itself would fail, so it stays when the stand-in goes.
+        if options.get("space_generator") is not None and platform.machine() in _OF_CPU:
+            import_module(f"{_INTRINSICS}.{_OF_CPU[platform.machine()]}")
+        return ms.TuneContext(module, target=target, **options)
+    finally:
+        del sys.modules[_INTRINSICS]

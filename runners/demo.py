@@ -1,0 +1,161 @@
+"""The whole chain on this machine, in the commands a user would type: tune, build, train, compare; then one picture.
+
+Run by ``make demo``, or ``python -m gf_tvm.runners.demo --out FOLDER``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import cli
+from ._output import check_writable, format_table
+
+# A ResNet-18 for small images; the maps of its last convolutions are still large enough for patches of 4.
+MODEL, LAST, BATCH, IMAGE = "resnet18_025", 4, 32, 32
+PATCHES = "2,4"
+
+
+def _steps(out: Path) -> dict[str, list[str]]:
+    """Command lines by what they show."""
+    model = ["--model", MODEL, "--input", f"{BATCH}x3x{IMAGE}x{IMAGE}", "--last", str(LAST)]
+    logs, bundle = str(out / "logs"), str(out / "demo.gfb")
+    tune = ["tune", "--device", "host", *model, "--patch", "4", "--kernels", "backward_weight"]
+    train = ["train", "--model", MODEL, "--data", "digits", "--last", str(LAST), "--batch", str(BATCH)]
+    train += ["--image-size", str(IMAGE), "--pretrain-epochs", "8", "--epochs", "8", "--patch", f"exact,{PATCHES}"]
+    return {
+        "Tune one kernel here; the logs of the others are shipped": [
+            *tune, "--trials", "12", "--minutes", "1", "--logs", logs,
+        ],
+        "Build the network's kernels": [
+            "build", "--device", "host", *model, "--patch", PATCHES, "--logs", logs, "--out", bundle,
+        ],
+        "Fine-tune on images of handwritten digits": [*train, "--library", bundle, "--json", str(out / "train.json")],
+        "Compare the network's convolutions": [
+            "compare", "--device", "host", *model, "--patch", PATCHES, "--library", bundle, "--seconds", "1",
+            "--json", str(out / "compare_model.json"),
+        ],
+        "Compare the paper's convolutions (the smaller four)": [
+            "compare", "--device", "host", "--shapes", "paper", "--cases", "4-7", "--patch", PATCHES, "--seconds", "2",
+            "--logs", logs, "--json", str(out / "compare_paper.json"),
+        ],
+    }  # fmt: skip
+
+
+def run(out: Path) -> int:
+    """Run the steps; results and the picture go to the folder ``out``. Returns the exit code of the first failure."""
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "demo.png"
+    check_writable(picture)
+    started = time.monotonic()
+    for number, (title, command) in enumerate(_steps(out).items(), start=1):
+        print(f"\n=== {number}. {title}\n$ {shlex.join(['gf-tvm', *command])}", flush=True)
+        if code := cli.main(command):
+            return code
+    runs = json.loads((out / "train.json").read_text())["runs"]
+    rows = [
+        row
+        for name in ("compare_model.json", "compare_paper.json")
+        for row in json.loads((out / name).read_text())["rows"]
+    ]
+    print("\n=== What came of it")
+    _print_summary(runs, rows)
+    _draw(runs, rows, picture)
+    print(f"\nPicture: {picture}    All results: {out}    {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    exact = runs[0]
+    table = []
+    for entry in runs:
+        step, last = entry["step_ms"], entry["rows"][-1]
+        table.append(
+            (
+                entry["variant"],
+                f"{100 * entry['test_accuracy']:.1f}",
+                f"{100 * (entry['test_accuracy'] - exact['test_accuracy']):+.1f}",
+                f"{step['backward']:.1f}",
+                f"{exact['step_ms']['backward'] / step['backward']:.1f}x",
+                f"{last['kept_bytes_convolutions'] / 1e6:.2f}",
+            )
+        )
+    headers = ["backward", "accuracy %", "points", "backward ms a step", "speed-up", "kept by the convolutions MB"]
+    print(format_table(headers, table))
+    table = [
+        (
+            row["name"],
+            f"R{row['patch'][0]}",
+            row["baseline_ms"],
+            row["gf_tvm_ms"],
+            f"{row['baseline_ms'] / row['gf_tvm_ms']:.1f}x",
+            f"{row['reference_ms'] / row['gf_tvm_ms']:.1f}x",
+            row["schedule"],
+        )
+        for row in rows
+    ]
+    headers = ["convolution", "patch", "exact ms", "gf_tvm ms", "over exact", "over plain PyTorch", "schedule"]
+    print()
+    print(format_table(headers, table))
+
+
+def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    accuracy, step, speed = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]]).values()
+    names = [entry["variant"] for entry in runs]
+    colors = ["#999999", "#0072B2", "#56B4E9"]
+
+    values = [100 * entry["test_accuracy"] for entry in runs]
+    bars = accuracy.bar(names, values, color=colors[: len(names)])
+    accuracy.bar_label(bars, fmt="%.1f")
+    before = 100 * runs[0]["initial_test_accuracy"]
+    accuracy.axhline(before, color="black", linestyle=":", label=f"before fine-tuning {before:.1f}")
+    accuracy.set(ylim=(min(before, *values) - 5, 101), title="Accuracy after fine-tuning, %")
+    accuracy.legend(loc="lower right", frameon=False)
+
+    bottom = [0.0] * len(runs)
+    for phase, color in (("forward", "#009E73"), ("backward", "#D55E00"), ("update", "#F0E442")):
+        values = [entry["step_ms"][phase] for entry in runs]
+        step.bar(names, values, bottom=bottom, color=color, label=phase)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    step.set_title("One training step, ms")
+    step.legend(frameon=False)
+
+    labels = [f"{row['name']}  R{row['patch'][0]}" for row in rows]
+    for shift, key, color, label in (
+        (-0.2, "reference_ms", "#999999", "plain PyTorch operators"),
+        (0.2, "gf_tvm_ms", "#0072B2", "gf_tvm"),
+    ):
+        speedups = [row["baseline_ms"] / row[key] for row in rows]
+        at = [k + shift for k in range(len(rows))]
+        speed.barh(at, speedups, 0.38, color=color, label=f"filtered, {label}")
+    speed.axvline(1, color="black", linewidth=0.8)
+    speed.set_xscale("log")
+    speed.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    speed.set_yticks(range(len(rows)), labels)
+    speed.invert_yaxis()
+    speed.set_title("Backward pass of one convolution:\ntimes as fast as the exact one")
+    speed.legend(loc="lower right")
+    for axes in (accuracy, step, speed):
+        axes.spines[["top", "right"]].set_visible(False)
+    machine = runs[0]["machine"]
+    figure.suptitle(f"Measured on {machine.get('cpu', 'this machine')}, {runs[0]['threads']} threads", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Entry point of ``python -m gf_tvm.runners.demo``."""
+    parser = argparse.ArgumentParser(prog="gf_tvm.runners.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="FOLDER", help="default: build/demo")
+    return run(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
