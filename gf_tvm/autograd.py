@@ -226,7 +226,7 @@ def conv2d_backward(
                 names.append("backward")
             found = _find(names, geometry, grad_y, library)
             if found is not None:
-                tensors = (grad_y.contiguous(), saved, weight.contiguous())
+                tensors = (grad_y.contiguous(), saved.contiguous(), weight.contiguous())
                 grads = _run_backward(*found, *tensors, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         if has_saved and not geometry.depthwise:

@@ -40,7 +40,8 @@ class Event:
         trial, trials: trials that the log has, and that were asked for.
         status: of a trial, see :data:`~gf_tvm.tuning.log.STATUSES`.
         seconds: of a trial: median time of one call.
-        best, default: median time of one call of the best and of the default schedule so far.
+        best, default: median time of one call of the best and of the default schedule so far; when "done", those
+            of the final comparison.
         left: seconds until all workloads are done, estimated; None if unknown.
         message: one line of text.
     """
@@ -284,7 +285,7 @@ class _TaskRun:
         self.end = end  # of this workload, on the monotonic clock
         self.trials = _trials(log.records, plan.space)
         self.measured = 0
-        self.default = Candidate.of_config(task.space.default)
+        self.default = Candidate.of_config(task.space.default)  # of ours; a search of MetaSchedule's has none
         self.search: Search | None = None
 
     def run(self) -> TaskSummary:
@@ -347,15 +348,15 @@ class _TaskRun:
     def _get_search(self) -> Search:
         """The search, made when it turns out to be needed: it has to replay what the log knows."""
         if self.search is None:
-            plan, threads = self.plan, self.plan.measurer.options.builders
+            plan = self.plan
             # Another seed in each run, so that a continued search does not propose what the first one has.
             seed = zlib.crc32(f"{plan.seed} {self.task.identity.key} {len(self.log.records)}".encode())
             if plan.space == "ours":
                 self.search = ConfigSearch(
-                    self.task, lambda candidates: plan.measurer.features(self.task, candidates), threads, seed
+                    self.task, lambda candidates: plan.measurer.features(self.task, candidates), seed
                 )
             else:
-                self.search = MetaScheduleSearch(self.task, threads, seed, plan.batch)
+                self.search = MetaScheduleSearch(self.task, plan.measurer.options.builders, seed, plan.batch)
             try:
                 self.search.resume(self.trials)
             except ValueError as error:
@@ -462,11 +463,14 @@ class _TaskRun:
 
     def _say(self, kind: str, status: str = "", seconds: float | None = None, message: str = "") -> None:
         plan = self.plan
+        best, default = self._best_seconds(), self._default_seconds()
+        if kind == "done" and (record := best_record(self.log.records)) is not None and record.confirmed:
+            best, default = record.seconds, record.default_seconds
         left = sum(plan.missing) * plan.seconds_per_trial
-        self.plan.progress(
+        plan.progress(
             Event(
                 *(kind, self.task.identity.key, self.index + 1, len(plan.missing), len(self.trials), plan.trials),
-                *(status, seconds, self._best_seconds(), self._default_seconds()),
+                *(status, seconds, best, default),
                 left=left if plan.end is None else max(0.0, min(left, plan.end - time.monotonic())),
                 message=message,
             )

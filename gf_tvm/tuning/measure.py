@@ -70,7 +70,7 @@ class Options:
     build_timeout: float = 120.0
     run_timeout: float = 30.0
     cutoff: float = 3.0
-    final: int = 3
+    final: int = 4
     rounds: int = 9
 
     def to_dict(self) -> dict[str, Any]:
@@ -265,10 +265,13 @@ class Measurer:
         except OSError as error:
             self.close()
             raise TuningError(f"{tempfile.gettempdir()}: cannot keep libraries here: {error.strerror}") from None
-        # They start while the caller imports what it needs itself.
-        self._builders = [self._new_builder() for _ in range(self.options.builders)]
-        self._runner = Process("measuring", self.options.threads, self._scratch)
         return self
+
+    def _start(self) -> None:
+        """Start all processes at once, when the first is needed: what they import takes seconds."""
+        if not self._builders:
+            self._builders = [self._new_builder() for _ in range(self.options.builders)]
+            self._runner = self._new_runner()
 
     def __exit__(self, *args: object) -> None:
         self.close()
@@ -288,6 +291,10 @@ class Measurer:
     def _new_builder(self) -> Process:
         assert self._scratch is not None
         return Process("building", 1, self._scratch)
+
+    def _new_runner(self) -> Process:
+        assert self._scratch is not None
+        return Process("measuring", self.options.threads, self._scratch)
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -332,6 +339,7 @@ class Measurer:
         self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
     ) -> Iterator[tuple[int, Any, CandidateFailed | None]]:
         """Make requests of all builders; yields (index of the job, value, failure)."""
+        self._start()
         waiting = deque(range(len(jobs)))
         working: dict[int, int] = {}  # builder -> job
         again: set[int] = set()
@@ -350,6 +358,7 @@ class Measurer:
                     if not builder.connection.poll(0) and builder.seconds_left:
                         continue
                     job = working.pop(slot)
+                    outcome: tuple[int, Any, CandidateFailed | None]
                     try:
                         outcome = job, builder.receive(), None
                     except CandidateFailed as failure:
@@ -376,10 +385,10 @@ class Measurer:
 
     def _prepared(self, task: Task, seed: int) -> Process:
         """The process that measures, with the inputs and the reference of ``seed`` at hand."""
-        assert self._scratch is not None
+        self._start()
         if self._runner is None or not self._runner.alive:
             self._end_runner()
-            self._runner = Process("measuring", self.options.threads, self._scratch)
+            self._runner = self._new_runner()
         try:
             self._runner.call(task, "prepare", _PREPARE_SECONDS, seed=seed)
         except (CandidateFailed, _Ended) as error:

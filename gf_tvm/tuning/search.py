@@ -24,8 +24,8 @@ Features = Callable[[Sequence[Candidate]], "list[np.ndarray | None]"]
 WARM_UP = 16
 #: Part of each batch that is drawn at random, whatever the model says.
 EPSILON = 0.1
-# Candidates that are ranked for a batch.
-_POPULATION = 96
+# Candidates that are ranked for each one that is chosen.
+_CHOICE = 4
 # The fastest trials, whose configurations are varied.
 _PARENTS = 8
 # Trials of earlier runs that the cost model is fitted to again; each costs a schedule and its features.
@@ -33,6 +33,8 @@ _REPLAYED = 256
 # Larger spaces are not enumerated to find out whether anything is left.
 _ENUMERABLE = 1 << 15
 _DRAWS = 400
+# Learning rate times rows of a candidate: what one tree takes off its error if it cannot tell its rows apart.
+_STEP = 0.7
 # Length of MetaSchedule's per-store features with its default settings.
 _FEATURES = 164
 # No limit on the trials of MetaSchedule's search, which the loop counts itself.
@@ -64,11 +66,14 @@ class CostModel:
     """MetaSchedule's XGBoost model of how fast a candidate is, for candidates whose features are made elsewhere.
 
     MetaSchedule's extractor would schedule every candidate in this process; here workers do that, on all cores and
-    where a crash does no harm. Its features describe the loop nest of every store; the configuration's values are added
-    as further columns, for choices that leave no trace in a loop nest.
+    where a crash does no harm. A candidate's features have a row for each store of its loop nest.
+
+    The model adds up what its trees say of each row, but every tree is fitted as if its row alone had to make good
+    for the whole error: with 14 rows and the learning rate of 0.2 that MetaSchedule sets, each tree overshoots by
+    1.8 times and the model diverges. So the rate is chosen by the number of rows here.
     """
 
-    def __init__(self, task: Task, threads: int, seed: int) -> None:
+    def __init__(self, task: Task, seed: int) -> None:
         ms = metaschedule()
         import tvm
         from tvm.ir.utils import derived_object
@@ -84,13 +89,19 @@ class CostModel:
         self._ms = ms
         self._schedule = tvm.s_tir.Schedule(task.module())
         self._context = tune_context(task.module(), task.target(), num_threads=1)
-        config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
+        # One thread: a few hundred samples give a second one less to do than waiting for it costs.
         self._model = ms.cost_model.XGBModel(
-            extractor=Known(), config=config, num_warmup_samples=1, num_tuning_cores=threads, verbose_eval=0
+            extractor=Known(),
+            config=ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31)),
+            num_warmup_samples=1,
+            num_tuning_cores=1,
+            verbose_eval=0,
         )
 
     def update(self, rows: Sequence[np.ndarray], results: Sequence[Result]) -> None:
         """Fit to further trials; ``rows`` are their features."""
+        rate = min(self._model.config.eta, _STEP / max(len(row) for row in rows))
+        self._model.config = self._model.config._replace(eta=rate)
         outcomes = [_runner_result(self._ms, result) for result in results]
         self._model.update(self._context, self._stand_ins(rows), outcomes)
 
@@ -112,19 +123,18 @@ class ConfigSearch(Search):
     Args:
         task: what to tune.
         features: of candidates, for the cost model; None does without a model.
-        threads: of the cost model.
         seed: of all random choices.
     """
 
-    def __init__(self, task: Task, features: Features | None, threads: int = 1, seed: int = 0) -> None:
+    def __init__(self, task: Task, features: Features | None, seed: int = 0) -> None:
         self._space: Space = task.space
         self._features = features
         self._rng = random.Random(seed)
         self._known: set[str] = set()
         self._times: list[tuple[float, Config]] = []
         self._trials = 0
-        self._columns: list[np.ndarray] | None = None
-        self._model = CostModel(task, threads, seed) if features is not None else None
+        self._model = CostModel(task, seed) if features is not None else None
+        self._unfitted: list[tuple[Candidate, Result]] = []
         self._rows: dict[str, np.ndarray] = {}
 
     def resume(self, records: Sequence[Record]) -> None:
@@ -135,24 +145,19 @@ class ConfigSearch(Search):
                 raise ValueError(f"configuration {record.id} is not in the space")
             candidates.append(Candidate.of_record(record))
             results.append(Result(record.status, record.runs, record.excess, record.message))
-        self._note(candidates, results)
-        # The fastest say where to search, the latest what the search has come to.
-        order = sorted(range(len(results)), key=lambda i: results[i].seconds or math.inf)
-        chosen = sorted({*order[: _REPLAYED // 2], *range(max(0, len(results) - _REPLAYED // 2), len(results))})
-        self._fit([candidates[i] for i in chosen], [results[i] for i in chosen])
+        self.learn(candidates, results)
+        self._unfitted = [self._unfitted[i] for i in _worth_replaying(results)]
 
     def learn(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
         """Learn from measured candidates."""
-        self._note(candidates, results)
-        self._fit(candidates, results)
-
-    def _note(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
+        # The model is fitted when it is asked next: after the last batch it is not.
+        self._unfitted += zip(candidates, results, strict=True)
         for candidate, result in zip(candidates, results, strict=True):
             self._known.add(candidate.id)
             self._trials += 1
             if result.status in ("build", "crash", "timeout"):
                 # Scheduling it once more for its features could do the same harm again.
-                self._rows[candidate.id] = self._row(candidate, None)
+                self._rows[candidate.id] = _no_features()
             if result.seconds is not None and candidate.config is not None:
                 self._times.append((result.seconds, candidate.config))
         self._times.sort(key=lambda item: item[0])
@@ -164,7 +169,7 @@ class ConfigSearch(Search):
         if default.id not in self._known:
             chosen[default.id] = default
             self._known.add(default.id)
-        population = self._population(max(_POPULATION, 4 * count))
+        population = self._population(_CHOICE * max(count, 4))
         random_part = sum(self._rng.random() < EPSILON for _ in range(count))
         for candidate in itertools.chain(self._ranked(population)[: count - random_part], population):
             if len(chosen) >= count:
@@ -232,6 +237,10 @@ class ConfigSearch(Search):
         if self._model is None or self._trials < WARM_UP or len(population) < 2:
             return population
         try:
+            if self._unfitted:
+                candidates, results = zip(*self._unfitted, strict=True)
+                self._model.update(self._feature_rows(candidates), results)
+                self._unfitted = []
             scores = self._model.predict(self._feature_rows(population))
         except TuningError:
             raise
@@ -241,45 +250,24 @@ class ConfigSearch(Search):
         order = sorted(range(len(population)), key=lambda i: -scores[i])
         return [population[i] for i in order]
 
-    def _fit(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
-        if self._model is None or not candidates:
-            return
-        try:
-            self._model.update(self._feature_rows(candidates), results)
-        except TuningError:
-            raise
-        except Exception as error:
-            self._give_up(error)
-
     def _give_up(self, error: Exception) -> None:
         # Tuning without a ranking is slower, not wrong; the caller says so.
         self._model = None
         self.complaint = f"the cost model failed and is not used any more: {type(error).__name__}: {error}"
 
     def _feature_rows(self, candidates: Sequence[Candidate]) -> list[np.ndarray]:
-        """For each candidate float32 (stores, features + knobs)."""
         assert self._features is not None
         new = [candidate for candidate in candidates if candidate.id not in self._rows]
         for candidate, found in zip(new, self._features(new) if new else (), strict=True):
-            self._rows[candidate.id] = self._row(candidate, found)
+            self._rows[candidate.id] = _no_features() if found is None else found
         return [self._rows[candidate.id] for candidate in candidates]
 
-    def _row(self, candidate: Candidate, stores: np.ndarray | None) -> np.ndarray:
-        """Per-store features with the knobs' columns; zeros for a candidate that has no features."""
-        import numpy as np
 
-        if stores is None:
-            stores = np.zeros((1, _FEATURES), dtype="float32")
-        knobs = np.array([self._knob_columns(candidate.config or {})] * len(stores), dtype="float32")
-        return np.ascontiguousarray(np.concatenate([stores, knobs], axis=1))
+def _no_features() -> np.ndarray:
+    """What the model sees of a candidate that cannot be scheduled."""
+    import numpy as np
 
-    def _knob_columns(self, config: Config) -> list[float]:
-        """A number for each knob: its value, or the place of its value among all."""
-        columns = []
-        for name, values in self._space.knobs.items():
-            value = config[name]
-            columns.append(float(value) if isinstance(value, int) else float(values.index(value)))
-        return columns
+    return np.zeros((1, _FEATURES), dtype="float32")
 
 
 class MetaScheduleSearch(Search):
@@ -318,7 +306,7 @@ class MetaScheduleSearch(Search):
         self._workload = self._database.commit_workload(module)
         config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
         self._model = ms.cost_model.XGBModel(
-            config=config, num_warmup_samples=WARM_UP, num_tuning_cores=threads, verbose_eval=0
+            config=config, num_warmup_samples=WARM_UP, num_tuning_cores=1, verbose_eval=0
         )
         self._context.pre_tuning(_MANY, batch, database=self._database, cost_model=self._model)
         self._known: set[str] = set()
@@ -327,10 +315,8 @@ class MetaScheduleSearch(Search):
     def resume(self, records: Sequence[Record]) -> None:
         """Learn from the trials of earlier runs."""
         self._known.update(record.id for record in records)
-        order = sorted(range(len(records)), key=lambda i: records[i].seconds or math.inf)
-        chosen = sorted({*order[: _REPLAYED // 2], *range(max(0, len(records) - _REPLAYED // 2), len(records))})
         candidates, results = [], []
-        for record in (records[i] for i in chosen):
+        for record in (records[i] for i in _worth_replaying(records)):
             try:
                 schedule = self._task.schedule(Candidate.of_record(record))
             except Exception as error:
@@ -381,6 +367,13 @@ class MetaScheduleSearch(Search):
 
     def _hash(self, schedule: Any) -> str:
         return str(self._ms.utils.shash2hex(schedule.mod))
+
+
+def _worth_replaying(trials: Sequence[Record] | Sequence[Result]) -> list[int]:
+    """Which of many trials to learn from: the fastest say where to search, the latest what the search has come to."""
+    half = _REPLAYED // 2
+    order = sorted(range(len(trials)), key=lambda i: trials[i].seconds or math.inf)
+    return sorted({*order[:half], *range(max(0, len(trials) - half), len(trials))})
 
 
 def _runner_result(ms: Any, result: Result) -> Any:

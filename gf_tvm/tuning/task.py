@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ..workload import Workload
 
-Config = dict[str, int | str]
+#: A point of a space: the value, an integer or a string, of each knob.
+Config = dict[str, Any]
 
 
 class TuningError(GfTvmError):
@@ -31,7 +32,7 @@ class Space(Protocol):
     """A space of schedules, as :func:`gf_tvm.schedules.get_space` gives it."""
 
     @property
-    def knobs(self) -> Mapping[str, tuple[int | str, ...]]:
+    def knobs(self) -> Mapping[str, tuple[Any, ...]]:
         """The values that each knob can take."""
 
     @property
@@ -182,7 +183,8 @@ class WorkloadTask(Task):
         """Load an exported library."""
         import tvm
 
-        return tvm.runtime.load_module(str(path))["main"]
+        kernel: Callable[..., None] = tvm.runtime.load_module(str(path))["main"]
+        return kernel
 
     def inputs(self, seed: int) -> list[torch.Tensor]:
         """Random inputs."""

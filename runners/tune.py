@@ -1,0 +1,186 @@
+"""gf-tvm tune: search for fast schedules on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._cases import add_case_arguments, cases_from
+from ._output import Progress, check_writable, format_table, write_json
+
+if TYPE_CHECKING:
+    from ..tuning import Event, Summary
+    from ..workload import Workload
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="search for fast schedules on this machine",
+        description="Search for fast schedules of the kernels of some convolutions on this machine. Every trial is "
+        "logged; the same command continues where the last one ended, and Ctrl-C keeps all finished trials.",
+    )
+    add_case_arguments(parser)
+    parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
+    search = parser.add_argument_group("search")
+    search.add_argument("--trials", type=int, default=64, metavar="T", help="trials per kernel in all (default: 64)")
+    search.add_argument("--minutes", type=float, metavar="M", help="end after this time, shared among the kernels")
+    search.add_argument(
+        "--early-stop", type=int, metavar="N", help="end with a kernel after N trials without an improvement"
+    )
+    search.add_argument(
+        "--space",
+        choices=("ours", "metaschedule"),
+        default="ours",
+        help="the schedules to choose from: gf_tvm's, or those of MetaSchedule's own rules (default: ours)",
+    )
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes)")
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=Path("tuning_logs"),
+        metavar="DIR",
+        help="folder of tuning logs; trials go to DIR/<device> (default: tuning_logs)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json is not None:
+        check_writable(args.json)
+    from ..shapes import workloads_of
+    from ..tuning import tune
+
+    workloads = _pick_kernels(workloads_of(cases_from(args)), args.kernels)
+    display = _Display({workload.key: workload for workload in workloads})
+    # A job that is ended from outside stops as cleanly as one that is ended from the keyboard.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        summary = tune(
+            workloads,
+            args.device,
+            logs=args.logs,
+            trials=args.trials,
+            minutes=args.minutes,
+            early_stop=args.early_stop,
+            space=args.space,
+            threads=args.threads,
+            seed=args.seed,
+            progress=display.show,
+        )
+    except KeyboardInterrupt:
+        display.close()
+        print(f"all finished trials are kept in {args.logs}; the same command continues", file=sys.stderr)
+        raise
+    finally:
+        display.close()
+        signal.signal(signal.SIGTERM, before)
+    _print(summary, workloads)
+    if args.json is not None:
+        write_json(args.json, summary.to_dict())
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _pick_kernels(workloads: list[Workload], text: str | None) -> list[Workload]:
+    """The workloads whose kernels ``text`` lists. Raises TuningError."""
+    if text is None:
+        return workloads
+    from ..tuning import TuningError
+
+    known = list(dict.fromkeys(workload.kernel for workload in workloads))
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise TuningError(f"no kernel {name!r} to tune for these convolutions; kernels: {', '.join(known)}")
+    return [workload for workload in workloads if workload.kernel in names]
+
+
+class _Display:
+    """Shows events: a bar of trials for each workload, with the best so far and the time left for all."""
+
+    def __init__(self, workloads: dict[str, Workload]) -> None:
+        self._workloads = workloads
+        self._bar: Progress | None = None
+        self._failed = 0
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if event.kind == "start":
+            self.close()
+            self._failed = 0
+            label = f"[{event.index}/{event.count}] {_label(self._workloads[event.workload])}"
+            self._bar = Progress(event.trials, label, unit="trial", initial=min(event.trial, event.trials))
+        if self._bar is None:
+            return
+        if event.kind == "note":
+            self._bar.write(f"{self._bar.label}: {event.message}")
+        elif event.kind == "done":
+            self._bar.write(f"{self._bar.label}: {_outcome(event)}")
+            self.close()
+        else:
+            self._failed += event.status not in ("", "ok")
+            self._bar.update(min(event.trial, event.trials), self._note(event))
+
+    def _note(self, event: Event) -> str:
+        parts = [_outcome(event)]
+        if self._failed:
+            parts.append(f"{self._failed} failed")
+        if event.kind in ("build", "compare"):
+            parts.append(event.message)
+        if event.left is not None and event.count > 1:
+            parts.append(f"all done in {_duration(event.left)}")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """End the present bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _label(workload: Workload) -> str:
+    geometry = workload.geometry
+    size = f"{geometry.n}x{geometry.ci}x{geometry.h}x{geometry.w}"
+    return f"{workload.kernel} {size} to {geometry.co} R{geometry.patch[0]}x{geometry.patch[1]}"
+
+
+def _outcome(event: Event) -> str:
+    if event.best is None:
+        return "no result yet" if event.kind != "done" else "no trial ended well"
+    text = f"best {_time(event.best)}"
+    return text if event.default is None else f"{text}, default {_time(event.default)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def _print(summary: Summary, workloads: list[Workload]) -> None:
+    rows = []
+    for workload, task in zip(workloads, summary.tasks, strict=True):
+        best, default = task.seconds, task.default_seconds
+        rows.append(
+            (
+                *(workload.kernel, workload.geometry.key, workload.dtype, task.trials, task.failed, task.stopped),
+                *(seconds and f"{seconds * 1e3:.3g}" for seconds in (default, best)),
+                f"{default / best:.2f}" if default and best else None,
+            )
+        )
+    headers = ("kernel", "convolution", "dtype", "trials", "failed", "stopped", "default\nms", "best\nms", "gain")
+    print(format_table(headers, rows))
+    measured = sum(task.measured for task in summary.tasks)
+    print(f"{Path(summary.logs) / summary.device}: {measured} new trials in {_duration(summary.seconds)} min")
