@@ -28,7 +28,11 @@ from .geometry import Axis, Geometry, Pair
 #: Storage dtypes that kernels exist for, as :mod:`gf_tvm.workload` names them.
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-Kernel = Callable[..., None]  # takes contiguous CPU tensors: inputs, then outputs, which it writes in place
+#: Bytes. Kernels load whole vectors from aligned addresses and crash on others. What PyTorch allocates is aligned; a
+#: slice, a parameter in a flat buffer or a memory-mapped file may not be.
+ALIGNMENT = 64
+
+Kernel = Callable[..., None]  # takes contiguous, aligned CPU tensors: inputs, then outputs, which it writes in place
 
 _SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int[] patch, str library"
 
@@ -165,13 +169,19 @@ def conv2d(
         return y, _filter_input(x, geometry, library) if save else x.new_empty(0)
 
 
+def _for_kernel(tensor: Tensor) -> Tensor:
+    """``tensor`` as kernels take it: itself where it is contiguous and aligned, else a copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
     found = _find(("filter_input",), geometry, x, library)
     if found is None:
         sums = reference.filter_input(x, geometry)
         return (sums if geometry.depthwise else sums.permute(0, 2, 3, 1)).contiguous()
     sums = x.new_empty(geometry.saved_shape, dtype=reference.sum_dtype(x.dtype))
-    found[1](x.contiguous(), sums)
+    found[1](_for_kernel(x), sums)
     return sums
 
 
@@ -226,7 +236,7 @@ def conv2d_backward(
                 names.append("backward")
             found = _find(names, geometry, grad_y, library)
             if found is not None:
-                tensors = (grad_y.contiguous(), saved.contiguous(), weight.contiguous())
+                tensors = (_for_kernel(tensor) for tensor in (grad_y, saved, weight))
                 grads = _run_backward(*found, *tensors, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         if has_saved and not geometry.depthwise:

@@ -68,7 +68,8 @@ def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") ->
         )
         return tir_to_runtime(finalize_host()(host), {}, target)
     except Exception as error:  # TVM maps its errors to a dozen Python types, LLVM to RuntimeError
-        raise BuildError(f"{symbol} does not compile for {profile.name}: {str(error).strip().splitlines()[-1]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise BuildError(f"{symbol} does not compile for {profile.name}: {reason}") from error
 
 
 def find_linker(profile: DeviceProfile) -> str:

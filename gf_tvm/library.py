@@ -142,7 +142,9 @@ def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes]:
     if not isinstance(manifest, dict):
         raise BundleError(f"{path.name}: the manifest is not a JSON object")
     if manifest.get("schema") != SCHEMA:
-        raise BundleError(f"{path.name}: has schema {manifest.get('schema')!r}, this gf_tvm reads {SCHEMA}; build it again")
+        raise BundleError(
+            f"{path.name}: has schema {manifest.get('schema')!r}, this gf_tvm reads {SCHEMA}; build it again"
+        )
     checksum = hashlib.sha256(library).hexdigest()
     if manifest.get("sha256") != {LIBRARY: checksum}:
         raise BundleError(f"{path.name}: wrong checksum of {LIBRARY}; the file is damaged, copy or build it again")

@@ -56,7 +56,10 @@ def input_grad(g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         kh, kw = geometry.kernel
         rotated = weight.view(groups, geometry.co_group, geometry.ci_group, kh, kw).transpose(1, 2).flip(3, 4)
         rotated = rotated.reshape(geometry.ci, geometry.co_group, kh, kw)
-        before, total = geometry.grid_padding, [d * (k - 1) for d, k in zip(geometry.grid_dilation, (kh, kw), strict=True)]
+        before, total = (
+            geometry.grid_padding,
+            [d * (k - 1) for d, k in zip(geometry.grid_dilation, (kh, kw), strict=True)],
+        )
         g = F.pad(g, (before[1], total[1] - before[1], before[0], total[0] - before[0]))
         return F.conv2d(g, rotated, dilation=geometry.grid_dilation, groups=groups)
     taps = weight.sum(dim=(2, 3))

@@ -165,7 +165,9 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     return Space(knobs, _backward_default(knobs, geometry, profile, rule), build, rule)
 
 
-def _backward_default(knobs: dict[str, tuple[int, ...]], geometry: Geometry, profile: DeviceProfile, rule: Any) -> Config:
+def _backward_default(
+    knobs: dict[str, tuple[int, ...]], geometry: Geometry, profile: DeviceProfile, rule: Any
+) -> Config:
     """Two registers wide, as many rows as the register file holds; blocks near 128 patches that waste few lanes."""
     lanes, pw = profile.lanes, geometry.grid[1]
     high = (profile.registers - 4) // 2

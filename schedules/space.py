@@ -45,7 +45,9 @@ class Space:
     def schedule(self, config: Mapping[str, int]) -> Any:
         """The finished schedule, ready to compile. Raises BuildError if ``config`` is no point of this space."""
         if not self.valid(config):
-            raise BuildError(f"{dict(config)} is no point of this space; knobs: { {k: list(v) for k, v in self.knobs.items()} }")
+            raise BuildError(
+                f"{dict(config)} is no point of this space; knobs: { {k: list(v) for k, v in self.knobs.items()} }"
+            )
         return self.build(dict(config))
 
     @cached_property

@@ -87,6 +87,7 @@ class FakeKernel:
         for name, tensor in named.items():
             assert tensor.shape == shapes[name], name
             assert tensor.is_contiguous(), name
+            assert tensor.data_ptr() % 64 == 0, name
             assert tensor.device.type == "cpu"
             assert tensor.dtype == (torch.float32 if name == "xt" else getattr(torch, self.dtype)), name
         if self.name == "filter_input":

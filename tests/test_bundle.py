@@ -226,9 +226,9 @@ def test_every_flipped_byte_is_noticed_or_harmless(bundle: Path, tmp_path: Path)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="cannot read bundle .*: No such file"):
+    with pytest.raises(BundleError, match=r"cannot read bundle .*: No such file"):
         gf_tvm.load(tmp_path / "none.gfb")
-    with pytest.raises(BundleError, match="cannot read bundle .*: Is a directory"):
+    with pytest.raises(BundleError, match=r"cannot read bundle .*: Is a directory"):
         gf_tvm.load(tmp_path)
 
 

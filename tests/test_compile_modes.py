@@ -234,13 +234,11 @@ def test_fallback_is_said_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -
     assert len([w for w in caught if w.category is gf_tvm.FallbackWarning]) == 1
 
 
-@pytest.mark.parametrize(
-    "change", [{"patch": 0}, {"groups": 2}, {"padding": "full"}, {"weight": torch.ones(4, 5, 3, 3)}]
-)
+@pytest.mark.parametrize("change", [{"groups": 2}, {"weight": torch.ones(4, 5, 3, 3)}])
 def test_bad_input_is_named_while_compiling(change: dict[str, Any]) -> None:
     compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
     arguments = {"x": torch.ones(2, 3, 8, 7), "weight": torch.ones(4, 3, 3, 3)} | change
-    with pytest.raises(Exception, match=r"patch must be|groups=2 must divide|padding must be|x has 3 channels"):
+    with pytest.raises(Exception, match=r"groups=2 must divide ci=3|x has 3 channels"):
         compiled(**arguments)
 
 

@@ -1,4 +1,4 @@
-"""The TE kernels, compiled, against the float64 reference: every kernel, any geometry, default and sampled schedules."""
+"""The TE kernels, compiled, against the float64 reference: every kernel, any geometry, many schedules."""
 
 from __future__ import annotations
 

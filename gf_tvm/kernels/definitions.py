@@ -88,14 +88,10 @@ def _input_grad(geometry: Geometry, g: Any, weight: Any) -> Any:
             return te.sum(st.guard(exists, g[n, out, y, x]) * tap, axis=[o, ka, kb])
 
         return te.compute(shape, convolve, name="grad_x_grid")
-    taps = te.compute(
-        (geometry.co, cig), lambda o, c: st.sum_of_taps(geometry, weight, o, c), name="taps"
-    )
+    taps = te.compute((geometry.co, cig), lambda o, c: st.sum_of_taps(geometry, weight, o, c), name="taps")
     return te.compute(
         shape,
-        lambda n, c, i, j: te.sum(
-            taps[(c // cig) * cog + o, c % cig] * g[n, (c // cig) * cog + o, i, j], axis=o
-        ),
+        lambda n, c, i, j: te.sum(taps[(c // cig) * cog + o, c % cig] * g[n, (c // cig) * cog + o, i, j], axis=o),
         name="grad_x_grid",
     )
 

@@ -113,16 +113,12 @@ def _input_grad(geometry: Geometry, dtype: str, g: Any, weight: Any, tiles: Tile
         o = te.reduce_axis((0, cog), "ro")
         product = te.compute(
             (blocks, groups, c_tiles, c_tile, tiled),
-            lambda b, p, t, c, m: te.sum(
-                taps[p, t, o, c] * panel[b, m // m_tile, p * cog + o, m % m_tile], axis=o
-            ),
+            lambda b, p, t, c, m: te.sum(taps[p, t, o, c] * panel[b, m // m_tile, p * cog + o, m % m_tile], axis=o),
             name="grad_x_grid",
         )
     return te.compute(
         (blocks, rows, geometry.ci, geometry.rows.window, pw, geometry.cols.window),
-        lambda b, q, c, _a, j, _b: st.store(
-            product[b, c // cig, (c % cig) // c_tile, c % c_tile, q * pw + j], dtype
-        ),
+        lambda b, q, c, _a, j, _b: st.store(product[b, c // cig, (c % cig) // c_tile, c % c_tile, q * pw + j], dtype),
         name="grad_x",
     )
 
@@ -135,9 +131,7 @@ def _dilated_product(geometry: Geometry, g: Any, weight: Any, c_tile: int, block
     wide = pw + dw * (kw - 1)
     panel = te.compute(
         (blocks, geometry.co, ph + dh * (kh - 1), wide),
-        lambda b, o, y, x: st.guard(
-            [y >= top, y < top + ph, x >= left, x < left + pw], g[b, o, y - top, x - left]
-        ),
+        lambda b, o, y, x: st.guard([y >= top, y < top + ph, x >= left, x < left + pw], g[b, o, y - top, x - left]),
         name="panel",
     )
     taps = te.compute(
@@ -182,9 +176,7 @@ def _weight_grad(geometry: Geometry, dtype: str, g: Any, saved: Any, tiles: Tile
     )
     return te.compute(
         geometry.weight_shape,
-        lambda o, c, _a, _b: st.store(
-            total[o // cog, (o % cog) // o_tile, c // v_tile, o % o_tile, c % v_tile], dtype
-        ),
+        lambda o, c, _a, _b: st.store(total[o // cog, (o % cog) // o_tile, c // v_tile, o % o_tile, c % v_tile], dtype),
         name="grad_w",
     )
 

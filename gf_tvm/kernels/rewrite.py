@@ -73,9 +73,7 @@ def store_into(
         store = tirx.BufferStore(new, inner.body.value, where)
         if inside is not None:
             store = tirx.IfThenElse(inside(*axes), store, None)
-        region = tvm.ir.TensorRegion(
-            new, [tvm.ir.Range.from_min_extent(i, 1) for i in where], inner.writes[0].ty
-        )
+        region = tvm.ir.TensorRegion(new, [tvm.ir.Range.from_min_extent(i, 1) for i in where], inner.writes[0].ty)
         made = s_tir.SBlock(inner.iter_vars, inner.reads, [region], inner.name_hint, store)
         return s_tir.SBlockRealize(realize.iter_values, realize.predicate, made)
 

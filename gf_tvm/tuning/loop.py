@@ -294,7 +294,7 @@ class _TaskRun:
         if self.log.recovered:
             self._say("note", message=f"{self.log.path}: its last line was cut off in writing and is dropped")
         if self.trials:
-            self._say("note", message=f"{self.log.path}: continued, {len(self.trials)} trials are known")
+            self._say("note", message=f"continued: {len(self.trials)} trials are known")
         while not (stopped := self._reason_to_stop()):
             begun = time.monotonic()
             before = len(self.trials)
