@@ -236,8 +236,8 @@ def conv2d_backward(
                 names.append("backward")
             found = _find(names, geometry, grad_y, library)
             if found is not None:
-                tensors = (_for_kernel(tensor) for tensor in (grad_y, saved, weight))
-                grads = _run_backward(*found, *tensors, geometry)
+                inputs = (_for_kernel(grad_y), _for_kernel(saved), _for_kernel(weight))
+                grads = _run_backward(*found, *inputs, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         if has_saved and not geometry.depthwise:
             saved = saved.permute(0, 3, 1, 2)

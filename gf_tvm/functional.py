@@ -35,10 +35,10 @@ def conv2d(
     or where it lacks what is needed (also float64, and other devices than the CPU), the same mathematics runs as
     plain PyTorch operators, and a :class:`gf_tvm.FallbackWarning` says so once.
 
-    Contiguous tensors are not copied on the way to a kernel (unless they are slices at an odd address, which vector
-    loads cannot take). Channels-last and other tensors are made contiguous where a kernel reads
-    them; the result then is channels last as torch's is, gradients are contiguous. Under autocast tensors are cast as
-    torch casts them for its conv2d. Second derivatives are not defined: asking for one raises GfTvmError.
+    Contiguous tensors reach the kernels uncopied, unless they are slices at an address that vector loads cannot take.
+    Channels-last and other tensors are made contiguous where a kernel reads them; the result then is channels last as
+    torch's is, gradients are contiguous. Under autocast tensors are cast as torch casts them for its conv2d. Second
+    derivatives are not defined: asking for one raises GfTvmError.
 
     Args:
         x: (n, ci, h, w) or (ci, h, w); a real floating dtype. n may be 0.

@@ -177,7 +177,7 @@ def _print(summary: Summary, workloads: list[Workload]) -> None:
             (
                 *(workload.kernel, workload.geometry.key, workload.dtype, task.trials, task.failed, task.stopped),
                 *(seconds and f"{seconds * 1e3:.3g}" for seconds in (default, best)),
-                f"{default / best:.2f}" if default and best else None,
+                f"{default / best:.2f}x" if default and best else None,
             )
         )
     headers = ("kernel", "convolution", "dtype", "trials", "failed", "stopped", "default\nms", "best\nms", "gain")

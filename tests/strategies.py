@@ -1,8 +1,9 @@
-"""Hypothesis strategies: every kind of convolution that gradient filtering is defined for, on small maps."""
+"""Hypothesis strategies: every kind of convolution that gradient filtering is defined for, on small maps; and helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from hypothesis import strategies as st
@@ -96,3 +97,16 @@ def tensors(geometry: Geometry, seed: int, dtype: torch.dtype = torch.float64) -
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
     )
     return x, weight, bias, grad_y
+
+
+@contextlib.contextmanager
+def saved_tensors() -> Iterator[list[torch.Tensor]]:
+    """What autograd keeps for the backward pass of what runs meanwhile."""
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_library import FakeLibrary, loaded
-from strategies import tensors
-from test_functional import saved_tensors
+from strategies import saved_tensors, tensors
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -82,13 +81,14 @@ def test_opcheck(geometry: Geometry, dtype: torch.dtype, library: FakeLibrary | 
     check(torch.ops.gf_tvm.conv2d_backward, *arguments)
 
 
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("which", ["x", "weight", "x and weight"])
 @pytest.mark.parametrize("name", ["plain", "depthwise"])
-def test_opcheck_channels_last(name: str, both: bool, library: FakeLibrary | None) -> None:
+def test_opcheck_channels_last(name: str, which: str, library: FakeLibrary | None) -> None:
     geometry = GEOMETRIES[name]
     x, weight, bias, grad_y = tensors(geometry, 0, torch.float32)
-    x, grad_y = (t.to(memory_format=torch.channels_last) for t in (x, grad_y))
-    if both:
+    if which.startswith("x"):
+        x, grad_y = (t.to(memory_format=torch.channels_last) for t in (x, grad_y))
+    if which.endswith("weight"):
         weight = weight.to(memory_format=torch.channels_last)
     settings = settings_of(geometry, library)
     _, sums = torch.ops.gf_tvm.conv2d(x, weight, None, *settings, True)

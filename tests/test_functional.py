@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from fake_library import FakeLibrary, loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import NEEDS, SEEDS, geometries, tensors
+from strategies import NEEDS, SEEDS, geometries, saved_tensors, tensors
 from torch import Tensor
 
 import gf_tvm
@@ -106,18 +105,6 @@ def test_forward_is_exact_and_backward_is_the_reference(
 
 
 # What is kept for the backward pass
-
-
-@contextlib.contextmanager
-def saved_tensors() -> Iterator[list[Tensor]]:
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, Geometry(2, 6, 6, 9, 9, 3, 4, 2, 1, 1, 6)])

@@ -57,6 +57,7 @@ def config(tmp_path: Path) -> TrainConfig:
         batch=8,
         epochs=3,
         pretrain_epochs=2,
+        shift=0,
     )
 
 

@@ -54,7 +54,7 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
     acts = ("none", "refuse", "wrong", "crash", "hang", "segfault while building", "hang while building")
     task = ToyTask(acts=acts)
     candidates = [config(act=act) for act in acts]
-    with Measurer(replace(FAST, build_timeout=15, run_timeout=5)) as measurer:
+    with Measurer(replace(FAST, build_timeout=10, run_timeout=4)) as measurer:
         found: dict[str, Result] = {}
         libraries: dict[str, Path] = {}
         for candidate, library, failure in measurer.build(task, candidates):
@@ -71,7 +71,8 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
         again = measurer.run(task, libraries["none"], best=1e-12)
         # A worker that is killed while it has nothing to do is nobody's failure.
         for process in measurer._builders:
-            os.kill(process._process.pid, signal.SIGKILL)
+            if process.alive:
+                os.kill(process._process.pid, signal.SIGKILL)
         ((_, rebuilt, failure),) = measurer.build(task, [config(2, 2)])
         assert rebuilt is not None
         assert failure is None
@@ -148,7 +149,7 @@ from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measure import Options
 options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
-tune_tasks([ToyTask(delay=0.1)], logs=sys.argv[1], trials=14, batch=4, options=options)
+tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
 """
 
 
@@ -157,19 +158,20 @@ def test_a_killed_run_loses_no_finished_trial_and_the_next_repeats_none(
 ) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    path = log_path(tmp_path, "toy-device", "toy")
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path), TESTS], env={**os.environ, "TMPDIR": str(scratch)}
-    ) as process:
+    path, stall = log_path(tmp_path, "toy-device", "toy"), tmp_path / "stall"
+    environment = {**os.environ, "TMPDIR": str(scratch), "TOY_STALL": str(stall)}
+    with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), TESTS], env=environment) as process:
         try:
-            # In the middle of the second batch, at any moment of it.
-            assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 6)
+            # Some trials are finished, and a worker is deep in a build.
+            assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 4)
+            stall.touch()
+            assert wait_until(stall.with_name("stall.reached").exists)
             assert workers_of(process.pid)
         finally:
             process.kill()
     assert wait_until(lambda: not workers_of(process.pid), 10), "worker processes outlived the run"
     finished = trials_of(path)
-    assert 5 <= len(finished) < 14
+    assert 3 <= len(finished) < 14
     assert len(list(scratch.iterdir())) == 1
     before = path.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
@@ -389,12 +391,12 @@ def test_early_stopping_counts_trials_without_an_improvement(tmp_path: Path, fak
 
 def test_minutes_are_shared_by_the_workloads(tmp_path: Path, fake: type[FakeMeasurer]) -> None:
     fake.seconds_per_run = 6.0
-    tasks = [ToyTask(key, tiles=(1, 2, 4, 8, 16, 32)) for key in ("a", "b", "c")]
+    tasks = [ToyTask(key, tiles=tuple(range(1, 10))) for key in ("a", "b", "c")]
     events: list[Event] = []
     summary = run(tmp_path, tasks, minutes=6, progress=events.append)
     made = [task.measured for task in summary.tasks]
     # 120 s each, some of it for the final comparison.
-    assert all(10 <= count <= 20 for count in made), made
+    assert all(10 <= count <= 24 for count in made), made
     assert {task.stopped for task in summary.tasks} == {"time"}
     assert all(task.confirmed for task in summary.tasks)
     assert summary.seconds <= 360
@@ -405,7 +407,7 @@ def test_minutes_are_shared_by_the_workloads(tmp_path: Path, fake: type[FakeMeas
 
 def test_workloads_that_are_done_leave_their_time_to_others(tmp_path: Path, fake: type[FakeMeasurer]) -> None:
     fake.seconds_per_run = 6.0
-    tiles = (1, 2, 4, 8, 16, 32)
+    tiles = tuple(range(1, 10))
     run(tmp_path, [ToyTask("a", tiles=tiles)], trials=20)
     summary = run(tmp_path, [ToyTask("a", tiles=tiles), ToyTask("b", tiles=tiles)], trials=20, minutes=3)
     assert [task.measured for task in summary.tasks] == [0, 20]
@@ -565,7 +567,7 @@ def test_good_configurations_are_varied(tmp_path: Path) -> None:
 
     ends = []
     for guided in (True, False):
-        search = ConfigSearch(TaskOf(space), None, seed=1)
+        search = ConfigSearch(TaskOf(space), None, seed=4)
         times = []
         for _ in range(20):
             candidates = search.propose(16)
@@ -573,7 +575,7 @@ def test_good_configurations_are_varied(tmp_path: Path) -> None:
             search.learn(candidates, [Result("ok", (seconds(c.config or {}) if guided else 1.0,)) for c in candidates])
         ends.append(min(times))
     assert ends[0] <= 4
-    assert ends[0] < ends[1]
+    assert ends[0] < ends[1] / 2
 
 
 def fake_features(configs: Sequence[dict[str, Any]], stores: int) -> list[np.ndarray]:
@@ -589,7 +591,7 @@ def test_the_cost_model_learns_what_is_fast(stores: int) -> None:
     """Also for kernels of many stores, for which MetaSchedule's learning rate diverges."""
     space, rng = BoxSpace([10] * 6, every=10**9), random.Random(1)
     configs = [space.sample(rng) for _ in range(160)]
-    seconds = [1e-3 * (2 + (c["k0"] - 12) ** 2 + (c["k1"] - 15)) for c in configs]
+    seconds = [1e-3 * (2 + (c["k0"] - 12) ** 2 + c["k1"]) for c in configs]
     rows = fake_features(configs, stores)
     model = CostModel(ToyTask(), seed=0)
     for start in range(0, 96, 16):

@@ -98,7 +98,6 @@ class ToyTask(Task):
     Args:
         key: the log's name.
         acts, tiles: of the space.
-        delay: seconds that each build takes longer.
         definition_hash: as if the kernel had changed.
         sneaky: what every loaded kernel does besides its work.
     """
@@ -108,13 +107,11 @@ class ToyTask(Task):
         key: str = "toy",
         acts: tuple[str, ...] = ("none",),
         tiles: tuple[int, ...] = (1, 2, 4, 8),
-        delay: float = 0.0,
         definition_hash: str = "0123456789abcdef",
         sneaky: str = "",
     ) -> None:
         self._identity = Identity("toy-device", "llvm", key, {"n": N}, definition_hash)
         self._space = ToySpace(acts, tiles)
-        self._delay = delay
         self._sneaky = sneaky
 
     @property
@@ -131,7 +128,11 @@ class ToyTask(Task):
     def export(self, schedule: Any, path: Path) -> None:
         import tvm
 
-        time.sleep(self._delay)
+        # Builds hang while the file named by TOY_STALL exists; one that does so leaves another file.
+        stall = os.environ.get("TOY_STALL", "")
+        while stall and Path(stall).exists():
+            Path(stall + ".reached").touch()
+            time.sleep(0.1)
         tvm.compile(schedule.mod, target="llvm").export_library(str(path))
 
     def load(self, path: Path) -> Callable[..., None]:

@@ -333,7 +333,9 @@ class _TaskRun:
 
     def _batch_size(self) -> int:
         affordable = self._time_left() / self.plan.seconds_per_trial
-        return max(1, int(min(self.plan.batch, self.plan.trials - len(self.trials), affordable)))
+        # A small one first: there is something to show soon, and the time that a trial takes is known.
+        batch = self.plan.batch if self.trials else min(self.plan.batch, 2 * self.plan.measurer.options.builders)
+        return max(1, int(min(batch, self.plan.trials - len(self.trials), affordable)))
 
     def _trials_since_improvement(self) -> int:
         best, since = math.inf, 0

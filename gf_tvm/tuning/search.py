@@ -220,11 +220,15 @@ class ConfigSearch(Search):
             yield dict(zip(knobs, values, strict=True))
 
     def _mutate(self, config: Config) -> Config:
-        """Give one or two knobs another value."""
+        """Give one or two knobs another value; the next smaller or larger one half of the time."""
         free = [name for name, values in self._space.knobs.items() if len(values) > 1]
         changed = dict(config)
         for name in self._rng.sample(free, min(len(free), self._rng.choice((1, 1, 2)))):
-            changed[name] = self._rng.choice([v for v in self._space.knobs[name] if v != config[name]])
+            values = self._space.knobs[name]
+            place = values.index(config[name])
+            near = [i for i in (place - 1, place + 1) if 0 <= i < len(values)]
+            far = [i for i in range(len(values)) if i != place]
+            changed[name] = values[self._rng.choice(near if self._rng.random() < 0.5 else far)]
         return changed
 
     def _cross(self, a: Config, b: Config) -> Config:
