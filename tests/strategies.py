@@ -1,4 +1,4 @@
-"""Hypothesis strategies: every kind of convolution that gradient filtering is defined for, on small maps; and helpers."""
+"""Strategies: every kind of convolution that gradient filtering is defined for, on small maps. And random tensors."""
 
 from __future__ import annotations
 

@@ -289,6 +289,8 @@ def test_global_generators_are_left_alone_and_not_used(config: TrainConfig) -> N
 
     config = replace(config, epochs=1, pretrain_epochs=1, flip=True, shift=1)
     torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
     before = states()
     first = train(config)
     assert states() == before
@@ -530,6 +532,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
     assert "\n" not in message
     assert not events  # also not after pretraining anew
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_a_checkpoint_from_other_pretrained_weights_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    dataset = load_data(config)
+    pretrained = pretrain(config, dataset)
+    finetune(config, dataset, pretrained, checkpoint=tmp_path)
+    other = replace(pretrained, digest="another")
+    with pytest.raises(TrainingError, match=r"finetune-.* is of another run: pretrained='\w+' \(this run: 'another'\)"):
+        finetune(config, dataset, other, checkpoint=tmp_path, resume=True)
 
 
 def test_a_checkpoint_from_other_data_is_refused(config: TrainConfig, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 from gf_tvm.workload import Workload
 
 TESTS = str(Path(__file__).parent)
-FAST = Options(threads=2, builders=2, repeats=2, min_seconds=1e-4, rounds=2)
+FAST = Options(threads=2, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
 
 
 def config(i: int = 1, j: int = 1, act: str = "none") -> Candidate:
@@ -65,10 +65,11 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
             elif failure is not None:
                 found[candidate.config["act"]] = failure
         assert set(libraries) == {"none", "wrong", "crash", "hang"}
-        for act in ("none", "wrong", "crash", "hang"):
-            found[act] = measurer.run(task, libraries[act])
-        # The sound one again: after all that, and with the limit that cuts slow candidates short.
+        found["none"] = measurer.run(task, libraries["none"])
+        # Once more with the limit that cuts slow candidates short.
         again = measurer.run(task, libraries["none"], best=1e-12)
+        for act in ("crash", "hang", "wrong"):
+            found[act] = measurer.run(task, libraries[act])
         # A worker that is killed while it has nothing to do is nobody's failure.
         for process in measurer._builders:
             if process.alive:
@@ -103,29 +104,24 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
 
 
 def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
-    task = ToyTask(acts=("right for trials only", "none"), tiles=(1, 2))
-    task.space.default["act"] = "none"
+    # Both of its points do well in the search; the final comparison finds one of them wrong.
+    task = ToyTask(acts=("none", "right for trials only"), tiles=(2,))
     events: list[Event] = []
-    options = replace(FAST, final=8)
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=options, batch=4, progress=events.append)
+    summary = tune_tasks([task], logs=tmp_path, trials=20, options=FAST, batch=4, progress=events.append)
     path = log_path(tmp_path, "toy-device", "toy")
     records = read_log(path, task.identity).records
     trials = [r for r in records if r.kind == "trial"]
-    assert [r.kind for r in records] == ["trial"] * 8 + ["rejected"] * 4 + ["winner"]
-    assert trials[0].config == task.space.default
-    assert len({r.id for r in trials}) == 8
+    assert [r.kind for r in records] == ["trial", "trial", "rejected", "winner"]
+    assert [r.config for r in trials] == [task.space.default, {"i": 2, "j": 2, "act": "right for trials only"}]
     assert all(r.status == "ok" for r in trials)
-    assert {r.id for r in records if r.kind == "rejected"} == {
-        r.id for r in trials if r.config and r.config["act"] != "none"
-    }
+    assert (records[2].id, records[2].status) == (trials[1].id, "wrong")
     winner = records[-1]
-    assert winner.config is not None
-    assert winner.config["act"] == "none"
+    assert winner.config == task.space.default
     assert len(winner.runs) == 2
     (result,) = summary.tasks
-    assert (result.stopped, result.measured, result.trials, result.failed) == ("exhausted", 8, 8, 4)
+    assert (result.stopped, result.measured, result.trials, result.failed) == ("exhausted", 2, 2, 1)
     assert (result.config, result.seconds, result.confirmed) == (winner.config, winner.seconds, True)
-    assert result.default_seconds == winner.default_seconds is not None
+    assert result.default_seconds == winner.seconds
     assert json.loads(json.dumps(summary.to_dict()))["tasks"][0]["config"] == winner.config
     made = read_log(path).made
     assert made == summary.made
@@ -133,11 +129,11 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     kinds = [event.kind for event in events]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
-    assert kinds.count("trial") == 8
-    assert [e.trial for e in events if e.kind == "trial"] == list(range(1, 9))
+    assert [e.trial for e in events if e.kind == "trial"] == [1, 2]
+    assert kinds.count("compare") == 2
     # Nothing is left to do: nothing is measured, no worker is started, the log stays as it is.
     before = path.read_bytes()
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=replace(options, builders=0), batch=4)
+    summary = tune_tasks([task], logs=tmp_path, trials=20, options=replace(FAST, builders=0), batch=4)
     assert summary.tasks[0] == replace(result, measured=0)
     assert path.read_bytes() == before
 
@@ -594,9 +590,7 @@ def test_the_cost_model_learns_what_is_fast(stores: int) -> None:
     seconds = [1e-3 * (2 + (c["k0"] - 12) ** 2 + c["k1"]) for c in configs]
     rows = fake_features(configs, stores)
     model = CostModel(ToyTask(), seed=0)
-    for start in range(0, 96, 16):
-        batch = slice(start, start + 16)
-        model.update(rows[batch], [Result("ok", (s,)) for s in seconds[batch]])
+    model.update(rows[:96], [Result("ok", (s,)) for s in seconds[:96]])
     scores = model.predict(rows[96:])
     assert len(set(scores)) > 10
     order = np.argsort(np.argsort(scores)), np.argsort(np.argsort([-s for s in seconds[96:]]))
