@@ -24,13 +24,11 @@ from torch import Tensor
 from . import reference
 from .errors import GeometryError, GfTvmError
 from .geometry import Axis, Geometry, Pair
+from .workload import ALIGNMENT
 
 #: Storage dtypes that kernels exist for, as :mod:`gf_tvm.workload` names them.
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-#: Bytes. Kernels load whole vectors from aligned addresses and crash on others. What PyTorch allocates is aligned; a
-#: slice, a parameter in a flat buffer or a memory-mapped file may not be.
-ALIGNMENT = 64
 
 Kernel = Callable[..., None]  # takes contiguous, aligned CPU tensors: inputs, then outputs, which it writes in place
 

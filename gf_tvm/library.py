@@ -28,7 +28,7 @@ from torch import Tensor
 from .devices import cpu_flags
 from .errors import BundleError, GeometryError
 from .geometry import Geometry
-from .workload import Workload
+from .workload import ALIGNMENT, Workload
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -53,7 +53,14 @@ class Kernel:
     function: Callable[..., None]
 
     def __call__(self, *tensors: Tensor) -> None:
-        """Run on contiguous CPU tensors, inputs then outputs, written in place; no tensor is copied."""
+        """Run on contiguous CPU tensors, inputs then outputs, written in place; no tensor is copied.
+
+        Raises:
+            GeometryError: a tensor begins at an address that the kernels' vector loads cannot take (a slice, say).
+        """
+        for tensor in tensors:
+            if tensor.data_ptr() % ALIGNMENT:
+                raise GeometryError(f"a kernel's tensors must be aligned to {ALIGNMENT} bytes; clone this slice first")
         _use_torch_threads()
         self.function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
 

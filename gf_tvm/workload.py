@@ -25,6 +25,9 @@ KERNELS: dict[str, str] = {
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("nchw",)
 
+#: Bytes: compiled kernels use aligned vector loads (torch's own allocations are aligned so, slices need not be).
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class Workload:

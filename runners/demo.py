@@ -110,7 +110,8 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    accuracy, step, speed = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]]).values()
+    panels = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]])
+    accuracy, step, speed = panels["accuracy"], panels["step"], panels["speed"]
     names = [entry["variant"] for entry in runs]
     colors = ["#999999", "#0072B2", "#56B4E9"]
 
@@ -118,9 +119,8 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     bars = accuracy.bar(names, values, color=colors[: len(names)])
     accuracy.bar_label(bars, fmt="%.1f")
     before = 100 * runs[0]["initial_test_accuracy"]
-    accuracy.axhline(before, color="black", linestyle=":", label=f"before fine-tuning {before:.1f}")
-    accuracy.set(ylim=(min(before, *values) - 5, 101), title="Accuracy after fine-tuning, %")
-    accuracy.legend(loc="lower right", frameon=False)
+    accuracy.axhline(before, color="black", linestyle=":")
+    accuracy.set(ylim=(0, 110), title=f"Accuracy after fine-tuning, % (dotted: before, {before:.1f})")
 
     bottom = [0.0] * len(runs)
     for phase, color in (("forward", "#009E73"), ("backward", "#D55E00"), ("update", "#F0E442")):
@@ -128,7 +128,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
         step.bar(names, values, bottom=bottom, color=color, label=phase)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     step.set_title("One training step, ms")
-    step.legend(frameon=False)
+    step.legend(loc="upper right")
 
     labels = [f"{row['name']}  R{row['patch'][0]}" for row in rows]
     for shift, key, color, label in (
@@ -144,7 +144,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     speed.set_yticks(range(len(rows)), labels)
     speed.invert_yaxis()
     speed.set_title("Backward pass of one convolution:\ntimes as fast as the exact one")
-    speed.legend(loc="lower right")
+    speed.legend(loc="lower center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     for axes in (accuracy, step, speed):
         axes.spines[["top", "right"]].set_visible(False)
     machine = runs[0]["machine"]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import gf_tvm
 from gf_tvm import library, verify
-from gf_tvm.errors import BuildError, BundleError
+from gf_tvm.errors import BuildError, BundleError, GeometryError
 from gf_tvm.geometry import Geometry
 from gf_tvm.library import LIBRARY, MANIFEST
 from gf_tvm.workload import Workload
@@ -49,6 +49,16 @@ def test_kernels_compute_what_they_say(bundle: Path) -> None:
         assert verify.excess(outputs, verify.expected(workload, inputs)) <= 1
     assert loaded.find("backward", GEOMETRY, "float16") is None
     assert loaded.find("expand", GEOMETRY, "float32") is None
+
+
+def test_an_unaligned_slice_is_refused(bundle: Path) -> None:
+    kernel = gf_tvm.load(bundle).find("backward_weight", GEOMETRY, "float32")
+    assert kernel is not None
+    workload = WORKLOADS[2]
+    grad_y, saved = verify.random_inputs(workload, 0)
+    shifted = torch.empty(grad_y.numel() + 1)[1:].view(grad_y.shape).copy_(grad_y)
+    with pytest.raises(GeometryError, match="aligned to 64 bytes"):
+        kernel(shifted, saved, *verify.poisoned_outputs(workload))
 
 
 def test_loading_needs_no_compiler(bundle: Path) -> None:

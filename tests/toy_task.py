@@ -176,10 +176,9 @@ def workers_of(parent: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> bool:
-    """Poll until ``condition`` holds; False if it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
+    """Poll until ``condition`` holds; False if it does not in time (in which this process was not stopped)."""
+    for _ in range(round(seconds / 0.02)):
+        if condition():
+            return True
         time.sleep(0.02)
-    return True
+    return False

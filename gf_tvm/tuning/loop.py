@@ -153,9 +153,9 @@ def tune(
         raise DeviceError(f"device {profile.name!r} cannot be measured on this machine: {reason}")
     import torch
 
-    options = Options(
-        threads=torch.get_num_threads() if threads is None else threads, builders=len(os.sched_getaffinity(0))
-    )
+    from ..machine import usable_cores
+
+    threads = torch.get_num_threads() if threads is None else threads
     return tune_tasks(
         [WorkloadTask(workload, profile.name) for workload in dict.fromkeys(workloads)],
         logs=logs,
@@ -164,7 +164,7 @@ def tune(
         early_stop=early_stop,
         space=space,
         seed=seed,
-        options=options,
+        options=Options(threads=threads, builders=usable_cores()),
         progress=progress,
     )
 
@@ -358,7 +358,7 @@ class _TaskRun:
                     self.task, lambda candidates: plan.measurer.features(self.task, candidates), seed
                 )
             else:
-                self.search = MetaScheduleSearch(self.task, plan.measurer.options.builders, seed, plan.batch)
+                self.search = MetaScheduleSearch(self.task, plan.measurer.options.threads, seed, plan.batch)
             try:
                 self.search.resume(self.trials)
             except ValueError as error:

@@ -111,8 +111,29 @@ class _Ended(Exception):
         self.killed = code == -signal.SIGKILL
 
 
+class _Clock:
+    """Seconds in which this process was not stopped, by Ctrl-Z for instance, so that no candidate is blamed for it.
+
+    To be asked every second while something is waited for: longer steps count as two seconds.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._last = time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        self._seconds += min(now - self._last, 2.0)
+        self._last = now
+        return self._seconds
+
+
+_clock = _Clock()
+_TICK = 1.0
+
+
 class Process:
-    """A worker process and the socket to it."""
+    """A worker process and the socket to it. Raises TuningError if the system cannot start one."""
 
     def __init__(self, role: str, threads: int, folder: Path) -> None:
         self._role = role
@@ -120,8 +141,6 @@ class Process:
         self._task: Task | None = None
         self._started = False
         self._deadline = 0.0
-        ours, theirs = socket.socketpair()
-        self._output = folder / f"{role}-{ours.fileno()}.txt"
         environment = {
             **os.environ,
             # TVM takes half of the cores if it is not told; its waiting threads must not steal time from others.
@@ -131,23 +150,29 @@ class Process:
             "OMP_WAIT_POLICY": "passive",
         }
         path = json.dumps([os.path.abspath(entry) for entry in sys.path])
+        ours, theirs = socket.socketpair()
+        self._output = folder / f"{role}-{ours.fileno()}.txt"
         arguments = [sys.executable, "-c", _BOOT, str(theirs.fileno()), path, str(os.getpid())]
-        with theirs, open(self._output, "wb") as output:
-            self._process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                # A group of its own: Ctrl-C goes to the parent alone, and a linker dies with its worker.
-                start_new_session=True,
-            )
+        try:
+            with theirs, open(self._output, "wb") as output:
+                self._process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                    # A group of its own: Ctrl-C goes to the parent alone, and a linker dies with its worker.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise TuningError(f"cannot start a {role} process: {error}") from None
         self.connection = Connection(ours.detach())
         self._send("hello", {}, None, _START_SECONDS)
 
     def _send(self, request: str, arguments: dict[str, Any], task: Task | None, timeout: float) -> None:
-        self._deadline = time.monotonic() + timeout
+        self._deadline = _clock() + timeout
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # receive() will tell
             self.connection.send((task, request, arguments))
 
@@ -173,7 +198,7 @@ class Process:
     @property
     def seconds_left(self) -> float:
         """Until the answer is overdue."""
-        return max(self._deadline - time.monotonic(), 0.0)
+        return max(self._deadline - _clock(), 0.0)
 
     def receive(self) -> Any:
         """Wait for the answer.
@@ -183,9 +208,10 @@ class Process:
             TuningError: the machine is to blame.
             _Ended: the process ended.
         """
-        if not self.connection.poll(self.seconds_left):
-            self.end()
-            raise CandidateFailed("timeout", "did not end in time")
+        while not self.connection.poll(min(_TICK, self.seconds_left)):
+            if not self.seconds_left:
+                self.end()
+                raise CandidateFailed("timeout", "did not end in time")
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
@@ -260,8 +286,10 @@ class Measurer:
         _clean_scratch()
         try:
             self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
-            self._lock = os.open(self._scratch / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            # Locked before it gets the name by which other runs tell that this folder is in use.
+            self._lock = os.open(self._scratch / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.rename(self._scratch / "new", self._scratch / "lock")
         except OSError as error:
             self.close()
             raise TuningError(f"{tempfile.gettempdir()}: cannot keep libraries here: {error.strerror}") from None
@@ -351,7 +379,7 @@ class Measurer:
                         self._builder(slot).send(task, name, self.options.build_timeout, **jobs[working[slot]])
                 wait(
                     [self._builders[slot].connection for slot in working],
-                    min(self._builders[slot].seconds_left for slot in working),
+                    min(_TICK, *(self._builders[slot].seconds_left for slot in working)),
                 )
                 for slot in list(working):
                     builder = self._builders[slot]

@@ -13,6 +13,7 @@ from .log import Record, config_id, fits_space
 from .measure import Result
 from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Config, Space, Task, TuningError
+from .worker import describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -257,7 +258,7 @@ class ConfigSearch(Search):
     def _give_up(self, error: Exception) -> None:
         # Tuning without a ranking is slower, not wrong; the caller says so.
         self._model = None
-        self.complaint = f"the cost model failed and is not used any more: {type(error).__name__}: {error}"
+        self.complaint = f"the cost model failed and is not used any more: {describe(error)}"
 
     def _feature_rows(self, candidates: Sequence[Candidate]) -> list[np.ndarray]:
         assert self._features is not None
@@ -281,7 +282,7 @@ class MetaScheduleSearch(Search):
 
     Args:
         task: what to tune.
-        threads: of the search.
+        threads: of the search, and those that its rules expect the kernels to have.
         seed: of all random choices.
         batch: candidates of one round.
     """
