@@ -20,7 +20,7 @@ from ._output import check_writable, format_table
 # large enough for patches of 4.
 MODEL, LAST, BATCH, IMAGE = "resnet18_025", 4, 32, 16
 PATCHES = "2,4"
-PROTOCOL = ["--pretrain-epochs", "10", "--epochs", "15", "--lr", "0.05", "--pretrain-lr", "0.05", "--seed", "1"]
+PROTOCOL = ["--pretrain-epochs", "10", "--epochs", "20", "--lr", "0.05", "--pretrain-lr", "0.05", "--seed", "2"]
 
 
 def _steps(out: Path) -> dict[str, list[str]]:

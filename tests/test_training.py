@@ -548,7 +548,23 @@ def test_a_checkpoint_from_other_data_is_refused(config: TrainConfig, tmp_path: 
     patterns(Path(config.data), per_class=44)
     with pytest.raises(TrainingError, match="dataset="):
         train(config, checkpoint=tmp_path / "c", resume=True)
-    assert train(config, checkpoint=tmp_path / "c").resumed == 0
+    anew = train(config, checkpoint=tmp_path / "c")
+    assert anew.resumed == 0
+    assert not anew.pretrain_cached
+
+
+def test_a_factory_that_changed_is_pretrained_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def initialised_differently(num_classes: int) -> nn.Module:
+        model = tiny(num_classes)
+        torch.nn.init.zeros_(model[0].bias)  # type: ignore[index, arg-type]
+        return model
+
+    train(config, checkpoint=tmp_path)
+    monkeypatch.setattr("training_models.tiny", initialised_differently)
+    assert not train(config, checkpoint=tmp_path).pretrain_cached
+    assert train(config, checkpoint=tmp_path).pretrain_cached
 
 
 def test_without_resume_a_run_starts_over(config: TrainConfig, tmp_path: Path) -> None:

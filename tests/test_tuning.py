@@ -378,7 +378,7 @@ def test_failed_trials_are_not_repeated_either(tmp_path: Path, fake: type[FakeMe
 
 
 def test_early_stopping_counts_trials_without_an_improvement(tmp_path: Path, fake: type[FakeMeasurer]) -> None:
-    fake.cost = staticmethod(lambda config: Result("ok", (1.0 + 0.001 * config["i"],)))  # differences are noise
+    fake.cost = staticmethod(lambda config: Result("ok", (1.0 - 0.001 * config["i"],)))  # that is noise
     (task,) = run(tmp_path, early_stop=5, batch=1).tasks
     assert (task.stopped, task.trials) == ("early stop", 6)
     (task,) = run(tmp_path, early_stop=5, batch=1).tasks
@@ -553,6 +553,12 @@ def test_every_valid_point_is_proposed_once_and_no_other(
     assert set(found) == wanted
 
 
+def test_what_was_proposed_and_not_measured_is_not_proposed_again() -> None:
+    search = ConfigSearch(ToyTask(), None, seed=1)
+    first, second = search.propose(5), search.propose(5)
+    assert len({candidate.id for candidate in (*first, *second)}) == 10
+
+
 def test_good_configurations_are_varied(tmp_path: Path) -> None:
     """With the times of a smooth function the search comes close to its minimum in a space of 10^6 points."""
     space = BoxSpace([10] * 6, every=10**9)
@@ -597,21 +603,30 @@ def test_the_cost_model_learns_what_is_fast(stores: int) -> None:
     assert np.corrcoef(*order)[0, 1] > 0.5
 
 
-def test_the_search_follows_the_cost_model() -> None:
+def test_the_search_follows_the_cost_model_also_after_resuming() -> None:
     space = BoxSpace([10] * 6, every=10**9)
-    search = ConfigSearch(TaskOf(space), lambda cs: fake_features([c.config or {} for c in cs], 3), seed=1)
-    for _ in range(4):
-        candidates = search.propose(16)
-        search.learn(candidates, [Result("ok", (1.0 + ((c.config or {})["k0"] - 17) ** 2,)) for c in candidates])
-    population = search._population(64)
-    ranked = search._ranked(population)
-    assert sorted(c.id for c in ranked) == sorted(c.id for c in population)
+
+    def features(candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
+        return [*fake_features([c.config or {} for c in candidates], 3)]
 
     def distance(candidates: Sequence[Candidate]) -> float:
         return float(np.mean([abs((c.config or {})["k0"] - 17) for c in candidates]))
 
-    assert distance(ranked[:16]) < distance(population)
-    assert search.complaint == ""
+    search = ConfigSearch(TaskOf(space), features, seed=1)
+    records = []
+    for _ in range(4):
+        candidates = search.propose(16)
+        results = [Result("ok", (1.0 + ((c.config or {})["k0"] - 17) ** 2,)) for c in candidates]
+        search.learn(candidates, results)
+        records += [loop._record("trial", c, r) for c, r in zip(candidates, results, strict=True)]
+    resumed = ConfigSearch(TaskOf(space), features, seed=2)
+    resumed.resume(records)
+    for each in (search, resumed):
+        random_ones = [Candidate.of_config(space.sample(random.Random(n))) for n in range(64)]
+        ranked = each._ranked(random_ones)
+        assert sorted(c.id for c in ranked) == sorted(c.id for c in random_ones)
+        assert distance(ranked[:16]) < 0.7 * distance(random_ones)
+        assert each.complaint == ""
 
 
 def test_a_cost_model_that_fails_is_given_up_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import machine
 from ..errors import ModelError
@@ -160,7 +160,7 @@ def pretrain(
         fit.restore(path, identity)
     cached = fit.finished
     fit.run(path, identity, callback)
-    state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()}
+    state = model.state_dict()
     return Pretrained(state, files.state_digest(state), tuple(fit.rows), cached)
 
 
