@@ -110,7 +110,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]])
+    panels: dict[str, Any] = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]])
     accuracy, step, speed = panels["accuracy"], panels["step"], panels["speed"]
     names = [entry["variant"] for entry in runs]
     colors = ["#999999", "#0072B2", "#56B4E9"]
