@@ -27,3 +27,7 @@ class BuildError(GfTvmError):
 
 class ModelError(GfTvmError, ValueError):
     """A model, layer selection or data set that cannot be used as asked."""
+
+
+class FarmError(GfTvmError):
+    """A tracker, server or board that cannot be used as asked."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gf_tvm.errors import ModelError
-from gf_tvm.models import LAST_MAP, build_model, logits_of
+from gf_tvm.models import LAST_MAP, BasicBlock, InvertedResidual, build_model, logits_of
 
 
 def convolution_outputs(model: nn.Module, image_size: int, batch: int = 1) -> list[tuple[str, tuple[int, ...]]]:
@@ -79,6 +79,23 @@ def test_width_scales_channels() -> None:
     for c, f in zip(channels("mobilenetv2_035"), channels("mobilenetv2"), strict=True):
         assert c % 8 == 0
         assert c >= max(0.9 * 0.35 * f, 8)
+
+
+def test_residuals() -> None:
+    x = torch.rand(2, 8, 6, 6)
+    kept, changed = InvertedResidual(8, 8, 1, 6), InvertedResidual(8, 16, 1, 6)
+    strided, block = InvertedResidual(8, 8, 2, 6), BasicBlock(8, 8, 1)
+    for module in (kept, changed, strided):
+        nn.init.zeros_(module.layers[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(block.bn2.weight)
+    with torch.no_grad():
+        assert kept(x).equal(x)
+        assert not changed(x).any()
+        assert not strided(x).any()
+        assert block(x).equal(x)  # x is not negative, so ReLU keeps it
+        projected = BasicBlock(8, 16, 2).eval()
+        nn.init.zeros_(projected.bn2.weight)
+        torch.testing.assert_close(projected(x), projected.shortcut(x).relu())
 
 
 def test_in_channels_and_gradients() -> None:

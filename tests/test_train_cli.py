@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_library import FakeLibrary, loaded
 from training_models import patterns, state_of
 
 from gf_tvm.runners import cli
@@ -60,6 +61,16 @@ def test_train(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run["threads"] == 1
     kept = [run["rows"][0]["kept_bytes_convolutions"] for run in result["runs"]]
     assert kept[0] == 4 * kept[1] == 8 * kept[2]
+
+
+def test_library(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, out = FakeLibrary(), tmp_path / "out.json"
+    library.path = tmp_path / "fake.gfb"  # type: ignore[attr-defined]
+    monkeypatch.setattr("gf_tvm.library.load", {library.path: library}.__getitem__)  # type: ignore[attr-defined]
+    with loaded(library):
+        options = ["--library", str(tmp_path / "fake.gfb"), "--patch", "exact,2", "--json", str(out)]
+        assert cli.main([*arguments, *options]) == 0
+    assert [run["kernels"] for run in json.loads(out.read_text())["runs"]] == [{"3": "exact"}, {"3": "tvm"}]
 
 
 def test_every_setting_is_an_option() -> None:
