@@ -1,0 +1,159 @@
+"""Clock, temperature, governor and throttling of this machine, read from Linux sysfs.
+
+Standard library only, and nothing newer than Python 3.7: ``gf-tvm farm doctor`` sends this file to boards on which
+nothing is installed yet.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+#: Bits of the Raspberry Pi firmware's "get_throttled": now, and 16 bits higher since boot.
+THROTTLE_BITS = ("undervoltage", "frequency capped", "throttled", "soft temperature limit")
+
+#: Types of thermal zones that are, or hold, the CPU: Pi and most Arm boards, Jetson, Intel.
+_CPU_ZONE = re.compile(r"cpu|soc|x86_pkg", re.IGNORECASE)
+_VCGENCMD_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the sensors say; None is unknown.
+
+    Attributes:
+        mhz: clock of the slowest CPU.
+        max_mhz: the highest that this CPU can have.
+        celsius: temperature of the CPU, of its hottest part if there are several sensors.
+        governor: of the clock; several, joined by commas, if the CPUs differ.
+        throttled: what limits the clock now, in the words of THROTTLE_BITS; empty if nothing does, or unknown.
+        throttled_before: the same since boot.
+        known: whether the two above could be read.
+    """
+
+    mhz: float | None = None
+    max_mhz: float | None = None
+    celsius: float | None = None
+    governor: str | None = None
+    throttled: tuple[str, ...] = ()
+    throttled_before: tuple[str, ...] = ()
+    known: bool = False
+
+    def hot(self, limit_celsius: float) -> bool:
+        """Whether the temperature is known and has reached the limit."""
+        return self.celsius is not None and self.celsius >= limit_celsius
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+class Sensors:
+    """Reads the sensors found under ``root``; by default under $GF_TVM_SENSORS, else /.
+
+    Nothing here raises: what cannot be read is unknown. A reading takes less than 5 ms where the firmware's flags are
+    in sysfs; else ``vcgencmd`` is run, as long as it answers.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = Path(os.environ.get("GF_TVM_SENSORS") or "/") if root is None else Path(root)
+        # vcgencmd asks this machine's firmware, whatever the root is.
+        self._vcgencmd = shutil.which("vcgencmd") if self.root == Path("/") else None
+
+    def read(self) -> Reading:
+        """What the sensors say now."""
+        mhz, max_mhz, governor = self._clock()
+        flags = self._flags()
+        return Reading(
+            mhz=mhz,
+            max_mhz=max_mhz,
+            celsius=self._celsius(),
+            governor=governor,
+            throttled=() if flags is None else throttle_names(flags),
+            throttled_before=() if flags is None else throttle_names(flags >> 16),
+            known=flags is not None,
+        )
+
+    def _clock(self) -> tuple[float | None, float | None, str | None]:
+        cpus = self.root / "sys/devices/system/cpu"
+        # One policy stands for all the CPUs that share a clock; old kernels have only the folders of the CPUs.
+        folders = _glob(cpus, "cpufreq/policy[0-9]*") or _glob(cpus, "cpu[0-9]*/cpufreq")
+        clocks = []
+        governors = []
+        for folder in folders:
+            now, most = (_number(folder / name) for name in ("scaling_cur_freq", "cpuinfo_max_freq"))
+            clocks.append((now, most))
+            governor = _text(folder / "scaling_governor")
+            if governor and governor not in governors:
+                governors.append(governor)
+        known = [(now, most) for now, most in clocks if now]
+        now, most = min(known, key=lambda pair: pair[0]) if known else (None, clocks[0][1] if clocks else None)
+        return now and now / 1e3, most and most / 1e3, ",".join(governors) or None
+
+    def _celsius(self) -> float | None:
+        found = []
+        for zone in _glob(self.root / "sys/class/thermal", "thermal_zone[0-9]*"):
+            value = _number(zone / "temp")
+            # A sensor that is switched off gives values such as -256000.
+            if value is not None and -60e3 < value < 200e3 and _CPU_ZONE.search(_text(zone / "type")):
+                found.append(value / 1e3)
+        return max(found) if found else None
+
+    def _flags(self) -> int | None:
+        for file in _glob(self.root / "sys/devices/platform", "soc*/*firmware*/get_throttled"):
+            flags = parse_flags(_text(file))
+            if flags is not None:
+                return flags
+        if self._vcgencmd is None:
+            return None
+        try:
+            done = subprocess.run(
+                [self._vcgencmd, "get_throttled"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_VCGENCMD_SECONDS,
+                check=False,
+            )
+            flags = parse_flags(done.stdout.decode("ascii", "replace").partition("=")[2])
+        except (OSError, subprocess.SubprocessError):
+            flags = None
+        if flags is None:  # no access to the firmware, or not a Pi: asking again would only cost time
+            self._vcgencmd = None
+        return flags
+
+
+def parse_flags(text: str) -> int | None:
+    """The number in ``50005`` or ``0x50005``, which is hexadecimal either way; None if there is none."""
+    match = re.fullmatch(r"(?:0x)?([0-9a-fA-F]{1,8})", text.strip())
+    return int(match.group(1), 16) if match else None
+
+
+def throttle_names(flags: int) -> tuple[str, ...]:
+    """The words for the lowest four bits."""
+    return tuple(name for bit, name in enumerate(THROTTLE_BITS) if flags >> bit & 1)
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
+def _text(file: Path) -> str:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(256).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> float | None:
+    text = _text(file)
+    return float(text) if re.fullmatch(r"-?\d{1,12}", text) else None
