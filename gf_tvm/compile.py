@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +76,68 @@ def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") ->
         raise BuildError(f"{symbol} does not compile for {profile.name}: {reason}") from error
 
 
-def find_linker(profile: DeviceProfile) -> str:
-    """The C++ compiler that links for ``profile``. Raises BuildError that says what to install."""
-    import platform
+def find_linker(profile: DeviceProfile) -> list[str]:
+    """The command that links for ``profile``: a compiler, and what it has to be told about the target.
 
-    if platform.machine() != profile.arch:
-        raise BuildError(f"cannot link for {profile.arch} on {platform.machine()}: cross-linking is not supported yet")
-    for name in ("g++", "c++", "clang++"):
+    For this machine's architecture the system's C++ compiler; for another one Debian's cross compiler; for both, where
+    there is none, the one in PyPI's ziglang (the extra ``cross``).
+
+    Raises:
+        BuildError: nothing to link with; says what to install.
+    """
+    native = platform.machine() == profile.arch
+    # A kernel needs little of libc and nothing of libstdc++, whose version on a board may be older than ours.
+    names = ("g++", "c++", "clang++") if native else (f"{profile.triple}-gcc", f"{profile.triple}-g++")
+    for name in names:
         if path := shutil.which(name):
-            return path
-    raise BuildError("no C++ compiler found to link with; install g++ (Debian: apt-get install g++)")
+            return [path]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{profile.triple}.{profile.glibc}"]
+    if native:
+        raise BuildError(
+            "no C++ compiler found to link with; install g++ (Debian: apt-get install g++) "
+            "or ziglang (pip install 'gf-tvm[cross]')"
+        )
+    package = f"g++-{profile.triple.replace('_', '-')}"
+    raise BuildError(
+        f"nothing found to link for {profile.arch} with on this {platform.machine()} machine; install "
+        f"Debian's cross compiler (apt-get install {package}) or ziglang (pip install 'gf-tvm[cross]')"
+    )
+
+
+def _last_line(text: str) -> str:
+    """The last line that says something: collect2 only repeats that ld, in the line before, gave up."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("collect2:")]
+    return lines[-1] if lines else ""
 
 
 def export(modules: list[Any], path: Path, profile: DeviceProfile) -> None:
-    """Link compiled modules into the shared library ``path``. Raises BuildError."""
+    """Link compiled modules into the shared library ``path``.
+
+    Raises:
+        BuildError: nothing to link with, or the linker failed.
+        OSError: no room, say, for the object files.
+    """
     linker = find_linker(profile)
     first, *others = modules
     for other in others:
         first.import_module(other)
+
+    # TVM's own linking knows a compiler by its name alone, without options of its own.
+    def link(output: str, objects: list[str], **_: Any) -> None:
+        done = subprocess.run(
+            [*linker, "-shared", "-fPIC", "-o", output, *objects, "-Wl,--as-needed", "-lm"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise BuildError(f"linking {path.name} failed: {_last_line(done.stdout) or f'exit code {done.returncode}'}")
+
     try:
-        first.export_library(str(path), cc=linker)
+        first.export_library(str(path), fcompile=link)
     except RuntimeError as error:
-        raise BuildError(f"linking {path.name} failed: {str(error).strip().splitlines()[-1]}") from error
+        raise BuildError(f"linking {path.name} failed: {_last_line(str(error))}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ class DeviceProfile:
         target: TVM target as JSON text.
         lanes: float32 values in a vector register.
         registers: vector registers.
-        l1_bytes, l2_bytes: data cache of one core.
+        l1_bytes: data cache of one core.
+        l2_bytes: second-level cache, which ``l2_cores`` cores share.
         cpu_flags: instruction set extensions that the code uses, in the words of /proc/cpuinfo.
         peak_gflops, bandwidth_gbs: float32 peak and memory bandwidth if the profile is one board; None where it
             stands for many machines and the benchmark measures them.
+        threads: with which kernels run and are measured if the profile is one board; None: as many as PyTorch uses.
+        measured: where trials usually run: "here" (the machine that tunes) or "rpc" (boards behind a tracker).
+        glibc: oldest version of the C library that a cross-linked bundle runs with.
     """
 
     name: str
@@ -38,6 +43,20 @@ class DeviceProfile:
     cpu_flags: tuple[str, ...]
     peak_gflops: float | None = None
     bandwidth_gbs: float | None = None
+    l2_cores: int = 1
+    threads: int | None = None
+    measured: str = "here"
+    glibc: str = "2.27"
+
+    @property
+    def l2_share(self) -> int:
+        """Bytes of the second-level cache for one core while all of them work."""
+        return self.l2_bytes // self.l2_cores
+
+    @property
+    def triple(self) -> str:
+        """Architecture, system and ABI in the words of linkers ("aarch64-linux-gnu")."""
+        return str(json.loads(self.target)["mtriple"])
 
 
 _V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -78,11 +97,35 @@ _PROFILES = (
         l2_bytes=256 * 1024,
         cpu_flags=("asimd",),
     ),
+    # Behind "aarch64", which is what "host" means on any 64-bit Arm machine: /proc/cpuinfo's flags do not tell a
+    # Cortex-A72 from other cores, so rpi4 is always the user's explicit choice, on a Pi 4 itself as well.
+    DeviceProfile(
+        name="rpi4",
+        description="Raspberry Pi 4: 4 x Cortex-A72, 1.5 GHz, 64-bit system",
+        arch="aarch64",
+        # TVM's tag raspberry-pi/4b-aarch64, written out: a log's target must not change with TVM's list of tags.
+        target='{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72", "mattr": ["+neon"], '
+        '"num-cores": 4}',
+        lanes=4,
+        registers=32,
+        # Arm's Cortex-A72 manual and Broadcom's BCM2711: 32 KiB of L1 data cache a core, 1 MiB of L2 for all four.
+        l1_bytes=32 * 1024,
+        l2_bytes=1024 * 1024,
+        l2_cores=4,
+        cpu_flags=("asimd",),
+        # Derived, not measured: one FMA of four float32 a cycle and core (Arm's software optimisation guide), so
+        # 4 cores x 1.5 GHz x 8. Later boards run at 1.8 GHz (57.6).
+        peak_gflops=48.0,
+        # STREAM, as published for this board; not measured by us.
+        bandwidth_gbs=5.6,
+        threads=4,
+        measured="rpc",
+    ),
 )
 
 
 def list_profiles() -> tuple[DeviceProfile, ...]:
-    """All profiles, the most capable of an architecture first."""
+    """All profiles; of those that fit any machine of an architecture, the most capable first, then single boards."""
     return _PROFILES
 
 

@@ -129,7 +129,7 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     if dilated:
         rows: tuple[int, ...] = (ph,)
     else:
-        most = max(profile.l2_bytes // (4 * 4 * geometry.co * pw), ceil_div(2 * lanes, pw), 1)
+        most = max(profile.l2_share // (4 * 4 * geometry.co * pw), ceil_div(2 * lanes, pw), 1)
         found = [d for d in range(1, patch_rows + 1) if patch_rows % d == 0 and d <= most]
         wanted = [d for d in found if d * pw >= 2 * lanes]
         rows = tuple((wanted or found[-1:])[:12])
