@@ -129,7 +129,9 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     if dilated:
         rows: tuple[int, ...] = (ph,)
     else:
-        most = max(profile.l2_share // (4 * 4 * geometry.co * pw), ceil_div(2 * lanes, pw), 1)
+        # Where cores share the cache their blocks compete for it already: then g~ and its panels are counted alone.
+        copies = 4 if profile.l2_cores == 1 else 2
+        most = max(profile.l2_share // (copies * 4 * geometry.co * pw), ceil_div(2 * lanes, pw), 1)
         found = [d for d in range(1, patch_rows + 1) if patch_rows % d == 0 and d <= most]
         wanted = [d for d in found if d * pw >= 2 * lanes]
         rows = tuple((wanted or found[-1:])[:12])
@@ -162,7 +164,58 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     def build(config: Config) -> s_tir.Schedule:
         return _backward_schedule(workload, profile, config)
 
-    return Space(knobs, _backward_default(knobs, geometry, profile, rule), build, rule)
+    default = _backward_default(knobs, geometry, profile, rule)
+    if profile.threads is not None:
+        default = _share_between_threads(default, knobs, geometry, profile, profile.threads)
+        assert rule(default), default
+    return Space(knobs, default, build, rule)
+
+
+def _share_between_threads(
+    default: Config, knobs: dict[str, tuple[int, ...]], geometry: Geometry, profile: DeviceProfile, threads: int
+) -> Config:
+    """The default where the number of threads is known: blocks and tiles that leave none of them without work.
+
+    What a choice costs is estimated in multiplications for each pair of channels: one for each patch, or for each
+    lane that is filled up, and for reading W~, or reading and writing the sums of grad_W, once a block as many as the
+    cores could do in that time.
+    """
+    config, (_, pw) = dict(default), geometry.grid
+    weight_bytes = 4 * geometry.ci * geometry.co_group
+    # From memory by the board's figures; from the cache four bytes a cycle.
+    cached = weight_bytes <= profile.l2_bytes // 2 or profile.peak_gflops is None or profile.bandwidth_gbs is None
+    byte = profile.lanes / 4 if cached else profile.peak_gflops / 2 / profile.bandwidth_gbs
+
+    def unbalanced(parts: int) -> float:
+        return ceil_div(parts, threads) * threads / parts
+
+    def cost_of_rows(rows: int) -> float:
+        patches, cost = rows * pw, 0.0
+        if "m" in config:
+            padded = ceil_div(patches, config["m"]) * config["m"]
+            cost += (padded + 4 * byte) * unbalanced(geometry.n * geometry.grid[0] // rows)
+        if "cv" in config:
+            cost += patches + 8 * byte
+        return cost / patches
+
+    if not (geometry.dilated and "m" in config):
+        config["rows"] = min(knobs["rows"], key=cost_of_rows)
+    if "cv" in config:
+
+        def chunks_of(co: int) -> int:
+            tiles = geometry.co_group // co
+            usable = [c for c in knobs["chunks"] if tiles % c == 0]
+            return min(usable, key=lambda c: (unbalanced(geometry.groups * c), c))
+
+        def cost_of_tile(co: int) -> tuple[float, int]:
+            # Fewer sums than that wait for each other: an FMA takes several cycles, and one can start in each.
+            independent = min(1.0, co * config["cv"] / profile.lanes / 8)
+            return unbalanced(geometry.groups * chunks_of(co)) / independent, -co
+
+        config["co"] = min((co for co in knobs["co"] if co <= default["co"]), key=cost_of_tile)
+        config["chunks"] = chunks_of(config["co"])
+        config["unroll_m"] = _largest(tuple(u for u in knobs["unroll_m"] if config["rows"] * pw % u == 0), 4)
+    return config
 
 
 def _backward_default(
