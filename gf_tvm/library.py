@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from torch import Tensor
 from .devices import cpu_flags
 from .errors import BundleError, GeometryError
 from .geometry import Geometry
+from .runtime import start_runtime
 from .workload import ALIGNMENT, Workload
 
 SCHEMA = 1
@@ -199,25 +199,6 @@ def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[K
         ]
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
-
-
-def start_runtime() -> None:
-    """Load TVM's runtime library without its Python package, and set up its threads. Done by :func:`load`.
-
-    TVM reads these variables when it starts a pool: it may use every core (it would take half of them on x86), its
-    workers sleep at once instead of spinning (they would fight PyTorch's own threads for the cores in a training
-    step), and they are not pinned (PyTorch's are not either). A value that the user has set stays.
-    """
-    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    from tvm_ffi.libinfo import load_lib_ctypes
-
-    spec = importlib.util.find_spec("tvm")
-    if spec is None or not spec.submodule_search_locations:
-        raise BundleError("apache-tvm is not installed; a bundle needs its runtime (pip install apache-tvm)")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
-    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
 
 
 def _use_torch_threads() -> None:

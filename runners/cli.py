@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -16,7 +15,7 @@ from ..errors import GfTvmError
 
 #: One module of this package each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``.
 #: Importing one must stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
-COMMANDS = ("devices", "tune", "build", "train", "compare")
+COMMANDS = ("devices", "tune", "farm", "build", "train", "compare")
 
 #: A mistake of the user, or a file that cannot be read or written.
 EXIT_ERROR = 2
@@ -46,8 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gf-tvm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if importlib.util.find_spec(f".{name}", __package__) is None:  # DEVELOPMENT ONLY: until every command exists
-            continue
         importlib.import_module(f".{name}", __package__).add_parser(subparsers)
     return parser
 

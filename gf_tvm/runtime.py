@@ -1,0 +1,31 @@
+"""TVM's runtime without its Python package: a board needs neither the compiler nor the seconds that importing it takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from .errors import BundleError
+
+
+def start_runtime() -> None:
+    """Load TVM's runtime library, and set up its threads. Harmless when repeated.
+
+    TVM reads these variables when it starts a pool: it may use every core (it would take half of them on x86), its
+    workers sleep at once instead of spinning (they would fight PyTorch's own threads for the cores in a training
+    step), and they are not pinned (PyTorch's are not either). A value that the user has set stays.
+
+    Raises:
+        BundleError: apache-tvm is not installed.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    spec = importlib.util.find_spec("tvm")
+    if spec is None or not spec.submodule_search_locations:
+        raise BundleError("apache-tvm is not installed; a bundle needs its runtime (pip install apache-tvm)")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])

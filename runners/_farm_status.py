@@ -1,0 +1,86 @@
+"""gf-tvm farm status: the boards that a tracker knows."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._farm import add_tracker_arguments, tracker_address
+from ._output import check_writable, format_table, write_json
+
+if TYPE_CHECKING:
+    from ..farm.tracker import Board
+
+#: Servers report every 10 seconds; one that has not for so long hangs, or its clock is wrong.
+_SILENT_SECONDS = 60.0
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "status",
+        help="list the boards that a tracker knows",
+        description="List the boards that a tracker knows, without taking one. Servers of TVM's own tell no more than "
+        "their address.",
+    )
+    add_tracker_arguments(parser, key=False)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the list as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..farm.protocol import show
+    from ..farm.tracker import boards
+
+    if args.json is not None:
+        check_writable(args.json)
+    address = tracker_address(args)
+    found = boards(address)
+    now = time.time()
+    print(format_table(_HEADERS, [_row(board, now) for board in found], floats=".1f"))
+    if not found:
+        print(f"no board is registered with the tracker at {show(address)}")
+    if args.json is not None:
+        listed = [{"key": board.key, "address": board.address, **board.info} for board in found]
+        write_json(args.json, {"tracker": show(address), "boards": listed})
+    return 0
+
+
+_HEADERS = (
+    *("board", "key", "address", "state", "gf_tvm", "TVM", "cores", "MHz", "°C", "throttled"),
+    *("trials", "failed"),
+)
+
+
+def _row(board: Board, now: float) -> tuple[object, ...]:
+    info = board.info
+    if not info:
+        return (board.name, board.key, board.address, "?", *[None] * (len(_HEADERS) - 4))
+    sensors = info.get("sensors") or {}
+    versions = info.get("versions") or {}
+    return (
+        *(board.name, board.key, board.address, _state(info, now)),
+        *(versions.get("gf-tvm"), versions.get("apache-tvm"), info.get("cores")),
+        *(sensors.get("mhz"), sensors.get("celsius"), _throttled(sensors)),
+        *(info.get("trials"), info.get("failed")),
+    )
+
+
+def _state(info: dict[str, Any], now: float) -> str:
+    parts = [str(info.get("state", "?"))]
+    updated = info.get("updated")
+    if isinstance(updated, int | float) and now - updated > _SILENT_SECONDS:
+        parts.append(f"silent for {now - updated:.0f} s")
+    if info.get("emulated"):
+        parts.append("emulated")
+    return ", ".join(parts)
+
+
+def _throttled(sensors: dict[str, Any]) -> str | None:
+    """None if the board cannot say."""
+    if not sensors.get("known"):
+        return None
+    text = ", ".join(sensors.get("throttled") or ()) or "no"
+    before = [flag for flag in sensors.get("throttled_before") or () if flag not in (sensors.get("throttled") or ())]
+    return f"{text} (since boot: {', '.join(before)})" if before else text
