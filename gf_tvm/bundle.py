@@ -19,16 +19,27 @@ from .errors import BuildError
 from .library import LIBRARY, MANIFEST, SCHEMA
 from .workload import Workload
 
+#: :attr:`BuiltKernel.note` of a kernel whose log comes from virtual boards.
+EMULATED = "chosen by times measured under emulation, which say nothing about a board"
+
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """One kernel of a bundle: ``schedule`` is "tuned" or "default", ``reason`` says why it is not tuned."""
+    """One kernel of a bundle.
+
+    Attributes:
+        schedule: "tuned" or "default".
+        log: name of the log that a tuned one comes from.
+        reason: why it is not tuned.
+        note: what to keep in mind about a tuned one.
+    """
 
     workload: Workload
     schedule: str
     config: dict[str, Any] | None
     log: str | None
     reason: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> t
         default = dict(task.space.default)
         return BuiltKernel(workload, "default", default, None, reason), task.space.schedule(default)
     log = record.source.name if record.source else None
-    return BuiltKernel(workload, "tuned", record.config, log, ""), task.schedule(Candidate.of_record(record))
+    note = EMULATED if record.emulated else ""
+    return BuiltKernel(workload, "tuned", record.config, log, "", note), task.schedule(Candidate.of_record(record))
 
 
 def _write(path: Path, library: bytes, entries: list[dict[str, Any]], profile: DeviceProfile) -> None:

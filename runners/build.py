@@ -88,9 +88,11 @@ def build_with_progress(workloads: list[Workload], profile: DeviceProfile, logs:
 
 
 def print_reasons(report: BuildReport) -> None:
-    """Say once each why kernels have default schedules."""
+    """Say once each why kernels have default schedules, and what is to be said about tuned ones."""
     for reason, count in Counter(kernel.reason for kernel in report.kernels if kernel.reason).items():
         print(f"{count} with default schedules: {reason}")
+    for note, count in Counter(kernel.note for kernel in report.kernels if kernel.note).items():
+        print(f"{count} {'kernel' if count == 1 else 'kernels'} {note}")
 
 
 def _document(report: BuildReport, profile: DeviceProfile, size: int) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def _document(report: BuildReport, profile: DeviceProfile, size: int) -> dict[st
                 "config": kernel.config,
                 "log": kernel.log,
                 "reason": kernel.reason or None,
+                "note": kernel.note or None,
             }
             for kernel in report.kernels
         ],

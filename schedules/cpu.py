@@ -183,8 +183,9 @@ def _share_between_threads(
     config, (_, pw) = dict(default), geometry.grid
     weight_bytes = 4 * geometry.ci * geometry.co_group
     # From memory by the board's figures; from the cache four bytes a cycle.
-    cached = weight_bytes <= profile.l2_bytes // 2 or profile.peak_gflops is None or profile.bandwidth_gbs is None
-    byte = profile.lanes / 4 if cached else profile.peak_gflops / 2 / profile.bandwidth_gbs
+    byte = profile.lanes / 4
+    if weight_bytes > profile.l2_bytes // 2 and profile.peak_gflops and profile.bandwidth_gbs:
+        byte = profile.peak_gflops / 2 / profile.bandwidth_gbs
 
     def unbalanced(parts: int) -> float:
         return ceil_div(parts, threads) * threads / parts

@@ -4,6 +4,7 @@ Each module builds on those before it:
 
 ========  =============================================================================================
 log       the files of measured trials; needs neither TVM nor PyTorch
+merge     puts logs of several farms together, and says what logs have; needs neither of the two as well
 task      what is tuned: definition, space, arguments and reference of one workload
 metaschedule  imports TVM's MetaSchedule
 worker    the process that builds and runs candidates

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
 import socket
 import stat
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ KINDS = ("trial", "winner", "rejected")
 SPACES = ("ours", "metaschedule")
 
 #: Fields of ``made`` that must agree before trials may be added to a file: with others, times cannot be compared.
-COMPARABLE = ("cpu", "threads", "tvm")
+#: ``cache`` and ``emulated`` are what :func:`comparable` makes of ``made``, which need not have them.
+COMPARABLE = ("cpu", "threads", "tvm", "cache", "emulated")
 
 _CRC = ',"crc":"%08x"}'
 _CRC_LENGTH = len(_CRC % 0)
@@ -89,7 +91,9 @@ class Record:
         excess: largest error against the float64 reference in units of what is allowed; None if it was not compared.
         message: what went wrong, one line.
         default_seconds: of a winner: the default schedule's median in the same comparison.
+        board: of a trial on a board of a farm: its name and state (clock, temperature) as plain values.
         source: the file it was read from.
+        emulated: the file's times were measured under emulation, so they say nothing about a board.
     """
 
     kind: str
@@ -103,7 +107,9 @@ class Record:
     excess: float | None = None
     message: str = ""
     default_seconds: float | None = None
+    board: dict[str, str | int | float | bool | None] | None = None
     source: Path | None = field(default=None, compare=False)
+    emulated: bool = field(default=False, compare=False)
 
     @property
     def confirmed(self) -> bool:
@@ -113,7 +119,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without fields that say nothing."""
         values: dict[str, Any] = {"kind": self.kind, "space": self.space, "id": self.id, "status": self.status}
-        for name in ("config", "trace", "seconds", "excess", "default_seconds"):
+        for name in ("config", "trace", "seconds", "excess", "default_seconds", "board"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         if self.runs:
@@ -123,7 +129,7 @@ class Record:
         return values
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any], source: Path | None = None) -> Record:
+    def from_dict(cls, value: Mapping[str, Any], source: Path | None = None, emulated: bool = False) -> Record:
         """Inverse of :meth:`to_dict`. Raises ValueError naming the field that is missing or wrong."""
         unknown = sorted(set(value) - _RECORD_FIELDS)
         if unknown:
@@ -156,12 +162,15 @@ class Record:
             raise ValueError("seconds must be given for a trial that ended well, and only for such")
         if value["kind"] == "winner" and value["status"] != "ok":
             raise ValueError("a winner's status must be ok")
-        return cls(**{**value, "runs": tuple(runs)}, source=source)
+        board = value.get("board", {})
+        if not isinstance(board, dict) or not all(_is_plain(item) for item in board.values()):
+            raise ValueError("board must be an object of text, numbers, true, false and null")
+        return cls(**{**value, "runs": tuple(runs)}, source=source, emulated=emulated)
 
 
 _RECORD_FIELDS = {
     *("kind", "space", "id", "status", "config", "trace"),
-    *("seconds", "runs", "excess", "message", "default_seconds"),
+    *("seconds", "runs", "excess", "message", "default_seconds", "board"),
 }
 
 
@@ -189,6 +198,24 @@ class Log:
     records: list[Record]
     sound_bytes: int
     torn: bool
+
+
+def comparable(made: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of :data:`COMPARABLE` in a log's ``made``.
+
+    ``cache`` is "cold" where every timed call was preceded by a flush of the caches, else "warm"; ``emulated`` is True
+    where the boards were virtual ones.
+    """
+    measurement = made.get("measurement")
+    cache = measurement.get("cache", "warm") if isinstance(measurement, dict) else "warm"
+    given = {"cache": cache, "emulated": bool(made.get("emulated", False))}
+    return {name: given[name] if name in given else made.get(name) for name in COMPARABLE}
+
+
+def difference(made: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Why times of two ``made`` cannot be compared: the first field that differs, and its values; None if none does."""
+    have, want = comparable(made), comparable(other)
+    return next(((name, have[name], want[name]) for name in COMPARABLE if have[name] != want[name]), None)
 
 
 def log_path(root: Path, device: str, key: str) -> Path:
@@ -244,7 +271,7 @@ def read_log(path: Path, identity: Identity | None = None) -> Log:
     records = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            records.append(Record.from_dict(_decode(line), path))
+            records.append(Record.from_dict(_decode(line), path, comparable(made)["emulated"]))
         except ValueError as error:
             raise LogError(f"{path}, line {number}: damaged: {error}") from None
     return Log(path, found, made, records, sound, torn=sound < len(data))
@@ -274,7 +301,8 @@ def find_best(
         workload: what to look for.
         profile: the device it will run on.
         roots: folders of logs, in order of precedence: the first that has a usable result decides, because times
-            from different folders may come from different machines. See also :func:`shipped_logs`.
+            from different folders may come from different machines. A result that was measured under emulation
+            counts only if there is no other. See also :func:`shipped_logs`.
 
     Returns:
         The record, or None, and one line for every log that does not fit or has no good trial.
@@ -285,10 +313,62 @@ def find_best(
     # Imports TVM, which the rest of this module does without.
     from ..schedules import get_space
 
-    identity = identity_of(workload, profile)
-    reasons = []
+    reasons: list[str] = []
+    emulated = None
+    for log in _fitting_logs(identity_of(workload, profile), roots, reasons):
+        best = best_record(log.records)
+        if best is None:
+            reasons.append(f"{log.path}: no trial ended well")
+        elif best.config is not None and not fits_space(best.config, get_space(workload, profile)):
+            raise LogError(f"{log.path}: its best configuration {best.id} is not in the space of {workload.key}")
+        elif not best.emulated:
+            return best, reasons
+        else:
+            emulated = emulated or best
+    return emulated, reasons
+
+
+def seeds(
+    identity: Identity, space: Any, roots: Sequence[str | os.PathLike[str]], count: int
+) -> tuple[list[dict[str, int | str]], list[str]]:
+    """Configurations that were fast elsewhere, to begin a search with: proposals, to be measured anew.
+
+    Args:
+        identity: what is going to be tuned; logs of another target or definition propose nothing.
+        space: its space.
+        roots: folders of logs, however measured.
+        count: how many configurations at most.
+
+    Returns:
+        Distinct valid configurations and one line for every log that does not fit. Each log gives its best in turn,
+        because times of different logs cannot be compared.
+
+    Raises:
+        LogError: a log is damaged or unreadable; names file and line.
+    """
+    reasons: list[str] = []
+    ranked = [_ranked_configs(log.records, space) for log in _fitting_logs(identity, roots, reasons)]
+    found: dict[str, dict[str, int | str]] = {}
+    for turn in itertools.zip_longest(*ranked):
+        for config in turn:
+            if config is not None:
+                found.setdefault(config_id(config), config)
+    return list(found.values())[: max(count, 0)], reasons
+
+
+def _ranked_configs(records: Sequence[Record], space: Any) -> list[dict[str, int | str]]:
+    """The configurations of one log that ended well and are points of ``space``: the best, then the others by time."""
+    rejected = {(record.space, record.id) for record in records if record.kind == "rejected"}
+    good = [r for r in records if r.status == "ok" and r.config is not None and (r.space, r.id) not in rejected]
+    best = best_record(good)
+    good.sort(key=lambda record: (record is not best, record.seconds or math.inf))
+    return [record.config for record in good if record.config is not None and fits_space(record.config, space)]
+
+
+def _fitting_logs(identity: Identity, roots: Sequence[str | os.PathLike[str]], reasons: list[str]) -> Iterator[Log]:
+    """The logs of ``identity`` in several folders. Adds a line to ``reasons`` for each that belongs to another."""
     for root in roots:
-        path = log_path(Path(root), profile.name, workload.key)
+        path = log_path(Path(root), identity.device, identity.key)
         if not os.path.lexists(path):
             continue
         try:
@@ -296,14 +376,7 @@ def find_best(
         except LogMismatch as error:
             reasons.append(str(error))
             continue
-        best = best_record(log.records)
-        if best is None:
-            reasons.append(f"{path}: no trial ended well")
-        elif best.config is not None and not fits_space(best.config, get_space(workload, profile)):
-            raise LogError(f"{path}: its best configuration {best.id} is not in the space of {workload.key}")
-        else:
-            return best, reasons
-    return None, reasons
+        yield log
 
 
 def identity_of(workload: Workload, profile: DeviceProfile) -> Identity:
@@ -427,12 +500,12 @@ class LogFolder:
         if not os.path.lexists(path):
             return None
         log = read_log(path, identity)
-        for name in COMPARABLE:
-            if log.made.get(name) != made.get(name):
-                raise LogMismatch(
-                    f"{path}: does not fit: measured with {name} {log.made.get(name)}, now {made.get(name)}; "
-                    "times cannot be compared, so use another folder of logs"
-                )
+        if differs := difference(log.made, made):
+            name, then, now = differs
+            raise LogMismatch(
+                f"{path}: does not fit: measured with {name} {then}, now {now}; "
+                "times cannot be compared, so use another folder of logs"
+            )
         return log
 
     def open(self, identity: Identity, made: Mapping[str, Any]) -> LogWriter:
@@ -455,26 +528,41 @@ class LogFolder:
         return LogWriter(log)
 
     def _create(self, path: Path, identity: Identity, made: Mapping[str, Any]) -> None:
-        header = {
-            "gf_tvm_log": SCHEMA,
-            "device": identity.device,
-            "target": identity.target,
-            "key": identity.key,
-            "workload": identity.workload,
-            "definition": identity.definition,
-            "made": dict(made),
-        }
-        temporary = path.with_name(f".{path.name}.tmp")
+        self.write({path: (identity, made, [])})
+
+    def write(self, logs: Mapping[Path, tuple[Identity, Mapping[str, Any], Sequence[Record]]]) -> None:
+        """Write whole files into this folder: all are on the disk before the first is renamed into its place.
+
+        Args:
+            logs: for each file of :func:`log_path` its identity, ``made`` and records.
+
+        Raises:
+            LogError: the disk is full or failed; every file is as it was before, or as it was to be.
+        """
+        staged = {path: path.with_name(f".{path.name}.tmp") for path in logs}
+        path = self.path
         try:
-            with open(temporary, "wb") as file:
-                file.write(_encode(header))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+            for path, (identity, made, records) in logs.items():
+                header = {
+                    "gf_tvm_log": SCHEMA,
+                    "device": identity.device,
+                    "target": identity.target,
+                    "key": identity.key,
+                    "workload": identity.workload,
+                    "definition": identity.definition,
+                    "made": dict(made),
+                }
+                with open(staged[path], "wb") as file:
+                    file.writelines(_encode(value) for value in (header, *(record.to_dict() for record in records)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path in logs:
+                os.replace(staged[path], path)
+            _sync_folder(self.path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            for temporary in staged.values():
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
             raise LogError(f"{path}: cannot write this tuning log: {error.strerror or error}") from None
 
 
@@ -583,6 +671,10 @@ def _read_header(path: Path, line: bytes) -> tuple[Identity, dict[str, Any]]:
 
 def _is_choice(value: Any) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool) or _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
