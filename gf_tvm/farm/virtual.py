@@ -5,7 +5,8 @@ PyTorch and TVM, from the package index. Nothing in it is emulated while it is m
 installed. qemu then runs its Python as an ordinary process of this machine, which sees the root's files where there
 are some and the host's elsewhere. So that this is of no consequence:
 
-* sensors and processor are files in the root (``/proc/cpuinfo``), or where ``GF_TVM_SENSORS`` says;
+* the processor is described by a file in the root (``/proc/cpuinfo``), and sensors are read where ``GF_TVM_SENSORS``
+  says, by default in an empty folder;
 * the host's library cache, which lists libraries for another architecture, is hidden by an empty one;
 * environment variables of the host's Python are not passed on;
 * ``sys.executable`` is a script that starts qemu, because this machine's kernel cannot start the Python itself.
@@ -80,7 +81,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "rpc": ("psutil==7.2.2", "cloudpickle==3.1.2", "tornado==6.6.1"),
 }
 #: Raise it when a root is made differently from the same packages.
-_FORMAT = 1
+_FORMAT = 2
 
 _SITE = f"usr/local/lib/python{_PYTHON}/dist-packages"
 _EXECUTABLE = "usr/bin/python3-qemu"
@@ -272,6 +273,7 @@ def _add_own_files(root: Path) -> None:
     (root / _SITE / "_virtual_pi.pth").write_text("import _virtual_pi\n", encoding="utf-8")
     _write_executable(root)
     (root / "etc/ld.so.cache").write_bytes(b"")
+    (root / "opt/sensors").mkdir(parents=True)
     (root / "proc/device-tree").mkdir(parents=True)
     (root / "proc/device-tree/model").write_text("Virtual Pi (qemu)\0", encoding="utf-8")
     (root / "proc/cpuinfo").write_text("".join(_CPUINFO.format(number=n) for n in range(4)), encoding="utf-8")
@@ -405,6 +407,8 @@ def environment(root: Path, **extra: str) -> dict[str, str]:
         # Packages in the host's home folder are for another machine.
         "PYTHONNOUSERSITE": "1",
         "GF_TVM_EMULATED": "qemu",
+        # An empty folder: the host's clock and temperature are not this board's.
+        "GF_TVM_SENSORS": str(root.absolute() / "opt/sensors"),
         **extra,
     }
 
