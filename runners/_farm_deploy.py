@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             if not value:
                 raise FarmError(f"deploy needs {option}, or --install-only")
         address = tracker_address(args)
+        if any(letter.isspace() or letter == ":" for letter in args.key):
+            raise FarmError(f"--key must be a word without ':', got {args.key!r}")
     if not 0 <= args.port <= 65536 - len(args.boards):
         raise FarmError(f"--port must leave room for {len(args.boards)} boards up to 65535, got {args.port}")
     if args.wheels is not None and not args.wheels.is_dir():

@@ -338,6 +338,7 @@ class Tunnel:
     def __init__(self, board: Board, key: str, tracker: Address, port: int, say: Say, token: str) -> None:
         self._board, self._key, self._tracker, self._port, self._say = board, key, tracker, port, say
         self._token = token
+        self._traceback: list[str] = []
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -446,13 +447,16 @@ class Tunnel:
         assert process.stdout is not None
         assert process.stderr is not None
         complaints: list[str] = []
+        traceback: list[str] = []
         stderr = process.stderr
 
         def read() -> None:
             for raw in stderr:
                 line = raw.decode("utf-8", "replace").rstrip()
                 complaints[:] = [*complaints[-20:], line]
-                if line:
+                if line.startswith(("Traceback ", " ")):
+                    traceback.append(line)
+                elif line:
                     self._say(line)
 
         thread = threading.Thread(target=read, daemon=True)
@@ -466,6 +470,11 @@ class Tunnel:
                 self._say(line)
         process.wait()
         thread.join(5)
+        # A server that cannot start fails in the same way all night long.
+        if traceback and traceback != self._traceback:
+            for line in traceback:
+                self._say(line)
+        self._traceback = traceback
         return "\n".join(complaints)
 
     def _end(self, process: subprocess.Popen[bytes]) -> bool:

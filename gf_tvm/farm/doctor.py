@@ -208,7 +208,7 @@ def compare_versions(host: dict[str, Any], board: dict[str, Any], name: str = "b
 
 
 def libc() -> tuple[str, str]:
-    """Name and version of the C library; empty if unknown. (Python 3.7's libc_ver() gives what Python was built for.)"""
+    """Name and version of the C library, "" if unknown; Python 3.7's libc_ver() tells what Python was built for."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     except (AttributeError, OSError, ValueError):
