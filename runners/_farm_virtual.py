@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TICK = 0.2
 #: Seconds before one that ended is started again: doubled each time, and back to the first when it ran for the last.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+#: Seconds that one may take to end; it may be in the middle of its start, which has nothing to lose.
+_STOP_SECONDS = 3.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -167,4 +169,4 @@ def _watch(pis: Sequence[VirtualPi]) -> None:
             if pi.alive:
                 pi.signal(signal.SIGTERM)
         for pi in pis:
-            pi.stop()
+            pi.stop(_STOP_SECONDS)

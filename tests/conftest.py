@@ -5,6 +5,7 @@ failed.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def virtual_root() -> Path:
+    """The root of a virtual Pi, in the user's cache; making it the first time takes a minute."""
+    from gf_tvm.farm.virtual import missing_packages, prepare_root
+
+    if missing := missing_packages():
+        pytest.skip(f"virtual Pis need: apt-get install {' '.join(missing)}")
+    return prepare_root()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
