@@ -41,6 +41,7 @@ RECORDS = [
     Record("trial", "metaschedule", "0xabc", "ok", None, TRACE, 2e-3, (2e-3,), 0.5),
     trial(1, kind="winner", default_seconds=3e-3),
     trial(4, None, kind="rejected", status="wrong", message="ä and \n a new line"),
+    trial(5, board={"name": "pi-2", "mhz": 1500.0, "celsius": 61, "throttled": False, "governor": None}),
 ]
 
 
@@ -218,6 +219,9 @@ def poisons() -> dict[str, bytes]:
         "excess is text": record(excess="none"),
         "message is a number": record(message=1),
         "a winner that failed": record(kind="winner", status="wrong", seconds=None),
+        "board is text": record(board="pi-2"),
+        "board has a list": record(board={"name": ["pi-2"]}),
+        "board has an endless number": record(board={"mhz": 10**400}),
         "trace is text": record(space="metaschedule", trace="x"),
     }
 
@@ -281,12 +285,26 @@ def test_a_log_of_something_else_is_refused_by_name(tmp_path: Path, other: dict[
     one_line(error, f"{path}: does not fit: ", words)
 
 
-@pytest.mark.parametrize("field", logs.COMPARABLE)
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "cpu": ({"cpu": "another"}, "cpu Some CPU, now another"),
+    "threads": ({"threads": 4}, "threads 2, now 4"),
+    "tvm": ({"tvm": "0.28.0"}, "tvm 0.27.0, now 0.28.0"),
+    "cache": ({"measurement": {"repeats": 5, "cache": "cold"}}, "cache warm, now cold"),
+    "emulated": ({"emulated": True}, "emulated False, now True"),
+}
+assert set(OTHERWISE) == set(logs.COMPARABLE)
+
+
+@pytest.mark.parametrize("field", OTHERWISE)
 def test_times_that_cannot_be_compared_are_not_mixed(tmp_path: Path, field: str) -> None:
     path = write(tmp_path)
+    changes, words = OTHERWISE[field]
     with LogFolder(tmp_path, "board") as folder, pytest.raises(LogMismatch) as error:
-        folder.open(IDENTITY, {**MADE, field: "another"})
-    one_line(error, str(path), f"measured with {field} {MADE[field]}, now another")
+        folder.open(IDENTITY, {**MADE, **changes})
+    one_line(error, str(path), f"measured with {words}")
+    # What older logs do not say: warm caches, on a real machine.
+    with LogFolder(tmp_path, "board") as folder:
+        folder.open(IDENTITY, {**MADE, "measurement": {"cache": "warm"}, "emulated": False}).close()
     # Other provenance may differ, and reading is allowed: a schedule is good on other machines of the profile.
     with LogFolder(tmp_path, "board") as folder:
         folder.open(IDENTITY, {**MADE, "created": "later", "python": "3.13"}).close()
