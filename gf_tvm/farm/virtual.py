@@ -245,8 +245,10 @@ def _make_root(folder: Path, wheels: set[str], progress: ProgressFunction | None
 
 def _unpack_debian(stage: Path, root: Path) -> None:
     archive = stage / "debian.tar"
-    # By way of a tar file, because without root's rights mmdebstrap makes folders that belong to others.
+    # By way of a tar file, because without root's rights mmdebstrap may make folders that belong to others.
     command = ["mmdebstrap", "--quiet", "--variant=extract", "--architectures=arm64", "--format=tar"]
+    if os.geteuid() != 0:
+        command.append("--mode=chrootless")  # nothing of it is run, so nothing has to be set up for that
     _run([*command, f"--include={','.join(_DEBIAN)}", _SUITE, archive], "unpacking Debian's packages for arm64")
     # A folder that is in the root hides the host's, and those are needed as they are.
     hidden = [f"--exclude=./{name}" for name in ("dev", "proc", "sys", "tmp", "run", "var", "home", "root")]
