@@ -161,10 +161,11 @@ def board_checks(sensors: Sensors | None = None, folder: Path | None = None) -> 
         ("python", _python, PROBE_SECONDS),
         ("system", _system, PROBE_SECONDS),
         ("packages", _packages, PROBE_SECONDS),
-        ("torch", _torch, IMPORT_SECONDS + 5),
-        ("tvm", _runtime, IMPORT_SECONDS + 5),
+        # Before PyTorch is imported, which is load and takes memory.
         ("cores", _cores, PROBE_SECONDS),
         ("memory", _memory, PROBE_SECONDS),
+        ("torch", _torch, IMPORT_SECONDS + 5),
+        ("tvm", _runtime, IMPORT_SECONDS + 5),
         ("disk", lambda: _disk(folder), PROBE_SECONDS),
         ("clock", lambda: _sensors(sensors), PROBE_SECONDS),
         ("time", _time, PROBE_SECONDS),
@@ -516,7 +517,7 @@ def verify_library(
                     if progress is not None:
                         progress(first, total)
                 elif message["kind"] == "error":
-                    yield Check(path.name, FAILED, message["reason"])
+                    yield Check(path.name, FAILED, message["reason"].replace(f"{path.name}: ", "", 1))
                     return
                 elif message["kind"] == "end":
                     count = f"{total - wrong} of {total}" if wrong else f"{total}"
