@@ -90,6 +90,17 @@ def test_a_root_of_other_versions_is_replaced(fake: Fake, tmp_path: Path, monkey
     assert roots(tmp_path) == [new]
 
 
+def test_a_root_in_use_stays_for_a_while(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = prepare_root(tmp_path)
+    monkeypatch.setattr(virtual, "_FORMAT", 1000)
+    with subprocess.Popen(["/bin/sh", "-c", "read line", old / "usr/bin/python3"], stdin=subprocess.PIPE):
+        new = prepare_root(tmp_path)
+        assert roots(tmp_path) == sorted([old, new])
+    monkeypatch.setattr(virtual, "_FORMAT", 1001)
+    newest = prepare_root(tmp_path)
+    assert roots(tmp_path) == [newest]
+
+
 def test_a_damaged_stamp_means_a_new_root(fake: Fake, tmp_path: Path) -> None:
     root = prepare_root(tmp_path)
     (root / virtual._STAMP).write_text('{"wheels"')

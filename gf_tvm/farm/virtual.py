@@ -81,7 +81,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "rpc": ("psutil==7.2.2", "cloudpickle==3.1.2", "tornado==6.6.1"),
 }
 #: Raise it when a root is made differently from the same packages.
-_FORMAT = 2
+_FORMAT = 1
 
 _SITE = f"usr/local/lib/python{_PYTHON}/dist-packages"
 _EXECUTABLE = "usr/bin/python3-qemu"
@@ -140,8 +140,8 @@ def prepare_root(
 ) -> Path:
     """Make a root in ``folder``, unless there is one, put the present code of gf_tvm into it, and return its path.
 
-    The first time takes a minute and 1.2 GB. A root of other versions is replaced; one that is being made by another
-    process is waited for.
+    The first time takes a minute and 1.2 GB. A root of other versions is replaced, though not removed while it is
+    in use; one that is being made by another process is waited for.
 
     Args:
         folder: where roots are kept; :func:`default_folder` if None.
@@ -236,11 +236,21 @@ def _make_root(folder: Path, wheels: set[str], progress: ProgressFunction | None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     for old in before:
-        if old != target:
+        if old != target and not _in_use(old):
             shutil.rmtree(old, ignore_errors=True)
     if progress is not None:
         progress(len(texts), len(texts), "ready")
     return target
+
+
+def _in_use(root: Path) -> bool:
+    """Whether a Python of this root runs: it would fail at its next import."""
+    name = os.fsencode(root / "usr/bin/python3")
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if name in command.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def _unpack_debian(stage: Path, root: Path) -> None:
@@ -250,10 +260,11 @@ def _unpack_debian(stage: Path, root: Path) -> None:
     if os.geteuid() != 0:
         command.append("--mode=chrootless")  # nothing of it is run, so nothing has to be set up for that
     _run([*command, f"--include={','.join(_DEBIAN)}", _SUITE, archive], "unpacking Debian's packages for arm64")
-    # A folder that is in the root hides the host's, and those are needed as they are.
-    hidden = [f"--exclude=./{name}" for name in ("dev", "proc", "sys", "tmp", "run", "var", "home", "root")]
+    # What is in the root hides the host's; those are needed as they are.
+    shown = ("dev", "proc", "sys", "tmp", "run", "var", "home", "root", "etc/apt", "etc/hostname", "etc/resolv.conf")
+    excluded = [f"--exclude=./{name}" for name in shown]
     command = ["tar", "--extract", "--no-same-owner", "--file", str(archive), "--directory", str(root)]
-    _run([*command, "--anchored", *hidden], "unpacking Debian's packages for arm64")
+    _run([*command, "--anchored", *excluded], "unpacking Debian's packages for arm64")
     archive.unlink()
 
 
