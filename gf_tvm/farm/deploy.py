@@ -238,15 +238,14 @@ def install(
     say("installs PyTorch, TVM and gf_tvm")
     pip = [board.venv_python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     if package.offline:
-        pip += ["--no-index", "--find-links", incoming]
-    # Only wheels: a board has no compiler. The wheel is forced in because its version may be that of the last one.
-    wheel = f"{incoming}/{package.wheel.name}"
-    constrained = [*pip, "--only-binary", ":all:", "--progress-bar", "off", "-c", f"{incoming}/constraints.txt", wheel]
+        pip += ["--no-index", "--find-links", "."]
+    # In that folder, because pip would take a ";" of its path for a marker. Only wheels: a board has no compiler.
+    wheel = f"./{package.wheel.name}"
+    constrained = [*pip, "--only-binary", ":all:", "--progress-bar", "off", "-c", "constraints.txt", wheel]
+    # The wheel is forced in because its version may be that of the last one.
     forced = [*pip, "--quiet", "--no-deps", "--force-reinstall", wheel]
-    mark = f"printf %s {shlex.quote(stamp)} > {venv}/{_remote.STAMP}"
-    command = (
-        f"{shlex.join([*constrained, *package.requirements])} && {shlex.join(forced)} && rm -rf {quoted} && {mark}"
-    )
+    mark = f"cd / && rm -rf {quoted} && printf %s {shlex.quote(stamp)} > {venv}/{_remote.STAMP}"
+    command = f"cd {quoted} && {shlex.join([*constrained, *package.requirements])} && {shlex.join(forced)} && {mark}"
     _step(board, "install", command, on_line=on_line)
     say(f"installed in {time.monotonic() - start:.0f} s")
     return True
