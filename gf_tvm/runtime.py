@@ -1,4 +1,4 @@
-"""TVM's runtime without its Python package: a board needs neither the compiler nor the seconds that importing it takes."""
+"""TVM's runtime without its Python package: a board has no use for the compiler, nor seconds to import it."""
 
 from __future__ import annotations
 

@@ -72,6 +72,6 @@ def check_bind(args: argparse.Namespace) -> None:
         loopback = args.host == "localhost"
     if not loopback and not args.open:
         raise FarmError(
-            f"--host {args.host} is open to other machines, and whoever reaches it runs code there, without a password; "
+            f"--host {args.host} is open to other machines, and whoever reaches it runs code there without a password; "
             f"use 127.0.0.1 with a tunnel (gf-tvm farm deploy makes one), or accept that with {RISK_FLAG}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 from typing import Any
 
@@ -29,10 +30,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"tracker on {show(address)}", flush=True)
 
     signal.signal(signal.SIGTERM, _end)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         run_tracker((args.host, args.port), ready)
-    except KeyboardInterrupt:
-        pass
     return 0
 
 

@@ -30,7 +30,9 @@ from gf_tvm.geometry import Geometry
 from gf_tvm.tuning import loop, worker
 from gf_tvm.tuning.log import LogFolder, Record, find_best, identity_of, log_path, read_log, shipped_logs
 from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
-from gf_tvm.tuning.measure import Measurer, Options, Result
+from gf_tvm.tuning.measure import Measurer
+from gf_tvm.tuning.process import answer
+from gf_tvm.tuning.runner import Options, Result
 from gf_tvm.tuning.search import ConfigSearch, CostModel, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 from gf_tvm.workload import Workload
@@ -71,7 +73,7 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
         for act in ("crash", "hang", "wrong"):
             found[act] = measurer.run(task, libraries[act])
         # A worker that is killed while it has nothing to do is nobody's failure.
-        for process in measurer._builders:
+        for process in measurer._builders._processes:
             if process.alive:
                 os.kill(process._process.pid, signal.SIGKILL)
         ((_, rebuilt, failure),) = measurer.build(task, [config(2, 2)])
@@ -83,8 +85,7 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
         assert features[0].shape[1] == 164
         assert features[1] is None
         pids = workers_of(os.getpid())
-        scratch = measurer._scratch
-        assert scratch is not None
+        scratch = measurer._scratch.folder
         assert scratch.is_dir()
     wanted = ("ok", "build", "wrong", "crash", "timeout", "crash", "timeout")
     assert {act: result.status for act, result in found.items()} == dict(zip(acts, wanted, strict=True))
@@ -143,7 +144,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measure import Options
+from gf_tvm.tuning.runner import Options
 options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
 tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
 """
@@ -255,7 +256,7 @@ def test_the_machine_is_not_mistaken_for_the_candidate(error: Exception, kind: s
     def request() -> None:
         raise error
 
-    assert worker._answer(request, {})[0] == kind
+    assert answer(request, {})[0] == kind
 
 
 def small_workload(name: str = "backward", **changes: Any) -> Workload:
@@ -290,16 +291,13 @@ def test_the_kernels_of_the_package_are_tasks(tmp_path: Path, workload: Workload
 # --------------------------------------------------------------------------------------------------- the loop alone
 
 
-class FakeMeasurer:
+class FakeMeasurer(Measurer):
     """Stands in for :class:`Measurer`: the time of a candidate is computed, and noted."""
 
     measured: ClassVar[list[str]]
     cost: ClassVar[Callable[[dict[str, Any]], Result]]
     seconds_per_run: ClassVar[float]
     clock: ClassVar[list[float]]
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
 
     def __enter__(self) -> FakeMeasurer:
         return self
@@ -318,7 +316,8 @@ class FakeMeasurer:
             else:
                 yield candidate, Path(candidate.id.replace("/", "")), None
 
-    def discard(self, library: Path) -> None:
+    @staticmethod
+    def discard(library: Path) -> None:
         pass
 
     def run(self, task: Task, library: Path, best: float | None = None) -> Result:

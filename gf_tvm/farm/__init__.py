@@ -1,4 +1,4 @@
-"""Boards behind TVM's RPC tracker: the server that runs on each, the tracker, and how to set boards up and look at them.
+"""Boards behind TVM's RPC tracker: the server on each, the tracker, and how to set boards up and look at them.
 
 Each module builds on those before it:
 

@@ -193,7 +193,7 @@ class Server:
         self._pending_at = 0.0
         self._info_at = 0.0
         self._stop = False
-        self._versions = _versions()
+        self._versions = versions()
         self._selector = selectors.DefaultSelector()
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
@@ -471,7 +471,7 @@ class Server:
         }
 
 
-# ------------------------------------------------------------------------------------------------- the session's process
+# ------------------------------------------------------------------------------------------------ the session's process
 
 
 def start_runtime_for(service: str) -> None:
@@ -573,7 +573,8 @@ def _model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages on which host and board must agree; None for what is missing."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("gf-tvm", "apache-tvm", "apache-tvm-ffi", "torch"):
         try:

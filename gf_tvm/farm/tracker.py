@@ -82,8 +82,7 @@ def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
         from tvm.rpc import tracker
     except ImportError as error:
         raise FarmError(f"the tracker needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
-    host, port = address
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

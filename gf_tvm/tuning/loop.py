@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError, LogError
 from .log import SPACES, LogFolder, LogWriter, Record, best_record
-from .measure import Measurer, Options, Result
+from .log import seeds as find_seeds
+from .measure import Measurer
+from .runner import Options, Result
 from .search import ConfigSearch, MetaScheduleSearch, Search
 from .task import Candidate, Config, Task, TuningError, WorkloadTask
 
 if TYPE_CHECKING:
     from ..workload import Workload
+    from .remote import FarmOptions
 
 #: Candidates that are proposed, built and measured together.
 BATCH = 16
 # An improvement by less is noise and does not put early stopping off.
 _IMPROVEMENT = 0.01
+# Configurations of other logs that are tried first, per workload.
+_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Event:
         best, default: median time of one call of the best and of the default schedule so far; when "done", those
             of the final comparison.
         left: seconds until all workloads are done, estimated; None if unknown.
+        rate: trials a minute of this run, all workloads together; None before the first.
+        boards: with a farm: how many boards are at work, and how many there are.
         message: one line of text.
     """
 
@@ -57,6 +64,8 @@ class Event:
     best: float | None = None
     default: float | None = None
     left: float | None = None
+    rate: float | None = None
+    boards: tuple[int, int] | None = None
     message: str = ""
 
 
@@ -94,13 +103,14 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a tuning run. ``seconds`` is its duration."""
+    """What came of a tuning run. ``seconds`` is its duration; ``farm`` tells what became of a farm's boards."""
 
     device: str
     logs: str
     seconds: float
     made: dict[str, Any]
     tasks: tuple[TaskSummary, ...]
+    farm: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -117,54 +127,76 @@ def tune(
     early_stop: int | None = None,
     space: str = "ours",
     threads: int | None = None,
+    cold: bool = False,
     seed: int = 0,
+    seed_logs: Sequence[str | os.PathLike[str]] = (),
+    farm: FarmOptions | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Find fast schedules for workloads on this machine, and log every trial.
+    """Find fast schedules for workloads on this machine or on a farm of boards, and log every trial.
 
     A log that is already there is continued: its trials count, are not measured again, and teach the cost model.
 
     Args:
         workloads: what to tune, in this order.
-        device: name of a device profile that this machine runs; "host" is this machine's own.
+        device: name of a device profile; without a farm one that this machine runs, "host" for its own.
         logs: folder of logs; the trials go to ``logs/<device>/<workload key>.jsonl``.
         trials: trials per workload that the log shall have in the end.
         minutes: end after this time, divided evenly between the workloads that are left.
         early_stop: end with a workload after so many trials without an improvement by 1 %.
         space: "ours" (:mod:`gf_tvm.schedules`) or "metaschedule" (its own rules on the same definition).
-        threads: threads of the kernels; default: as many as PyTorch uses.
+        threads: threads of the kernels; default: as many as PyTorch uses, or the device profile's for a farm.
+        cold: measure with the arguments out of the caches.
         seed: of the search.
+        seed_logs: other folders of logs of this device; their fastest configurations are measured first.
+        farm: where the boards are; None measures on this machine.
         progress: called with every :class:`Event`.
 
     Returns:
         What came of it. Ctrl-C raises KeyboardInterrupt as usual; every finished trial is in the log then.
 
     Raises:
-        DeviceError: unknown device, or not this machine.
+        DeviceError: unknown device, or without a farm not this machine.
+        FarmError: no tracker there, or no board with the key.
         LogError: a log that does not fit, is damaged, cannot be written, or is being written by another process.
-        TuningError: a bad option, or a machine that cannot build or measure.
+        TuningError: a bad option, or a machine that cannot build or measure, or no board for too long.
     """
     from ..devices import get_profile, missing_flags, runs_here
-
-    profile = get_profile(device)
-    if not runs_here(profile):
-        lacking = missing_flags(profile)
-        reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
-        raise DeviceError(f"device {profile.name!r} cannot be measured on this machine: {reason}")
-    import torch
-
     from ..machine import usable_cores
 
-    threads = torch.get_num_threads() if threads is None else threads
+    profile = get_profile(device)
+    if farm is None:
+        if not runs_here(profile):
+            lacking = missing_flags(profile)
+            reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
+            raise DeviceError(
+                f"device {profile.name!r} cannot be measured on this machine: {reason}; "
+                "boards are measured through a tracker (--tracker HOST:PORT --key KEY)"
+            )
+        import torch
+
+        threads = torch.get_num_threads() if threads is None else threads
+    elif threads is None:
+        threads = profile.threads or 1
+    workloads = list(dict.fromkeys(workloads))
+    tasks = [WorkloadTask(workload, profile.name) for workload in workloads]
+    options = Options(threads=threads, builders=usable_cores(), cold=cold)
+    measurer = None
+    if farm is not None:
+        from .remote import FarmMeasurer, reference_task
+
+        measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name))
     return tune_tasks(
-        [WorkloadTask(workload, profile.name) for workload in dict.fromkeys(workloads)],
+        tasks,
         logs=logs,
         trials=trials,
         minutes=minutes,
         early_stop=early_stop,
         space=space,
         seed=seed,
-        options=Options(threads=threads, builders=usable_cores()),
+        options=options,
+        measurer=measurer,
+        seed_logs=seed_logs,
         progress=progress,
     )
 
@@ -180,6 +212,8 @@ def tune_tasks(
     seed: int = 0,
     options: Options,
     batch: int = BATCH,
+    measurer: Measurer | None = None,
+    seed_logs: Sequence[str | os.PathLike[str]] = (),
     progress: Progress | None = None,
 ) -> Summary:
     """:func:`tune` for any tasks of one device; the arguments are the same, but for:
@@ -187,29 +221,30 @@ def tune_tasks(
     Args:
         options: how to measure.
         batch: candidates of one round.
+        measurer: what measures; default: this machine.
     """
     _check_arguments(trials, minutes, early_stop, space, options, batch)
     if not tasks:
         raise TuningError("nothing to tune: no workloads were given")
     started = time.monotonic()
-    made = provenance(options)
     device = tasks[0].identity.device
-    with LogFolder(logs, device) as folder:
+    with LogFolder(logs, device) as folder, measurer or Measurer(options) as measurer:
+        made = {**provenance(), **measurer.made}
         # All logs are looked at before the first trial: one that does not fit is found now and not in an hour.
         found = [folder.peek(task.identity, made) for task in tasks]
         missing = [max(0, trials - len(_trials(log.records if log else [], space))) for log in found]
-        with Measurer(options) as measurer:
-            end = None if minutes is None else started + 60 * minutes
-            say = progress or (lambda event: None)
-            plan = _Plan(measurer, trials, early_stop, space, seed, batch, say, missing, end)
-            summaries = []
-            for index, task in enumerate(tasks):
-                with folder.open(task.identity, made) as log:
-                    # The time that is left belongs in equal parts to the workloads that have trials to make.
-                    waiting = 1 + sum(bool(n) for n in missing[index + 1 :])
-                    now = time.monotonic()
-                    summaries.append(_TaskRun(plan, task, log, index, end and now + (end - now) / waiting).run())
-    return Summary(device, str(Path(logs)), time.monotonic() - started, made, tuple(summaries))
+        end = None if minutes is None else started + 60 * minutes
+        say = progress or (lambda event: None)
+        plan = _Plan(measurer, trials, early_stop, space, seed, batch, say, missing, end, seed_logs)
+        summaries = []
+        for index, task in enumerate(tasks):
+            with folder.open(task.identity, made) as log:
+                # The time that is left belongs in equal parts to the workloads that have trials to make.
+                waiting = 1 + sum(bool(n) for n in missing[index + 1 :])
+                now = time.monotonic()
+                summaries.append(_TaskRun(plan, task, log, index, end and now + (end - now) / waiting).run())
+        report = measurer.report
+    return Summary(device, str(Path(logs)), time.monotonic() - started, made, tuple(summaries), report)
 
 
 def _check_arguments(
@@ -225,11 +260,11 @@ def _check_arguments(
         raise TuningError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
 
 
-def provenance(options: Options) -> dict[str, Any]:
-    """How this process measures, as the header of a log tells it."""
+def provenance() -> dict[str, Any]:
+    """With what this process builds, as the header of a log tells it; the measurer adds where it measures."""
     from tvm.target import codegen
 
-    from .. import __version__, machine
+    from .. import __version__
 
     return {
         "gf_tvm": __version__,
@@ -237,10 +272,6 @@ def provenance(options: Options) -> dict[str, Any]:
         "tvm_ffi": metadata.version("apache-tvm-ffi"),
         "llvm": int(codegen.llvm_version_major()),
         "python": platform.python_version(),
-        "cpu": machine.cpu_model(),
-        "cores": machine.usable_cores(),
-        "threads": options.threads,
-        "measurement": options.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -265,6 +296,7 @@ class _Plan:
     progress: Progress
     missing: list[int]  # trials to make, of each workload
     end: float | None  # on the monotonic clock
+    seed_logs: Sequence[str | os.PathLike[str]]
     spent: float = 0.0
     measured: int = 0
 
@@ -295,17 +327,7 @@ class _TaskRun:
             self._say("note", message=f"{self.log.path}: its last line was cut off in writing and is dropped")
         if self.trials:
             self._say("note", message=f"continued: {len(self.trials)} trials are known")
-        while not (stopped := self._reason_to_stop()):
-            begun = time.monotonic()
-            before = len(self.trials)
-            search = self._get_search()
-            candidates = search.propose(self._batch_size())
-            if not candidates:
-                stopped = "exhausted"
-                break
-            self._measure(search, candidates)
-            self.plan.spent += time.monotonic() - begun
-            self.plan.measured += len(self.trials) - before
+        stopped = self._reason_to_stop() or self._search_and_measure()
         if stopped == "exhausted":
             self._say("note", message=f"the space is exhausted after {len(self.trials)} trials")
         self.plan.missing[self.index] = 0
@@ -334,7 +356,7 @@ class _TaskRun:
     def _batch_size(self) -> int:
         affordable = self._time_left() / self.plan.seconds_per_trial
         # A small one first: there is something to show soon, and the time that a trial takes is known.
-        batch = self.plan.batch if self.trials else min(self.plan.batch, 2 * self.plan.measurer.options.builders)
+        batch = self.plan.batch if self.trials else min(self.plan.batch, 2 * self.plan.measurer.parallel)
         return max(1, int(min(batch, self.plan.trials - len(self.trials), affordable)))
 
     def _trials_since_improvement(self) -> int:
@@ -359,40 +381,71 @@ class _TaskRun:
                 )
             else:
                 self.search = MetaScheduleSearch(self.task, plan.measurer.options.threads, seed, plan.batch)
+            if plan.seed_logs:
+                configs, reasons = find_seeds(self.task.identity, self.task.space, plan.seed_logs, _SEEDS)
+                self.search.suggest(configs)
+                for reason in reasons:
+                    self._say("note", message=reason)
             try:
                 self.search.resume(self.trials)
             except ValueError as error:
                 raise LogError(f"{self.log.path}: cannot be continued: {error}") from None
         return self.search
 
-    def _measure(self, search: Search, candidates: Sequence[Candidate]) -> None:
-        """Build all candidates, then run them in the order in which they were proposed."""
-        libraries: dict[str, Path] = {}
-        results: dict[str, Result] = {}
-        for candidate, library, failure in self.plan.measurer.build(self.task, candidates):
-            if library is not None:
-                libraries[candidate.id] = library
-            elif failure is not None:
-                results[candidate.id] = failure
-                self._log_trial(candidate, failure)
-            done = len(libraries) + len(results)
-            self._say("build", message=f"built {done} of {len(candidates)}")
-            if self.end is not None and self._time_left() <= 0:
-                break
-        for candidate in candidates:
-            if candidate.id not in libraries:
-                continue
-            if self.end is not None and self._time_left() <= 0:
-                break
-            result = self.plan.measurer.run(self.task, libraries[candidate.id], self._best_seconds())
-            self.plan.measurer.discard(libraries.pop(candidate.id))
-            results[candidate.id] = result
-            self._log_trial(candidate, result)
-        for library in libraries.values():
-            self.plan.measurer.discard(library)
-        tried = [candidate for candidate in candidates if candidate.id in results]
+    def _search_and_measure(self) -> str:
+        """Measure what the search proposes until there is a reason to stop, which is returned."""
+        plan = self.plan
+        out: dict[str, Candidate] = {}  # proposed and not yet measured
+        measured: list[tuple[Candidate, Result]] = []  # and not yet learned
+        given_up = 0
+        exhausted = False
+
+        def source(count: int) -> list[Candidate]:
+            nonlocal exhausted
+            count = min(count, self._batch_size(), plan.trials - len(self.trials) - len(out))
+            if count < 1 or self._reason_to_stop():
+                return []
+            search = self._get_search()
+            self._learn(search, measured)
+            candidates = search.propose(count)
+            exhausted = not candidates
+            out.update((candidate.id, candidate) for candidate in candidates)
+            return candidates
+
+        begun = time.monotonic()
+
+        def over() -> bool:
+            return self._time_left() <= 0
+
+        def say(kind: str, line: str) -> None:
+            self._say(kind, message=line)
+
+        results = plan.measurer.measure(self.task, source, self._best_seconds, over, say)
+        try:
+            for candidate, result in results:
+                del out[candidate.id]
+                now = time.monotonic()
+                plan.spent += now - begun
+                begun = now
+                if result is None:
+                    given_up += 1
+                    continue
+                plan.measured += 1
+                measured.append((candidate, result))
+                self._log_trial(candidate, result)
+        finally:
+            results.close()
+        if given_up:
+            self._say("note", message=f"{given_up} candidates were given up: boards were lost with them")
+        return self._reason_to_stop() or ("exhausted" if exhausted else "boards")
+
+    def _learn(self, search: Search, measured: list[tuple[Candidate, Result]]) -> None:
+        """Give the search what was measured since it was asked last."""
         complaint = search.complaint
-        search.learn(tried, [results[candidate.id] for candidate in tried])
+        if measured:
+            candidates, results = zip(*measured, strict=True)
+            measured.clear()
+            search.learn(candidates, results)
         if search.complaint != complaint:
             self._say("note", message=search.complaint)
 
@@ -474,6 +527,8 @@ class _TaskRun:
                 *(kind, self.task.identity.key, self.index + 1, len(plan.missing), len(self.trials), plan.trials),
                 *(status, seconds, best, default),
                 left=left if plan.end is None else max(0.0, min(left, plan.end - time.monotonic())),
+                rate=60 * plan.measured / plan.spent if plan.measured else None,
+                boards=plan.measurer.boards,
                 message=message,
             )
         )
@@ -504,4 +559,5 @@ def _record(kind: str, candidate: Candidate, result: Result) -> Record:
     return Record(
         *(kind, candidate.space, candidate.id, result.status, candidate.config, candidate.trace),
         *(result.seconds, result.runs, result.excess, result.message),
+        board=result.board,
     )

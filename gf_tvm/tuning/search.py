@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .log import Record, config_id, fits_space
-from .measure import Result
 from .metaschedule import metaschedule, tune_context
+from .process import describe
+from .runner import Result
 from .task import Candidate, Config, Space, Task, TuningError
-from .worker import describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,10 @@ class Search(ABC):
 
     #: Why the cost model is not in use, one line; empty if it is.
     complaint = ""
+
+    def suggest(self, configs: Sequence[Config]) -> None:
+        """Propose these before others; a search of another space than ours leaves them out."""
+        return
 
     @abstractmethod
     def resume(self, records: Sequence[Record]) -> None:
@@ -135,8 +139,13 @@ class ConfigSearch(Search):
         self._times: list[tuple[float, Config]] = []
         self._trials = 0
         self._model = CostModel(task, seed) if features is not None else None
+        self._suggested: list[Config] = []
         self._unfitted: list[tuple[Candidate, Result]] = []
         self._rows: dict[str, np.ndarray] = {}
+
+    def suggest(self, configs: Sequence[Config]) -> None:
+        """Propose these before others; what is not in the space is left out."""
+        self._suggested += [dict(config) for config in configs if fits_space(config, self._space)]
 
     def resume(self, records: Sequence[Record]) -> None:
         """Learn from the trials of earlier runs."""
@@ -170,6 +179,11 @@ class ConfigSearch(Search):
         if default.id not in self._known:
             chosen[default.id] = default
             self._known.add(default.id)
+        while self._suggested and len(chosen) < count:
+            self._add(chosen, self._suggested.pop(0))
+            self._known.update(chosen)
+        if len(chosen) >= count:
+            return list(chosen.values())
         population = self._population(_CHOICE * max(count, 4))
         random_part = sum(self._rng.random() < EPSILON for _ in range(count))
         for candidate in itertools.chain(self._ranked(population)[: count - random_part], population):

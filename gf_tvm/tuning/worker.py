@@ -1,27 +1,17 @@
-"""The process that builds or runs candidates, so that one that crashes or hangs takes nothing else with it.
-
-A worker gets requests from its parent over a socket, one at a time, and answers each with ``(kind, value)``:
-``done`` and the result; ``failed`` and a line of text, if the candidate is to blame; ``broken`` and a line of text,
-if the machine is (a full disk, no memory). It ends when the socket does, and the kernel ends it with its parent.
-"""
+"""What a worker process does: it builds or runs candidates; one that crashes or hangs takes nothing else along."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import gc
 import math
 import os
-import resource
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime import start_runtime
 from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Task
 
@@ -29,22 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_PR_SET_PDEATHSIG = 1
-_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 # Elements of NaN before and after each output: a kernel that writes there is wrong. A multiple of 64 bytes for every
 # dtype, since kernels may assume that alignment.
 _GUARD = 1024
 # Calls before it is decided how often to call.
 _TRIES = 10
-
-
-def hello() -> dict[str, Any]:
-    """Import what takes long, and say with what this process works."""
-    import torch
-    import tvm
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    return {"pid": os.getpid(), "threads": int(tvm.get_global_func("runtime.NumThreads")())}
+# Bytes of cache to flush: at least, and where the system does not say how large it is.
+_LEAST_CACHE = 4 << 20
+_UNKNOWN_CACHE = 32 << 20
 
 
 class Worker:
@@ -59,6 +41,7 @@ class Worker:
         self._expected: Any = None
         self._buffers: list[torch.Tensor] = []
         self._outputs: list[torch.Tensor] = []
+        self._sweep: torch.Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -132,7 +115,13 @@ class Worker:
         return excess, "" if excess <= 1 else f"its error is {excess:.3g} times what is allowed"
 
     def time(
-        self, name: str, repeats: int, min_seconds: float, max_seconds: float, cutoff: float = float("inf")
+        self,
+        name: str,
+        repeats: int,
+        min_seconds: float,
+        max_seconds: float,
+        cutoff: float = float("inf"),
+        cold: bool = False,
     ) -> list[float]:
         """Seconds per call, one figure per repetition. The kernel must have run before.
 
@@ -142,32 +131,55 @@ class Worker:
             min_seconds: a repetition calls the kernel so often that it lasts about this long.
             max_seconds: see ``repeats``.
             cutoff: a kernel slower than this is timed once only.
+            cold: flush the caches before each call, outside of what is timed.
         """
         kernel, arguments = self._kernels[name], (*self._inputs, *self._outputs)
         clock = time.perf_counter
+        flush = self._flush if cold else None
+
+        def seconds(calls: int) -> float:
+            if flush is None:
+                before = clock()
+                for _ in range(calls):
+                    kernel(*arguments)
+                return max(clock() - before, 1e-9)
+            total = 0.0
+            for _ in range(calls):
+                flush()
+                before = clock()
+                kernel(*arguments)
+                total += max(clock() - before, 1e-9)
+            return total
+
         gc.disable()
         try:
             start = clock()
-            once, before = math.inf, start
+            once = math.inf
             # The first calls of a short kernel find its code and data in no cache and say little.
             for _ in range(_TRIES):
-                kernel(*arguments)
-                now = clock()
-                once, before = min(once, max(now - before, 1e-9)), now
-                if now - start > min_seconds:
+                once = min(once, seconds(1))
+                if clock() - start > min_seconds:
                     break
             if once > cutoff or once > max_seconds:
                 return [once]
-            calls = range(max(1, round(min_seconds / once)))
+            calls = max(1, round(min_seconds / once))
             runs: list[float] = []
-            while len(runs) < repeats and (not runs or clock() - start + len(calls) * min(runs) < max_seconds):
-                before = clock()
-                for _ in calls:
-                    kernel(*arguments)
-                runs.append(max(clock() - before, 1e-9) / len(calls))
+            while len(runs) < repeats and (not runs or clock() - start + calls * min(runs) < max_seconds):
+                runs.append(seconds(calls) / calls)
             return runs
         finally:
             gc.enable()
+
+    def _flush(self) -> None:
+        """Leave nothing of the arguments in the caches, by writing to more memory than they hold."""
+        import torch
+
+        from ..machine import last_level_cache_bytes
+
+        if self._sweep is None:
+            cache = last_level_cache_bytes() or _UNKNOWN_CACHE
+            self._sweep = torch.zeros(2 * max(cache, _LEAST_CACHE) // 4, dtype=torch.float32)
+        self._sweep.add_(1)
 
 
 def median(runs: Sequence[float]) -> float:
@@ -183,45 +195,23 @@ def _checksum(tensor: torch.Tensor) -> int:
     return int(words.sum())
 
 
-def main(handle: int, parent: int) -> None:
-    """Serve requests on the socket ``handle`` until it closes. ``parent`` is the process that must stay alive."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went between starting this process and the line above
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # A candidate that asks for more memory than there is must not get others killed in its place.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
-    connection = Connection(handle)
-    worker: Worker | None = None
-    while True:
-        try:
-            task, name, arguments = connection.recv()
-        except (EOFError, OSError):
-            return
-        if task is not None:
-            worker = Worker(task)
-        connection.send(_answer(hello if worker is None else getattr(worker, name), arguments))
+class Greeter:
+    """The service of a worker that has no task yet."""
+
+    def hello(self, role: str) -> dict[str, Any]:
+        """Import what takes long, and say with what this process works."""
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if role == "building":
+            import tvm  # noqa: F401
+        else:
+            start_runtime()
+        import tvm_ffi
+
+        return {"pid": os.getpid(), "threads": int(tvm_ffi.get_global_func("runtime.NumThreads")())}
 
 
-def _answer(request: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
-    try:
-        return "done", request(**arguments)
-    except MemoryError:
-        return "broken", "not enough memory"
-    except Exception as error:
-        text = describe(error)
-        if isinstance(error, OSError) and error.errno in _BROKEN:
-            return "broken", text
-        # The linker is a process of its own and reports in words; PyTorch's allocator raises RuntimeError.
-        if "No space left on device" in str(error) or "can't allocate memory" in str(error):
-            return "broken", text
-        return "failed", text
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line: the first of its lines that says something."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    text = next((line for line in lines if line and not line.startswith(("Traceback", "File "))), "")
-    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+def service(task: Task | None) -> Worker | Greeter:
+    """The requests that a worker answers; see :func:`gf_tvm.tuning.process.serve`."""
+    return Greeter() if task is None else Worker(task)
