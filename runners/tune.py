@@ -1,27 +1,34 @@
-"""gf-tvm tune: search for fast schedules on this machine."""
+"""gf-tvm tune: search for fast schedules, on this machine or on a farm of boards."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cases import add_case_arguments, cases_from
+from ._farm import add_tracker_arguments, tracker_address
 from ._output import Progress, check_writable, format_table, write_json
+from .build import check_logs
 
 if TYPE_CHECKING:
     from ..tuning import Event, Summary
+    from ..tuning.remote import FarmOptions
     from ..workload import Workload
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "tune",
-        help="search for fast schedules on this machine",
-        description="Search for fast schedules of the kernels of some convolutions on this machine. Every trial is "
-        "logged; the same command continues where the last one ended, and Ctrl-C keeps all finished trials.",
+        help="search for fast schedules",
+        description="Search for fast schedules of the kernels of some convolutions, on this machine or, with --tracker, on "
+        "a farm of boards. Every trial is logged; the same command continues where the last one ended, and Ctrl-C "
+        "keeps all finished trials.",
     )
     add_case_arguments(parser)
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
@@ -38,7 +45,36 @@ def add_parser(subparsers: Any) -> None:
         help="the schedules to choose from: gf_tvm's, or those of MetaSchedule's own rules (default: ours)",
     )
     search.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default: 0)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes)")
+    search.add_argument(
+        "--seed-logs",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="other folders of logs, whose fastest schedules are tried first; may be given more than once",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes, or the board has)"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="measure with the arguments out of the caches (default: in them)"
+    )
+    farm = parser.add_argument_group("farm")
+    add_tracker_arguments(farm, required=False)
+    farm.add_argument("--boards", type=int, metavar="N", help="use at most so many boards at once (default: all)")
+    farm.add_argument(
+        "--drift",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="put a board aside whose reference kernel takes X times longer than usual, 0 for never (default: 0.2)",
+    )
+    farm.add_argument(
+        "--hot", type=float, default=80.0, metavar="C", help="let boards cool down from C degrees on (default: 80)"
+    )
+    farm.add_argument(
+        "--patience", type=float, default=30.0, metavar="M", help="end after M minutes without any board (default: 30)"
+    )
     parser.add_argument(
         "--logs",
         type=Path,
@@ -47,17 +83,30 @@ def add_parser(subparsers: Any) -> None:
         help="folder of tuning logs; trials go to DIR/<device> (default: tuning_logs)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
+    parser.add_argument(
+        "--json-events", type=Path, metavar="FILE", help="also write what happens, when it happens, as lines of JSON"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.json is not None:
-        check_writable(args.json)
+    for path in (args.json, args.json_events):
+        if path is not None:
+            check_writable(path)
+    farm = _farm_options(args)
+    check_logs(args.seed_logs)
     from ..shapes import workloads_of
     from ..tuning import tune
 
     workloads = _pick_kernels(workloads_of(cases_from(args)), args.kernels)
     display = _Display({workload.key: workload for workload in workloads})
+    events = None if args.json_events is None else open(args.json_events, "a", encoding="utf-8")  # noqa: SIM115
+
+    def show(event: Event) -> None:
+        if events is not None:
+            print(json.dumps({"time": time.time(), **asdict(event)}), file=events, flush=True)
+        display.show(event)
+
     # A job that is ended from outside stops as cleanly as one that is ended from the keyboard.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -70,8 +119,11 @@ def run(args: argparse.Namespace) -> int:
             early_stop=args.early_stop,
             space=args.space,
             threads=args.threads,
+            cold=args.cold,
             seed=args.seed,
-            progress=display.show,
+            seed_logs=args.seed_logs,
+            farm=farm,
+            progress=show,
         )
     except KeyboardInterrupt:
         display.close()
@@ -79,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         raise
     finally:
         display.close()
+        if events is not None:
+            events.close()
         signal.signal(signal.SIGTERM, before)
     _print(summary, workloads)
     if args.json is not None:
@@ -88,6 +142,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _farm_options(args: argparse.Namespace) -> FarmOptions | None:
+    """The farm that the options name; None without a tracker. Raises FarmError."""
+    if args.tracker is None:
+        return None
+    from ..errors import FarmError
+    from ..tuning.remote import FarmOptions
+
+    if args.key is None:
+        raise FarmError("--tracker needs --key KEY, the kind of board; gf-tvm farm status lists the keys")
+    if args.device == "host":
+        raise FarmError("--tracker needs --device, what the boards are, such as rpi4; gf-tvm devices lists them")
+    return FarmOptions(
+        tracker=tracker_address(args),
+        key=args.key,
+        boards=args.boards,
+        hot_celsius=args.hot,
+        drift=args.drift or None,
+        patience_minutes=args.patience,
+    )
 
 
 def _pick_kernels(workloads: list[Workload], text: str | None) -> list[Workload]:
@@ -134,8 +209,12 @@ class _Display:
         parts = [_outcome(event)]
         if self._failed:
             parts.append(f"{self._failed} failed")
+        if event.boards is not None:
+            parts.append(f"{event.boards[0]} of {event.boards[1]} boards busy")
         if event.kind in ("build", "compare"):
             parts.append(event.message)
+        if event.rate is not None:
+            parts.append(f"{event.rate:.3g} trials/min")
         if event.left is not None and event.count > 1:
             parts.append(f"all done in {_duration(event.left)}")
         return ", ".join(parts)
@@ -183,4 +262,17 @@ def _print(summary: Summary, workloads: list[Workload]) -> None:
     headers = ("kernel", "convolution", "dtype", "trials", "failed", "stopped", "default\nms", "best\nms", "gain")
     print(format_table(headers, rows))
     measured = sum(task.measured for task in summary.tasks)
+    if summary.farm is not None:
+        _print_boards(summary.farm)
     print(f"{Path(summary.logs) / summary.device}: {measured} new trials in {_duration(summary.seconds)} min")
+
+
+def _print_boards(farm: dict[str, Any]) -> None:
+    """What each board did, and what went wrong with it."""
+    rows = []
+    for name, board in sorted(farm["boards"].items()):
+        troubles = ", ".join(f"{count}x {kind}" for kind, count in sorted(board["troubles"].items()))
+        rows.append((name or "(tracker)", board["trials"], troubles or "none"))
+    print(format_table(("board", "trials", "troubles"), rows))
+    if farm.get("emulated"):
+        print("these boards are emulated: their times say nothing about a board")

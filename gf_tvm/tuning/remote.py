@@ -240,6 +240,7 @@ class FarmMeasurer(Measurer):
         return {
             "key": self._farm.key,
             "tracker": show(self._farm.tracker),
+            "emulated": self._emulated,
             "boards": {
                 name: {"trials": known.trials, "troubles": dict(known.troubles)} for name, known in self._known.items()
             },
