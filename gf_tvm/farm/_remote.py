@@ -20,7 +20,7 @@ from typing import Any
 
 MARK = "gf_tvm-answer "
 STAMP = "gf_tvm-deployed"
-_GRACE_SECONDS = 8.0
+_GRACE_SECONDS = 5.0
 
 
 def folder_of(text: str) -> Path:
