@@ -255,6 +255,8 @@ def _backward_schedule(workload: Workload, profile: DeviceProfile, config: Confi
         ci=config.get("ci", 1),
         co=config.get("co", 1),
         cv=config.get("cv", lanes),
+        # Elsewhere it would change what the logs of earlier versions belong to.
+        whole=profile.threads is not None,
     )
     sch = _schedule(fused.backward(workload, tiles))
     pooled = sch.get_sblock("g")

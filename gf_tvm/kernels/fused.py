@@ -18,7 +18,7 @@ from tvm import te, tirx
 from ..geometry import Geometry, ceil_div
 from ..workload import Workload
 from . import stages as st
-from .rewrite import share_outer_loop, store_into
+from .rewrite import read_to_the_end, share_outer_loop, store_into
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Tiles:
         ci: input channels in that tile; divides ci / groups.
         co: output channels in a tile of the weight gradient; divides co / groups.
         cv: input channels in that tile (its vector axis).
+        whole: compute the last tile of patches in full where ``m`` does not divide them. Without it TVM puts a
+            condition on every lane of every tile there, which is not vectorised any more.
     """
 
     rows: int
@@ -38,6 +40,7 @@ class Tiles:
     ci: int
     co: int
     cv: int
+    whole: bool = False
 
 
 def backward(workload: Workload, tiles: Tiles) -> Any:
@@ -70,6 +73,9 @@ def backward(workload: Workload, tiles: Tiles) -> Any:
     outputs.append(_bias_grad(geometry, dtype, g, rows, blocks))
     func = te.create_prim_func([*inputs, *outputs])
     if kernel != "backward_weight":
+        if tiles.whole and not geometry.dilated and rows * geometry.grid[1] % tiles.m:
+            # The panel's last tile ends in zeros.
+            func = read_to_the_end(func, "grad_x", "grad_x_grid")
         func = store_into(func, "grad_x", geometry.x_shape, *_map_index(geometry, rows))
     return share_outer_loop(func, shared, before=["taps"])
 
