@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ from .task import Candidate, Task, TuningError, WorkloadTask
 
 if TYPE_CHECKING:
     import numpy as np
+
+#: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
+BuiltSource = Callable[[], Sequence[tuple[Task, Candidate, Path]]]
 
 #: What can go wrong that is not the candidate's doing. ``board lost``: its server or the connection ended, or it
 #: stopped answering; ``timeout``: a step took longer than it may; ``no board``: the tracker had none to give, or is
@@ -111,6 +114,7 @@ class _Job:
     files: dict[str, Path]
     candidate: Candidate | None
     seed: int = 0
+    keep: bool = False  # the files are not ours
     lost_on: list[str] = field(default_factory=list)
 
 
@@ -196,6 +200,7 @@ class FarmMeasurer(Measurer):
         self._emulated = False
         self._last_work = 0.0
         self._notes: deque[str] = deque()
+        self._wakes: list[Connection] = []
         self._started = 0.0
 
     # --------------------------------------------------------------------------------------------------- the outer face
@@ -291,6 +296,36 @@ class FarmMeasurer(Measurer):
         finally:
             self._abandon()
 
+    def measure_built(
+        self, source: BuiltSource, wake: Connection, over: Callable[[], bool], say: Say
+    ) -> Generator[tuple[Candidate, Result | None], None, None]:
+        """Measure libraries that were built elsewhere, and which stay.
+
+        Args:
+            source: gives those that have come in.
+            wake: is ready to be read when there are more, or when it is over.
+            over: whether to stop.
+            say: see :data:`~gf_tvm.tuning.measure.Say`.
+
+        Yields:
+            See :meth:`measure`.
+        """
+        self._best = lambda: None
+        self._last_work = time.monotonic()
+        self._wakes = [wake]
+        try:
+            while not over():
+                for task, candidate, path in source():
+                    self._jobs.append(_Job(task, {"candidate": path}, candidate, keep=True))
+                self._step()
+                while self._notes:
+                    say("note", self._notes.popleft())
+                while self._done:
+                    yield self._done.popleft()
+        finally:
+            self._wakes = []
+            self._abandon()
+
     def run(self, task: Task, library: Path, best: float | None = None) -> Result:
         """Measure one library on some board. Raises TuningError if it was given up."""
         candidate = Candidate.of_config({"library": str(library)})
@@ -342,7 +377,7 @@ class FarmMeasurer(Measurer):
                 self._hang_up(slot)
 
     def _discard_files(self, job: _Job) -> None:
-        if job.candidate is not None:  # those of a comparison belong to the caller
+        if job.candidate is not None and not job.keep:  # those of a comparison belong to the caller
             for path in job.files.values():
                 self.discard(path)
 
@@ -379,7 +414,7 @@ class FarmMeasurer(Measurer):
         retries = [slot.retry_at - now for slot in self._slots if slot.state == "closed"]
         if not any(slot.state == "free" for slot in self._slots) or not self._jobs:
             wait(
-                [*connections, *self._builders.connections()],
+                [*connections, *self._builders.connections(), *self._wakes],
                 max(0.0, min(TICK, self._builders.seconds_left, *left, *retries, TICK)),
             )
         for key, value, failure in self._builders.collect():

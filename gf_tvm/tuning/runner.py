@@ -32,6 +32,7 @@ class Options:
         rounds: repetitions of the final comparison; in each round every candidate runs once.
         cold: drive the arguments out of the caches before each call: what a kernel meets whose inputs were made long
             ago. By default they are warm.
+        least_calls: in one repetition of a trial, if ``max_seconds`` allows for them.
     """
 
     threads: int = 1
@@ -45,6 +46,7 @@ class Options:
     final: int = 4
     rounds: int = 9
     cold: bool = False
+    least_calls: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """What a log's header tells about the measurement."""
@@ -136,6 +138,7 @@ class Runner:
                     max_seconds=options.max_seconds,
                     cutoff=best * options.cutoff if best else float("inf"),
                     cold=options.cold,
+                    least_calls=options.least_calls,
                 )
                 runner.call(task, "unload", options.run_timeout, name="candidate")
                 return Result("ok", tuple(runs), excess)

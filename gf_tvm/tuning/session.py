@@ -17,7 +17,7 @@ from typing import Any
 from ..farm.server import Context, versions
 from .process import describe
 from .runner import Options, Result, Runner
-from .task import Task, TuningError, WorkloadTask
+from .task import ArgumentsTask, Task, TuningError, WorkloadTask
 
 
 def preload() -> None:
@@ -126,9 +126,12 @@ class Session:
         """The task that a request is about; the same object each time, since a runner keeps its inputs by it."""
         text = json.dumps(values, sort_keys=True)
         if text not in self._tasks:
-            from ..workload import Workload
+            if "arguments" in values:
+                self._tasks[text] = ArgumentsTask(tuple((dtype, tuple(shape)) for dtype, shape in values["arguments"]))
+            else:
+                from ..workload import Workload
 
-            self._tasks[text] = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
+                self._tasks[text] = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
         return self._tasks[text]
 
     def _count(self, result: Result) -> None:
@@ -137,6 +140,8 @@ class Session:
 
 def task_values(task: Task) -> dict[str, Any]:
     """What :class:`Session` needs to know of a task. Raises TuningError for one that a board cannot measure."""
+    if isinstance(task, ArgumentsTask):
+        return {"arguments": task.arguments}
     if not isinstance(task, WorkloadTask):
         raise TuningError(f"{task.identity.key}: only workloads of gf_tvm can be measured on a farm")
     return {"workload": task.workload.to_dict(), "device": task.device}

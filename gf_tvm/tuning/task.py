@@ -181,13 +181,7 @@ class WorkloadTask(Task):
 
     def load(self, path: Path) -> Callable[..., None]:
         """Load an exported library; without the compiler, which a board does not have."""
-        from ..runtime import start_runtime
-
-        start_runtime()
-        import tvm_ffi
-
-        kernel: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
-        return kernel
+        return _load_main(path)
 
     def inputs(self, seed: int) -> list[torch.Tensor]:
         """Random inputs."""
@@ -219,3 +213,85 @@ class WorkloadTask(Task):
 
         for output, poisoned in zip(outputs, poisoned_outputs(self.workload), strict=True):
             output.copy_(poisoned)
+
+
+#: (dtype, shape) of each argument of a function, in call order.
+Arguments = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class ArgumentsTask(Task):
+    """A compiled function of which only the arguments are known, as MetaSchedule's runners get it.
+
+    It can be loaded and timed. It cannot be checked: any argument may be an output, and there is no reference. All of
+    them are random at first (integers are 0, in case they are indices); writing beyond them is still found.
+
+    Args:
+        arguments: of numbers, which PyTorch has under the same names.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.arguments,)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """For messages; it has no log."""
+        key = ", ".join(f"{dtype}[{'x'.join(map(str, shape))}]" for dtype, shape in self.arguments)
+        return Identity("", "", key, {}, "")
+
+    @property
+    def space(self) -> Space:
+        """Unknown."""
+        raise NotImplementedError
+
+    def module(self) -> Any:
+        """Unknown."""
+        raise NotImplementedError
+
+    def export(self, schedule: Any, path: Path) -> None:
+        """Made elsewhere."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> Callable[..., None]:
+        """Load a library."""
+        return _load_main(path)
+
+    def inputs(self, seed: int) -> list[torch.Tensor]:
+        """None: see the class."""
+        return []
+
+    def output_specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each argument."""
+        import torch
+
+        return [(shape, getattr(torch, dtype)) for dtype, shape in self.arguments]
+
+    def expected(self, inputs: list[torch.Tensor]) -> None:
+        """Unknown."""
+
+    def excess(self, outputs: list[torch.Tensor], expected: Any) -> float:
+        """Any result is taken for right."""
+        return 0.0
+
+    def poison(self, outputs: list[torch.Tensor]) -> None:
+        """Fill the arguments."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        for output in outputs:
+            if output.is_floating_point():
+                output.normal_(generator=generator)
+            else:
+                output.zero_()
+
+
+def _load_main(path: Path) -> Callable[..., None]:
+    from ..runtime import start_runtime
+
+    start_runtime()
+    import tvm_ffi
+
+    kernel: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
+    return kernel

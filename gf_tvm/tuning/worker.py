@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Elements of NaN before and after each output: a kernel that writes there is wrong. A multiple of 64 bytes for every
-# dtype, since kernels may assume that alignment.
+# Elements of NaN (or of the largest integer) before and after each output: a kernel that writes there is wrong. A
+# multiple of 64 bytes for every dtype, since kernels may assume that alignment.
 _GUARD = 1024
 # Calls before it is decided how often to call.
 _TRIES = 10
@@ -80,7 +80,7 @@ class Worker:
         self._sums = [_checksum(tensor) for tensor in self._inputs]
         for shape, dtype in self.task.output_specs():
             size = torch.Size(shape).numel()
-            buffer = torch.full((size + 2 * _GUARD,), float("nan"), dtype=dtype)
+            buffer = torch.full((size + 2 * _GUARD,), _guard_value(dtype), dtype=dtype)
             self._buffers.append(buffer)
             self._outputs.append(buffer[_GUARD : _GUARD + size].view(shape))
         self._seed = seed
@@ -109,7 +109,8 @@ class Worker:
         if any(_checksum(tensor) != known for tensor, known in zip(self._inputs, self._sums, strict=True)):
             return float("inf"), "wrote to its inputs"
         for buffer in self._buffers:
-            if not (torch.isnan(buffer[:_GUARD]).all() and torch.isnan(buffer[-_GUARD:]).all()):
+            guard = torch.cat((buffer[:_GUARD], buffer[-_GUARD:]))
+            if not (torch.isnan(guard) if guard.is_floating_point() else guard == _guard_value(guard.dtype)).all():
                 return float("inf"), "wrote outside its outputs"
         excess = self.task.excess(self._outputs, self._expected)
         return excess, "" if excess <= 1 else f"its error is {excess:.3g} times what is allowed"
@@ -122,6 +123,7 @@ class Worker:
         max_seconds: float,
         cutoff: float = float("inf"),
         cold: bool = False,
+        least_calls: int = 1,
     ) -> list[float]:
         """Seconds per call, one figure per repetition. The kernel must have run before.
 
@@ -132,6 +134,7 @@ class Worker:
             max_seconds: see ``repeats``.
             cutoff: a kernel slower than this is timed once only.
             cold: flush the caches before each call, outside of what is timed.
+            least_calls: in a repetition, if ``max_seconds`` allows for them.
         """
         kernel, arguments = self._kernels[name], (*self._inputs, *self._outputs)
         clock = time.perf_counter
@@ -162,7 +165,7 @@ class Worker:
                     break
             if once > cutoff or once > max_seconds:
                 return [once]
-            calls = max(1, round(min_seconds / once))
+            calls = max(1, round(min_seconds / once), min(least_calls, int(max_seconds / once)))
             runs: list[float] = []
             while len(runs) < repeats and (not runs or clock() - start + calls * min(runs) < max_seconds):
                 runs.append(seconds(calls) / calls)
@@ -185,6 +188,12 @@ class Worker:
 def median(runs: Sequence[float]) -> float:
     """The score of a trial."""
     return statistics.median(runs)
+
+
+def _guard_value(dtype: torch.dtype) -> float:
+    import torch
+
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def _checksum(tensor: torch.Tensor) -> int:
