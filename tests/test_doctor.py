@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from gf_tvm.errors import FarmError
-from gf_tvm.farm import _doctor_ssh, doctor
+from gf_tvm.farm import _doctor_ssh, doctor, tracker
 from gf_tvm.farm.doctor import FAILED, OK, UNKNOWN, WARNING, Check, compare_versions, guarded, in_child, verify_library
 from gf_tvm.farm.sensors import Sensors
 from gf_tvm.geometry import Geometry
@@ -214,6 +214,26 @@ def test_a_tracker_that_is_none_fails() -> None:
         (check,) = guarded("tracker", lambda: doctor._tracker(closed.getsockname(), None))
     assert check.status == FAILED
     assert "cannot be reached" in check.detail
+
+
+def test_a_tracker_and_its_boards(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = doctor.versions()
+    boards = [
+        tracker.Board("rpi4", "127.0.0.1:1", {"name": "good", "versions": here}),
+        tracker.Board("rpi4", "127.0.0.1:2", {"name": "old", "versions": {**here, "apache-tvm": "0.26.0"}}),
+        tracker.Board("rpi4", "127.0.0.1:3", {}),
+        tracker.Board("nano", "127.0.0.1:4", {"name": "other", "versions": {}}),
+    ]
+    monkeypatch.setattr(tracker, "boards", lambda address: boards)
+    found = {check.name: check.status for check in doctor._tracker(("127.0.0.1", 9190), "rpi4")}
+    assert found["tracker"] == OK
+    assert found["apache-tvm on good"] == OK
+    assert found["apache-tvm on old"] == FAILED
+    assert found["board 127.0.0.1:3"] == WARNING
+    assert not [name for name in found if "other" in name]
+    (_, check) = doctor._tracker(("127.0.0.1", 9190), "typo")
+    assert check.status == FAILED
+    assert "known keys: nano, rpi4" in check.detail
 
 
 # --- sent to a board --------------------------------------------------------------------------------------------------

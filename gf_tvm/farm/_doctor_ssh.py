@@ -151,7 +151,7 @@ def _run_there(
 
     def run() -> None:
         try:
-            board.ssh.run(f"exec {shlex.quote(interpreter)} -", _doctor_script(work), INSTALL_SECONDS, on_line)
+            board.ssh.run(f"cd / && exec {shlex.quote(interpreter)} -", _doctor_script(work), INSTALL_SECONDS, on_line)
             messages.put(None)
         except Exception as error:
             messages.put(error)

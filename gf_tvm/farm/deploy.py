@@ -438,7 +438,7 @@ class Tunnel:
             "--until-stdin-closes",
         ]
         run_file = shlex.quote(f"{board.folder}/run/{board.name}")
-        script = f'echo "$$ {self._token}" > {run_file} && exec {shlex.join(serve)}'
+        script = f'echo "$$ {self._token}" > {run_file} && cd {shlex.quote(board.folder)} && exec {shlex.join(serve)}'
         return f"exec sh -c {shlex.quote(script)}"
 
     def _follow(self, process: subprocess.Popen[bytes], port: int) -> str:

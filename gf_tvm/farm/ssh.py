@@ -165,7 +165,8 @@ class Ssh:
 
     def ask(self, python: str, function: str, *args: str) -> dict[str, Any]:
         """Call a function of :mod:`gf_tvm.farm._remote` there. Raises SshError."""
-        remote = "exec " + shlex.join([python, "-", function, *args])
+        # Python looks for modules in the present folder first, and homes are full of things.
+        remote = "cd / && exec " + shlex.join([python, "-", function, *args])
         output = self.run(remote, Path(_remote.__file__).read_bytes())
         for line in output.splitlines():
             if line.startswith(_remote.MARK):
