@@ -13,7 +13,7 @@ from ._output import check_writable, format_table, write_json
 if TYPE_CHECKING:
     from ..farm.tracker import Board
 
-#: Servers report every 10 seconds; one that has not for so long hangs, or its clock is wrong.
+#: Servers report every 5 seconds; one that has not for so long hangs, or its clock is wrong.
 _SILENT_SECONDS = 60.0
 
 

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _end)
     with contextlib.suppress(KeyboardInterrupt):
         run_tracker((args.host, args.port), ready)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
     return 0
 
 

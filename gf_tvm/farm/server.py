@@ -45,7 +45,7 @@ REQUEST = "gf_tvm.request"
 _TICK = 0.5
 _HELLO_SECONDS = 10.0
 _MAX_HELLOS = 16
-_INFO_SECONDS = 10.0
+_INFO_SECONDS = 5.0
 _PENDING_SECONDS = 2.0
 # An offer that was taken but not used for so long is made anew.
 _UNUSED_SECONDS = 10.0
@@ -495,6 +495,9 @@ def run_session(connection: socket.socket, context: Context, service: str, paren
             return
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        # tvm_ffi would spend seconds on a traceback of a kernel that crashes.
+        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # The listening socket and others' connections must not stay open in here.

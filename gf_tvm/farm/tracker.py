@@ -90,8 +90,9 @@ def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
     except OSError as error:
         listener.close()
         raise FarmError(f"cannot bind {show(address)}: {error.strerror or error}") from None
-    # A stranger on the port is worth a line; what tornado would say of it in twenty is not.
-    logging.getLogger("tornado").setLevel(logging.CRITICAL)
+    # A stranger on the port is worth a line; the traceback that tornado makes of it is not.
+    for name in ("tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     asyncio.set_event_loop(asyncio.new_event_loop())
     handler = tracker.TrackerServerHandler(listener, tracker.base.random_key("tracker"))
     ready(listener.getsockname()[:2])

@@ -1,0 +1,268 @@
+"""Tuning on a farm while things go wrong: the run ends with all its trials, and the log knows nothing of the trouble.
+
+The boards are servers on this machine; tests/test_virtual_farm.py does the same on Cortex-A72 code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from farm_helpers import (
+    BABBLE,
+    CONT,
+    STOP,
+    NativeBoard,
+    TrackerProcess,
+    TreacherousTask,
+    babble,
+    later,
+    native_farm,
+    small_workload,
+)
+from toy_task import wait_until
+
+from gf_tvm.devices import get_profile
+from gf_tvm.errors import FarmError, LogError
+from gf_tvm.farm.tracker import boards
+from gf_tvm.tuning import remote
+from gf_tvm.tuning.log import Record, log_path, read_log
+from gf_tvm.tuning.loop import Event, Summary, tune_tasks
+from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.runner import Options
+from gf_tvm.tuning.task import TuningError
+
+HOST = get_profile("host").name
+QUICK = Options(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=2.0)
+
+
+def farm_of(tracker: TrackerProcess, **options: object) -> FarmOptions:
+    return FarmOptions(tracker.address, **{"key": "here", "drift": None, **options})  # type: ignore[arg-type]
+
+
+def tune_here(
+    tracker: TrackerProcess,
+    logs: Path,
+    trials: int,
+    on_event: Callable[[Event], object] = lambda event: None,
+    **options: object,
+) -> tuple[Summary, list[Record], list[Event]]:
+    """Tune the treacherous task and check the log: every trial once, and each with the status that it deserves."""
+    task = TreacherousTask(small_workload(), HOST)
+    events: list[Event] = []
+
+    def progress(event: Event) -> None:
+        events.append(event)
+        on_event(event)
+
+    measurer = FarmMeasurer(QUICK, farm_of(tracker, **options), "test board")
+    summary = tune_tasks([task], logs=logs, trials=trials, options=QUICK, measurer=measurer, progress=progress)
+    records = read_log(log_path(logs, HOST, task.identity.key), task.identity).records
+    check_trials(task, records, trials)
+    return summary, records, events
+
+
+def check_trials(task: TreacherousTask, records: list[Record], trials: int) -> None:
+    found = [record for record in records if record.kind == "trial"]
+    assert len(found) == len({record.id for record in found}) == trials
+    assert {r.id: r.status for r in found} == {r.id: task.act(r.id) for r in found}
+    assert all(record.board is not None and record.board["name"] for record in found)
+
+
+def notes(events: list[Event]) -> str:
+    return "\n".join(event.message for event in events if event.kind == "note")
+
+
+def at_trial(number: int, act: Callable[[], object]) -> Callable[[Event], None]:
+    """Do something once, after trial ``number``."""
+    done: list[bool] = []
+
+    def on_event(event: Event) -> None:
+        if event.kind == "trial" and event.trial >= number and not done:
+            done.append(True)
+            act()
+
+    return on_event
+
+
+def test_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that crash, hang and are wrong; strangers; a server that is killed; a board that freezes and thaws."""
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 12.0)
+    with native_farm(3, tmp_path / "boards") as (tracker, (first, second, third)):
+
+        def trouble() -> None:
+            for data in BABBLE:
+                for port in (first.port, third.port, tracker.address[1]):
+                    babble(("127.0.0.1", port), data, 0.1)
+            first.kill()
+            later(3.0, first.start)
+            second.signal(STOP)
+            later(25.0, lambda: second.signal(CONT))
+
+        strike = at_trial(4, trouble)
+        again = at_trial(30, lambda: wait_until(lambda: "board-2" in thawed(), 60))
+
+        def thawed() -> str:
+            return second.output[-200:] if second.alive else ""
+
+        def on_event(event: Event) -> None:
+            strike(event)
+
+        summary, records, events = tune_here(tracker, tmp_path / "logs", 40, on_event)
+        del again
+        assert summary.tasks[0].confirmed
+        assert {"crash", "timeout", "wrong", "ok"} == {record.status for record in records if record.kind == "trial"}
+        assert summary.farm is not None
+        found = summary.farm["boards"]
+        assert found["board-1"]["troubles"] == {"board lost": 1}, notes(events)
+        assert found["board-2"]["troubles"] == {"board lost": 1}, notes(events)
+        assert "board-1: board lost" in notes(events)
+        assert "board-2: board lost: it has not reported to the tracker for 12 s" in notes(events)
+        # All come back, and are free again when the run is over.
+        assert wait_until(lambda: len(boards(tracker.address)) == 3, 60)
+        assert wait_until(lambda: all(b.info["state"] == "free" for b in boards(tracker.address)), 60)
+        # The servers have counted what they did.
+        counted = Counter({b.name: b.info["failed"] for b in boards(tracker.address)})
+        assert counted["board-3"] > 0
+
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_farm_faults import HOST, QUICK
+from farm_helpers import TreacherousTask, small_workload
+from gf_tvm.tuning.loop import tune_tasks
+from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
+host, port = sys.argv[3].rsplit(":", 1)
+farm = FarmOptions((host, int(port)), "here", drift=None)
+task = TreacherousTask(small_workload(), HOST)
+tune_tasks([task], logs=sys.argv[2], trials=24, options=QUICK, measurer=FarmMeasurer(QUICK, farm, "test board"))
+"""
+
+
+def test_a_killed_tuner_is_resumed(tmp_path: Path) -> None:
+    path = log_path(tmp_path, HOST, small_workload().key)
+    with native_farm(2, tmp_path / "boards") as (tracker, _):
+        arguments = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(tmp_path), tracker.text]
+        with subprocess.Popen(arguments) as process:
+            assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 5)
+            process.kill()
+        before = [record for record in read_log(path).records if record.kind == "trial"]
+        assert 4 <= len(before) < 24
+        # The boards find out that their client is gone.
+        assert wait_until(lambda: all(b.info["state"] == "free" for b in boards(tracker.address)), 30)
+        summary, records, _ = tune_here(tracker, tmp_path, 24)
+        assert [record for record in records if record.kind == "trial"][: len(before)] == before
+        assert summary.tasks[0].measured == 24 - len(before)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_trials(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", disk], check=False).returncode
+    ):
+        pytest.skip("a small disk to fill needs the right to mount one")
+    path = log_path(disk, HOST, small_workload().key)
+    try:
+        with native_farm(1, tmp_path / "boards") as (tracker, _):
+
+            def fill() -> None:
+                with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+                    while True:
+                        filler.write(b"x" * 256)
+
+            with pytest.raises(LogError, match="No space left on device; its 5 earlier records are kept"):
+                tune_here(tracker, disk, 16, at_trial(5, fill))
+            assert len(read_log(path).records) == 5
+            (disk / "filler").unlink()
+            tune_here(tracker, disk, 16)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_wrong_key_fails_at_once_and_lists_the_known_ones(tmp_path: Path) -> None:
+    with native_farm(1, tmp_path / "boards") as (tracker, _):
+        with pytest.raises(FarmError, match="knows no board with the key 'rpi5'; known keys: here"):
+            tune_here(tracker, tmp_path, 4, key="rpi5")
+        assert not list(tmp_path.glob("*/*.jsonl"))
+
+
+def test_no_board_for_too_long_ends_the_run(tmp_path: Path) -> None:
+    with native_farm(1, tmp_path / "boards") as (tracker, (board,)):
+
+        def unplug() -> None:
+            tracker.kill()
+            board.kill()
+
+        with pytest.raises(TuningError, match=r"no board with the key 'here' was at work for 0\.1 minutes"):
+            tune_here(tracker, tmp_path, 16, at_trial(3, unplug), patience_minutes=0.1)
+    records = read_log(log_path(tmp_path, HOST, small_workload().key)).records
+    assert 3 <= len(records) < 16
+
+
+def test_a_board_that_is_not_like_the_host_is_refused(tmp_path: Path) -> None:
+    """Another version of gf_tvm there: the run says so, and goes on with the others."""
+    stale = tmp_path / "stale"
+    stale.mkdir()
+    (stale / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nreal = m.version\n"
+        "m.version = lambda name: '0.0.9' if name == 'gf-tvm' else real(name)\n"
+    )
+    with native_farm(1, tmp_path / "boards") as (tracker, _):
+        with NativeBoard("old", tracker.address, "here", tmp_path / "boards", PYTHONPATH=str(stale)):
+            tracker.wait_for(2)
+            summary, records, events = tune_here(tracker, tmp_path, 8)
+        assert {record.board["name"] for record in records if record.board} == {"board-1"}
+        assert "old is put aside for this run: it has gf-tvm 0.0.9, this machine has" in notes(events)
+        assert summary.farm is not None
+        assert summary.farm["boards"]["old"]["troubles"] == {"refused": 1}
+
+
+def test_a_hot_board_cools_down_and_its_trial_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_REST_SECONDS", 0.5)
+    zone = tmp_path / "sensors" / "sys" / "class" / "thermal" / "thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "type").write_text("cpu-thermal\n")
+    (zone / "temp").write_text("45000\n")
+
+    def heat() -> None:
+        (zone / "temp").write_text("85000\n")
+        later(4.0, lambda: (zone / "temp").write_text("60000\n"))
+
+    with TrackerProcess() as tracker:
+        with NativeBoard("hot", tracker.address, "here", tmp_path, GF_TVM_SENSORS=str(tmp_path / "sensors")):
+            tracker.wait_for(1)
+            summary, records, events = tune_here(tracker, tmp_path, 8, at_trial(3, heat))
+    assert "hot is at 85 °C; it cools down and the trial is repeated" in notes(events)
+    assert "hot has cooled down" in notes(events)
+    assert all(r.board is not None and r.board["celsius"] in (45.0, 60.0) for r in records if r.kind == "trial")
+    assert summary.farm is not None
+    assert summary.farm["boards"]["hot"]["troubles"]["throttled"] >= 1
+
+
+def test_the_tracker_is_away_for_a_while(tmp_path: Path) -> None:
+    """Boards at work go on; a server that is killed meanwhile registers when the tracker is back."""
+    with native_farm(2, tmp_path / "boards") as (tracker, (first, _)):
+
+        def away() -> None:
+            tracker.kill()
+            first.kill()
+            first.start()
+            later(8.0, tracker.start)
+
+        summary, _, events = tune_here(tracker, tmp_path, 40, at_trial(4, away))
+        assert "boards that are at work go on" in notes(events)
+        assert "the tracker is back" in notes(events)
+        assert summary.farm is not None
+        assert summary.farm["boards"]["board-1"]["troubles"]["board lost"] == 1
+        assert signal.SIGKILL  # the tracker had no chance to say goodbye
+        assert wait_until(lambda: len(boards(tracker.address)) == 2, 60)
