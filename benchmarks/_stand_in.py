@@ -1,0 +1,54 @@
+"""A server whose sessions take the tuner's requests and take a known time for a trial, but run nothing.
+
+``python _stand_in.py HOST:PORT NAME SECONDS`` serves the tracker there until standard input closes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from gf_tvm.farm.server import Context, Options, Server
+from gf_tvm.tuning.runner import Result
+from gf_tvm.tuning.session import Session
+
+KEY = "stand-in"
+
+
+class StandIn(Session):
+    """Trials take as long as $STAND_IN_SECONDS says and are all the same."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._seconds = float(os.environ["STAND_IN_SECONDS"])
+
+    def do_prepare(self, task: dict[str, Any], seed: int) -> float:
+        """Nothing to prepare."""
+        return 0.0
+
+    def do_run(self, task: dict[str, Any], file: str, best: float | None) -> dict[str, Any]:
+        """Take the time of a trial."""
+        path = self._context.folder / file
+        if not path.stat().st_size:
+            raise ValueError(f"{file} is empty")
+        time.sleep(self._seconds)
+        path.unlink()
+        self._count(result := Result("ok", (1e-3,), 0.0))
+        return {"result": asdict(result), "sensors": self.do_sense()}
+
+
+def main() -> None:
+    address, name, seconds = sys.argv[1:]
+    os.environ["STAND_IN_SECONDS"] = seconds
+    # tvm_ffi would import PyTorch, of which eight servers would need much memory and no function.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    host, _, port = address.rpartition(":")
+    options = Options(KEY, name, (host, int(port)), service="_stand_in:StandIn", until_stdin_closes=True)
+    Server(options, lambda line: None).run()
+
+
+if __name__ == "__main__":
+    main()
