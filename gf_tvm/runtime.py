@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import BundleError
@@ -24,8 +27,41 @@ def start_runtime() -> None:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     from tvm_ffi.libinfo import load_lib_ctypes
 
+    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[_libraries()])
+
+
+def start_extras() -> None:
+    """Load what TVM's own RPC clients call on a board besides: it fills tensors, flushes caches. Not an error without.
+
+    Raises:
+        BundleError: apache-tvm is not installed.
+    """
+    start_runtime()
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    with suppress(RuntimeError, OSError):
+        load_lib_ctypes("tvm", "tvm_runtime_extra", "RTLD_LOCAL", extra_lib_paths=[_libraries()])
+
+
+def _libraries() -> Path:
     spec = importlib.util.find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
         raise BundleError("apache-tvm is not installed; a bundle needs its runtime (pip install apache-tvm)")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
-    load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Within it, tvm_ffi can be imported without PyTorch, which it imports if it is there.
+
+    That takes three seconds and 200 MB in processes that never see a tensor of it: those that build, the connections
+    to boards, the tracker. Imported in this way, tvm_ffi knows no tensors of PyTorch.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     server = Server(options, _say)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.stop)
+    server.load()
     print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
     server.run()
     return 0

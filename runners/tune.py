@@ -26,9 +26,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "tune",
         help="search for fast schedules",
-        description="Search for fast schedules of the kernels of some convolutions, on this machine or, with --tracker, on "
-        "a farm of boards. Every trial is logged; the same command continues where the last one ended, and Ctrl-C "
-        "keeps all finished trials.",
+        description="Search for fast schedules for kernels of some convolutions, on this machine or, with --tracker, "
+        "on a farm of boards. Every trial is logged; the same command continues where the last one ended, and "
+        "Ctrl-C keeps all finished trials.",
     )
     add_case_arguments(parser)
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")

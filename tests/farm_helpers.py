@@ -33,9 +33,9 @@ ACTS = {
 
 
 def small_workload(**changes: Any) -> Workload:
-    """A workload that takes microseconds even under emulation, with a space of many points."""
-    fields: dict[str, Any] = {"n": 2, "ci": 8, "co": 8, "h": 14, "w": 14, "kernel": (3, 3), "padding": (1, 1)}
-    return Workload("backward", Geometry(**{**fields, "patch": (2, 2), **changes}))
+    """A workload that takes microseconds, half a second to build, and has a space of many points."""
+    fields: dict[str, Any] = {"n": 2, "ci": 16, "co": 16, "h": 16, "w": 16, "kernel": (3, 3), "padding": (1, 1)}
+    return Workload("backward", Geometry(**{**fields, "patch": (4, 4), **changes}))
 
 
 class TreacherousTask(WorkloadTask):

@@ -213,9 +213,18 @@ class Server:
         """End :meth:`run` soon; may be called from a signal handler."""
         self._stop = True
 
+    def load(self) -> None:
+        """Import what every session needs, before the first is forked: on a board that takes ten seconds."""
+        from ..runtime import start_extras
+
+        start_extras()
+        if self.options.service:
+            preload = getattr(import_module(self.options.service.partition(":")[0]), "preload", None)
+            if preload is not None:
+                preload()
+
     def run(self) -> None:
         """Serve until :meth:`stop`."""
-        start_runtime_for(self.options.service)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         if self.options.until_stdin_closes:
             self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ, self._read_stdin)
@@ -472,17 +481,6 @@ class Server:
 
 
 # ------------------------------------------------------------------------------------------------ the session's process
-
-
-def start_runtime_for(service: str) -> None:
-    """Import before the first fork what every session needs."""
-    from ..runtime import start_runtime
-
-    start_runtime()
-    if service:
-        preload = getattr(import_module(service.partition(":")[0]), "preload", None)
-        if preload is not None:
-            preload()
 
 
 def run_session(connection: socket.socket, context: Context, service: str, parent: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FarmError
+from ..runtime import without_torch
 from .protocol import Address, TrackerConnection, TrackerLost, show
 
 
@@ -79,7 +80,8 @@ def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
         FarmError: the address cannot be bound, or TVM or tornado is not installed.
     """
     try:
-        from tvm.rpc import tracker
+        with without_torch():
+            from tvm.rpc import tracker
     except ImportError as error:
         raise FarmError(f"the tracker needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)

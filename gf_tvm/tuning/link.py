@@ -5,7 +5,6 @@ It imports neither PyTorch nor TVM's compiler, so there may be one for each of m
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ class Link:
 
     def hello(self, role: str) -> dict[str, Any]:
         """Load TVM's runtime."""
-        # tvm_ffi imports PyTorch if it is there, which takes seconds and memory and is not needed here.
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-        from ..runtime import start_runtime
+        from ..runtime import start_runtime, without_torch
 
-        start_runtime()
+        with without_torch():
+            start_runtime()
         return {"threads": 1}
 
     def connect(self, tracker: Address, key: str, timeout: float) -> str | None:

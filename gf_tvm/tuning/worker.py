@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime import start_runtime
+from ..runtime import start_runtime, without_torch
 from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Task
 
@@ -209,12 +209,13 @@ class Greeter:
 
     def hello(self, role: str) -> dict[str, Any]:
         """Import what takes long, and say with what this process works."""
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         if role == "building":
-            import tvm  # noqa: F401
+            with without_torch():
+                import tvm  # noqa: F401
         else:
+            import torch
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
             start_runtime()
         import tvm_ffi
 
