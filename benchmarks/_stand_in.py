@@ -47,7 +47,9 @@ def main() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]
     host, _, port = address.rpartition(":")
     options = Options(KEY, name, (host, int(port)), service="_stand_in:StandIn", until_stdin_closes=True)
-    Server(options, lambda line: None).run()
+    server = Server(options, lambda line: None)
+    server.load()
+    server.run()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main() -> None:
     figures = {name: spread(values) for name, values in rates.items()}
     first = next(iter(figures.values()))["median"]
     found = {
-        "what": "trials a minute of the same candidates on the same virtual boards; emulated: only ratios mean something",
+        "what": "trials a minute of the same candidates on the same emulated boards; only ratios mean something",
         "conditions": where,
         "boards": args.boards,
         "candidates": args.candidates,
