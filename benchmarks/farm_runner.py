@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _bench import SMALL, Tracker, conditions, keep, new_parser, say, show, spread
 from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule.runner import rpc_runner as steps
 
 from gf_tvm.farm.virtual import VirtualPi, prepare_root
 from gf_tvm.machine import usable_cores
@@ -64,6 +67,34 @@ def measure(runner: Any, paths: list[Path]) -> float:
     return 60 * (len(results) - failures.total()) / took
 
 
+def parts(rpc: Any, config: Any, paths: list[Path]) -> dict[str, float]:
+    """Seconds (medians) that the steps of one trial take in RPCRunner, one trial at a time and nothing beside it."""
+    taken: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        taken.setdefault(name, []).append(time.monotonic() - begun)
+
+    for given in inputs(paths):
+        path, types = str(given.artifact_path), tuple(info.as_json() for info in given.args_info)
+        name = Path(path).name
+        with timed("connect"):
+            session = steps.default_create_session(rpc)
+        device = session.device("cpu", 0)
+        with timed("upload and load"):
+            module = steps.default_upload_module(session, path, name)
+        with timed("fill arguments"):
+            arguments = steps.default_alloc_argument(session, device, types, 1)
+        with timed("run"):
+            steps.default_run_evaluator(session, module, device, config, arguments)
+        with timed("clean up"):
+            steps.default_cleanup(session, name)
+            del arguments, module, device, session
+    return {name: round(statistics.median(values), 3) for name, values in taken.items()}
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--candidates", type=int, default=24, help="(default: 24)")
@@ -84,6 +115,7 @@ def main() -> None:
         tracker.wait_for(args.boards)
         rpc = ms.runner.RPCConfig(*tracker.address, KEY)
         farm = FarmOptions(tracker.address, KEY)
+        seconds = parts(rpc, config, paths[:8])
 
         def stock(workers: int | None) -> float:
             runner = ms.runner.RPCRunner(rpc, config, max_workers=workers)
@@ -118,11 +150,13 @@ def main() -> None:
         "workload": SMALL.key,
         "threads": THREADS,
         "evaluator": config._asdict(),
+        "rpc_runner_seconds": seconds,
         "runners": {name: {**figure, "ratio": round(figure["median"] / first, 2)} for name, figure in figures.items()},
     }
     rows = [[name, show(figure), f"{figure['median'] / first:.2f}"] for name, figure in figures.items()]
     keep(found, ["runner", "trials a minute: median (range)", "of RPCRunner's"], rows, args.json)
     print(f"{args.boards} emulated boards on one machine: only the ratios mean something")
+    print("of one trial in RPCRunner: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def _task_of(runner_input: Any) -> ArgumentsTask:
 
 
 def farm_builder(device: str, **options: Any) -> Any:
-    """MetaSchedule's LocalBuilder, whose libraries are linked for ``device`` on this machine.
+    """MetaSchedule's LocalBuilder, which compiles and links for ``device`` on this machine.
 
     Args:
         device: name of a device profile.
@@ -218,7 +218,19 @@ def farm_builder(device: str, **options: Any) -> Any:
     from ..devices import get_profile
 
     find_linker(get_profile(device))
-    return LocalBuilder(f_export=functools.partial(_export, device=device), **options)
+    functions = {"f_build": functools.partial(_build, device=device)}
+    functions["f_export"] = functools.partial(_export, device=device)
+    return LocalBuilder(**{**functions, **options})
+
+
+def _build(module: Any, target: Any, parameters: Any, device: str) -> Any:
+    """Compile as ``gf-tvm tune`` does. MetaSchedule's own function first imports all intrinsics, for minutes."""
+    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+
+    from ..compile import compile_module
+    from ..devices import get_profile
+
+    return compile_module(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module), get_profile(device))
 
 
 def _export(module: Any, device: str) -> str:
