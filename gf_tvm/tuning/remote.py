@@ -52,7 +52,7 @@ _HELLO_SECONDS = 60.0
 _UPLOAD_SECONDS = 60.0
 _SENSE_SECONDS = 90.0
 _SUMMARY_SECONDS = 5.0  # between two looks at the tracker's list
-_SILENT_SECONDS = 45.0  # servers report every 10 seconds
+_SILENT_SECONDS = 30.0  # servers report every 5 seconds
 _REST_SECONDS = 15.0
 _RETRIES = (0.5, 2.0, 5.0, 15.0)
 # Troubles in a row after which a board is put aside.
@@ -140,7 +140,7 @@ class _Slot:
         self.state = "closed"
         self.retry_at = 0.0
         self.attempts = 0
-        self.waiting_since = 0.0
+        self.heard = 0.0
         self.address = ""
         self.name = ""
         self.info: dict[str, Any] = {}
@@ -480,9 +480,9 @@ class FarmMeasurer(Measurer):
         self._signs = signs
 
     def _silent(self, slot: _Slot) -> float:
-        """Seconds since the board's server last reported to the tracker; 0 if that is not known."""
+        """Seconds since the board last answered, or its server reported to the tracker; 0 if that is not known."""
         signs = [seen for (name, _), (sign, seen) in self._signs.items() if name == slot.name and sign is not None]
-        return time.monotonic() - max(signs) if signs else 0.0
+        return time.monotonic() - max(*signs, slot.heard) if signs else 0.0
 
     # ----------------------------------------------------------------------------------------------------------- slots
 
@@ -577,6 +577,7 @@ class FarmMeasurer(Measurer):
         except Ended as ended:
             self._lose(slot, "board lost", str(ended))
             return
+        slot.heard = time.monotonic()
         if slot.state == "connecting":
             self._connected_to(slot, value)
             return
