@@ -108,6 +108,16 @@ def test_what_boards_cannot_take_is_refused(
                 runner.run([given])
 
 
+def test_tvms_own_runner_can_use_the_boards(farm: tuple[TrackerProcess, list[NativeBoard]], library: Path) -> None:
+    from tvm.s_tir import meta_schedule as ms
+
+    rpc = ms.runner.RPCConfig(*farm[0].address, "here", session_timeout_sec=60)
+    runner = ms.runner.RPCRunner(rpc, ms.runner.EvaluatorConfig(1, 2, 1))
+    (result,) = [future.result() for future in runner.run([runner_input(library, device="cpu")])]
+    assert result.error_msg is None
+    assert len(result.run_secs) == 2
+
+
 def test_builder_compiles_and_links_for_the_device() -> None:
     from gf_tvm.tuning import ms_runner
 
