@@ -125,8 +125,12 @@ class FarmFuture(PyRunnerFuture):  # type: ignore[misc]
         return self._future.done()
 
     def result(self) -> RunnerResult:
-        """Wait for the result: seconds, or ``<type>: <message>`` with a type of :data:`gf_tvm.tuning.log.STATUSES`
-        or "board lost". Raises FarmError or TuningError if the farm cannot go on: that is no candidate's doing.
+        """Wait for the result: seconds, or ``<type>: <message>``.
+
+        The types are those of :data:`gf_tvm.tuning.log.STATUSES`, and "board lost".
+
+        Raises:
+            FarmError, TuningError: the farm cannot go on, which is no candidate's doing. TVM makes RuntimeErrors of them.
         """
         result = self._future.result()
         if result is None:
@@ -163,10 +167,12 @@ class FarmRunner(PyRunner):  # type: ignore[misc]
         super().__init__()
         options = options or Options()
         if evaluator_config is not None:
+            seconds = evaluator_config.min_repeat_ms / 1000
             options = replace(
                 options,
                 repeats=evaluator_config.repeat,
-                min_seconds=evaluator_config.min_repeat_ms / 1000,
+                min_seconds=seconds,
+                max_seconds=max(options.max_seconds, 2 * seconds * evaluator_config.repeat),
                 least_calls=evaluator_config.number,
                 cold=evaluator_config.enable_cpu_cache_flush,
             )
