@@ -130,7 +130,7 @@ class FarmFuture(PyRunnerFuture):  # type: ignore[misc]
         The types are those of :data:`gf_tvm.tuning.log.STATUSES`, and "board lost".
 
         Raises:
-            FarmError, TuningError: the farm cannot go on, which is no candidate's doing. TVM makes RuntimeErrors of them.
+            FarmError, TuningError: the farm cannot go on, for reasons of its own. TVM makes RuntimeErrors of them.
         """
         result = self._future.result()
         if result is None:
@@ -172,7 +172,7 @@ class FarmRunner(PyRunner):  # type: ignore[misc]
                 options,
                 repeats=evaluator_config.repeat,
                 min_seconds=seconds,
-                max_seconds=max(options.max_seconds, 2 * seconds * evaluator_config.repeat),
+                max_seconds=max(options.max_seconds, 4 * seconds * evaluator_config.repeat),
                 least_calls=evaluator_config.number,
                 cold=evaluator_config.enable_cpu_cache_flush,
             )
