@@ -4,6 +4,8 @@
 PYTHON      ?= python3.11
 VENV        ?= .venv
 PYTEST_ARGS ?=
+# Two at a time: the farm's tests mostly wait, for boards to start or a tracker to come back.
+TEST_JOBS   ?= 2
 
 # What the demo runs on is installed first and alone: it is the smaller part, and a first look should be quick.
 RUN_EXTRAS := train,plot,tune-cpu
@@ -44,7 +46,7 @@ demo: $(RUN_STAMP)
 	$(BIN)/python -m gf_tvm.runners.demo --out build/demo
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

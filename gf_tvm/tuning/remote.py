@@ -329,7 +329,7 @@ class FarmMeasurer(Measurer):
     def run(self, task: Task, library: Path, best: float | None = None) -> Result:
         """Measure one library on some board. Raises TuningError if it was given up."""
         candidate = Candidate.of_config({"library": str(library)})
-        self._jobs.append(_Job(task, {"candidate": library}, candidate))
+        self._jobs.append(_Job(task, {"candidate": library}, candidate, keep=True))
         self._best = lambda: best
         self._last_work = time.monotonic()
         while not self._done:
