@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 #: One module of this package each: ``_farm_<name>``; in the order of ``--help``.
@@ -18,6 +17,4 @@ def add_parser(subparsers: Any) -> None:
     )
     commands = parser.add_subparsers(dest="farm_command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if importlib.util.find_spec(f"._farm_{name}", __package__) is None:  # until all exist
-            continue
         importlib.import_module(f"._farm_{name}", __package__).add_parser(commands)
