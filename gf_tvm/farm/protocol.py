@@ -173,6 +173,8 @@ class TrackerConnection:
             if not 0 < size <= MAX_MESSAGE:
                 raise ConnectionError(f"it sent a message of {size} bytes")
             return json.loads(self._receive(size, deadline))
+        except RecursionError:  # brackets in brackets in brackets
+            raise self._lost(ConnectionError("it sent nonsense")) from None
         except (OSError, ValueError) as error:
             raise self._lost(error) from None
 

@@ -376,8 +376,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(session.pid, signal.SIGKILL)
         if not reason and status:
-            self._crashes += 1
             code = os.waitstatus_to_exitcode(status)
+            self._crashes += code < 0  # not a session whose client broke off
             reason = f"crashed with {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         session.connection.close()
         shutil.rmtree(session.folder, ignore_errors=True)

@@ -47,7 +47,7 @@ def boards_of(summary: dict[str, Any]) -> list[Board]:
         if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
             continue
         where = entry.get("addr")
-        text = show((where[0], where[1])) if isinstance(where, list) and len(where) == 2 else "?"
+        text = show((str(where[0]), where[1])) if isinstance(where, list) and len(where) == 2 else "?"
         info = entry.get("gf_tvm")
         found.append(Board(entry["key"].removeprefix("server:"), text, info if isinstance(info, dict) else {}))
     return sorted(found, key=lambda board: (board.key, board.name))
