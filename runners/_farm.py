@@ -14,9 +14,7 @@ RISK_FLAG = "--whoever-reaches-it-runs-code"
 
 def add_tracker_arguments(parser: argparse.ArgumentParser, key: bool = True, required: bool = True) -> None:
     """Add --tracker and, unless ``key`` is False, --key; TVM's own variables give their defaults."""
-    default = None
-    if os.environ.get("TVM_TRACKER_HOST"):
-        default = f"{os.environ['TVM_TRACKER_HOST']}:{os.environ.get('TVM_TRACKER_PORT', TRACKER_PORT)}"
+    default = environment_tracker()
     parser.add_argument(
         "--tracker",
         metavar="HOST:PORT",
@@ -33,6 +31,13 @@ def add_tracker_arguments(parser: argparse.ArgumentParser, key: bool = True, req
             required=required and default is None,
             help="the kind of board, as registered with the tracker (default: TVM_TRACKER_KEY of the environment)",
         )
+
+
+def environment_tracker() -> str | None:
+    """The tracker that TVM's variables name."""
+    if not os.environ.get("TVM_TRACKER_HOST"):
+        return None
+    return f"{os.environ['TVM_TRACKER_HOST']}:{os.environ.get('TVM_TRACKER_PORT', TRACKER_PORT)}"
 
 
 def tracker_address(args: argparse.Namespace) -> tuple[str, int]:

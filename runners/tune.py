@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cases import add_case_arguments, cases_from
-from ._farm import add_tracker_arguments, tracker_address
+from ._farm import add_tracker_arguments, environment_tracker, tracker_address
 from ._output import Progress, check_writable, format_table, write_json
 from .build import check_logs
 
@@ -146,7 +146,8 @@ def _interrupt(*_: Any) -> None:
 
 def _farm_options(args: argparse.Namespace) -> FarmOptions | None:
     """The farm that the options name; None without a tracker. Raises FarmError."""
-    if args.tracker is None:
+    # The environment may name a tracker for other commands' sake: this machine is still this machine.
+    if args.tracker is None or (args.device == "host" and args.tracker == environment_tracker()):
         return None
     from ..errors import FarmError
     from ..tuning.remote import FarmOptions

@@ -726,7 +726,8 @@ class FarmMeasurer(Measurer):
         slot.remaining = list(job.files.items())
         slot.uploaded = {}
         wanted = (job.task.identity.key, job.seed)
-        if slot.prepared == wanted:
+        # The reference kernel's small inputs are made when it runs, in a process of its own.
+        if slot.prepared == wanted or job.task is self._reference:
             self._upload_next(slot)
             return
         slot.prepared = wanted
@@ -758,7 +759,14 @@ class FarmMeasurer(Measurer):
         else:
             best = None if job.candidate is None else self._best()
             file = slot.uploaded["candidate"]
-            self._call(slot, "running", once, "run", task=task_values(job.task), file=file, best=best)
+            reference = job.task is self._reference
+            self._call(
+                *(slot, "running", once, "run"),
+                task=task_values(job.task),
+                file=file,
+                best=best,
+                reference=reference,
+            )
 
     # -------------------------------------------------------------------------------------------------------- troubles
 

@@ -37,6 +37,8 @@ class Session:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._runner: Runner | None = None
+        # Of its own, so that the other keeps its inputs and their reference result.
+        self._reference: Runner | None = None
         self._tasks: dict[str, Task] = {}
 
     def handle(self, request: str) -> str:
@@ -57,9 +59,10 @@ class Session:
 
     def close(self) -> None:
         """End what runs candidates."""
-        if self._runner is not None:
-            self._runner.end()
-            self._runner = None
+        for runner in (self._runner, self._reference):
+            if runner is not None:
+                runner.end()
+        self._runner, self._reference = None, None
 
     # -------------------------------------------------------------------------------------------------- the operations
 
@@ -70,7 +73,7 @@ class Session:
         wanted = Options(**options)
         if self._context.emulated:  # whose times mean nothing, and which has the cores of the machine that emulates
             wanted = Options(**{**options, "threads": min(wanted.threads, cores)})
-        self._runner = self._new_runner(wanted)
+        self._runner, self._reference = self._new_runner(wanted), self._new_runner(wanted)
         return {
             "name": self._context.name,
             "cores": cores,
@@ -93,11 +96,13 @@ class Session:
         self._get_runner().prepare(self._task(task), seed)
         return time.monotonic() - begun
 
-    def do_run(self, task: dict[str, Any], file: str, best: float | None) -> dict[str, Any]:
-        """Check and time an uploaded library."""
+    def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
+        """Check and time an uploaded library: a candidate, or the ``reference`` kernel."""
         path = self._context.folder / file
-        result = self._get_runner().run(self._task(task), path, best)
-        self._count(result)
+        runner = self._get_runner() if self._reference is None or not reference else self._reference
+        result = runner.run(self._task(task), path, best)
+        if not reference:
+            self._count(result)
         path.unlink(missing_ok=True)
         return {"result": asdict(result), "sensors": self.do_sense()}
 
