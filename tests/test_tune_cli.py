@@ -112,7 +112,7 @@ def test_an_interrupted_job_keeps_its_trials_and_the_same_command_continues(
         (["--patch", "0"], "patch must be at least 1, got 0"),
         (["--json", "/no/such/folder/out.json"], "cannot write '/no/such/folder/out.json'"),
         (["--logs", "/dev/null"], "cannot write tuning logs here: Not a directory"),
-        (["--tracker", "localhost:9190"], "unrecognized arguments: --tracker"),
+        (["--whoever-reaches-it-runs-code"], "unrecognized arguments: --whoever-reaches-it-runs-code"),
     ],
 )
 def test_mistakes(
@@ -172,7 +172,7 @@ def test_options_reach_the_library_and_progress_is_shown(
             show(Event("start", *place, 0, 5, left=100.0))
             show(Event("build", *place, 0, 5, left=100.0, message="built 1 of 4"))
             show(Event("trial", *place, 1, 5, "ok", 2e-3, 2e-3, 2e-3, 90.0))
-            show(Event("trial", *place, 2, 5, "crash", None, 2e-3, 2e-3, 75.0, "while running: SIGSEGV"))
+            show(Event("trial", *place, 2, 5, "crash", None, 2e-3, 2e-3, 75.0, 12.5, (1, 2), "while running: SIGSEGV"))
             show(Event("note", *place, 2, 5, message="the space is exhausted after 2 trials"))
             show(Event("done", *place, 2, 5, best=1.9e-3, default=2e-3, left=0.0))
             tasks.append(TaskSummary(workload.key, "x", 2, 2, 1, "exhausted", "ours", {}, 1e-3, 2e-3, True))
@@ -184,11 +184,12 @@ def test_options_reach_the_library_and_progress_is_shown(
     given.pop("progress")
     assert [workload.kernel for workload in given.pop("workloads")] == ["filter_input", "backward"]
     wanted = {"device": "host", "logs": Path("L"), "trials": 5, "minutes": 1.5, "early_stop": 7}
-    assert given == {**wanted, "space": "metaschedule", "threads": 3, "seed": 9}
+    wanted |= {"space": "metaschedule", "threads": 3, "seed": 9, "seed_logs": [], "cold": False, "farm": None}
+    assert given == wanted
     captured = capsys.readouterr()
     for text in (
         "[2/2] backward 1x8x6x6 to 8 R2x2: 1/5 trials",
-        "best 2 ms, default 2 ms, 1 failed, all done in 1:15",
+        "best 2 ms, default 2 ms, 1 failed, 1 of 2 boards busy, 12.5 trials/min, all done in 1:15",
         "built 1 of 4",
         "[1/2] filter_input 1x8x6x6 to 8 R2x2: the space is exhausted after 2 trials",
         "[1/2] filter_input 1x8x6x6 to 8 R2x2: best 1.9 ms, default 2 ms",
