@@ -1,0 +1,585 @@
+"""What the farm's measurer decides about boards and candidates, without boards; and measuring with cold caches."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from farm_helpers import small_workload
+from toy_task import ToyTask
+
+from gf_tvm.devices import get_profile
+from gf_tvm.errors import FarmError
+from gf_tvm.farm.server import versions
+from gf_tvm.farm.tracker import Board
+from gf_tvm.tuning import remote, worker
+from gf_tvm.tuning.log import LogMismatch, log_path, read_log
+from gf_tvm.tuning.loop import tune_tasks
+from gf_tvm.tuning.measure import Measurer
+from gf_tvm.tuning.process import CandidateFailed, Ended
+from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions, reference_task
+from gf_tvm.tuning.runner import Options, Result
+from gf_tvm.tuning.task import Candidate, WorkloadTask
+
+HOST = get_profile("host").name
+TASK = WorkloadTask(small_workload(), HOST)
+REFERENCE = reference_task(HOST)
+COOL = {"throttled": [], "celsius": 50.0, "mhz": 1500.0, "governor": "performance"}
+HOT = {**COOL, "celsius": 85.0}
+
+
+class FakeProcess:
+    """A link whose board answers what the test says."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.answers: deque[Any] = deque()
+        self.ended = False
+        self.connection = SimpleNamespace(poll=lambda seconds: False)
+
+    def send(self, task: object, request: str, timeout: float, /, **arguments: Any) -> None:
+        assert timeout > 0
+        self.sent.append((request, json.loads(arguments["request"]) if request == "call" else arguments))
+
+    def receive(self) -> Any:
+        answer = self.answers.popleft()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> int:
+        self.ended = True
+        return 0
+
+
+class Farm:
+    """A measurer that was never entered, and its boards."""
+
+    def __init__(self, clock: list[float], **options: Any) -> None:
+        self.clock = clock
+        self.measurer = FarmMeasurer(
+            Options(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
+        )
+        self.measurer._reference_library = Path("reference.so")
+
+    def board(self, name: str, **info: Any) -> remote._Slot:
+        """A board that the tracker has given."""
+        slot = remote._Slot(len(self.measurer._slots))
+        self.measurer._slots.append(slot)
+        return self.greet(slot, name, **info)
+
+    def greet(self, slot: remote._Slot, name: str, **info: Any) -> remote._Slot:
+        slot.process = FakeProcess()  # type: ignore[assignment]
+        slot.state = "connecting"
+        self.answer(slot, f"{name}:9000", plain=True)
+        assert slot.state == "greeting"
+        told = {"name": name, "cores": 4, "threads": 1, "versions": versions(), "emulated": False, "sensors": COOL}
+        self.answer(slot, {**told, **info})
+        return slot
+
+    def answer(self, slot: remote._Slot, value: Any, plain: bool = False) -> None:
+        """The board answers the request that it works on."""
+        process: Any = slot.process
+        process.answers.append(value if plain else json.dumps({"done": value}))
+        self.measurer._take_answer(slot)
+
+    def job(self, number: int = 1) -> remote._Job:
+        made = remote._Job(TASK, {"candidate": Path(f"/nonexistent/{number}.so")}, Candidate.of_config({"i": number}))
+        self.measurer._jobs.append(made)
+        return made
+
+    def start(self, slot: remote._Slot) -> None:
+        """Give the board work, up to the point where it runs."""
+        assert slot.state == "free"
+        self.measurer._give_work(slot)
+        if slot.state == "preparing":
+            self.answer(slot, 0.5)
+        assert slot.state == "uploading"
+        self.answer(slot, None, plain=True)
+        assert slot.state == "running"
+
+    def end_run(self, slot: remote._Slot, seconds: float | None, sensors: dict[str, Any] = COOL) -> None:
+        result = Result("crash") if seconds is None else Result("ok", (seconds,), 0.0)
+        self.answer(slot, {"result": asdict(result), "sensors": sensors})
+
+    def refer(self, slot: remote._Slot, seconds: float | None) -> None:
+        """The board runs the reference kernel."""
+        slot.reference_due = 0
+        self.start(slot)
+        assert slot.job is not None
+        assert slot.job.task is REFERENCE
+        self.end_run(slot, seconds)
+
+    def work(self, slot: remote._Slot, sensors: dict[str, Any] = COOL) -> None:
+        """One candidate on a board that is not due for the reference."""
+        slot.reference_due = max(slot.reference_due, 1)
+        self.job()
+        self.start(slot)
+        self.end_run(slot, 1e-3, sensors)
+
+    def troubles(self, name: str) -> dict[str, int]:
+        return dict(self.measurer._known[name].troubles)
+
+    def notes(self) -> str:
+        found = "\n".join(self.measurer._notes)
+        self.measurer._notes.clear()
+        return found
+
+    def after(self, seconds: float) -> None:
+        self.clock[0] += seconds
+        for slot in self.measurer._slots:
+            self.measurer._watch(slot)
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Farm]]:
+    clock = [1000.0]
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    yield lambda **options: Farm(clock, **options)
+
+
+@pytest.fixture
+def farm(make: Callable[..., Farm]) -> Farm:
+    return make()
+
+
+# -------------------------------------------------------------------------------------------------------------- drift
+
+
+def test_the_reference_is_measured_first_and_now_and_then(farm: Farm) -> None:
+    slot = farm.board("a")
+    for number in range(60):
+        farm.job(number)
+    kinds = []
+    for _ in range(52):
+        farm.start(slot)
+        assert slot.job is not None
+        kinds.append(slot.job.task is REFERENCE)
+        farm.end_run(slot, 1e-3)
+    assert [i for i, reference in enumerate(kinds) if reference] == [0, 25, 50]
+    assert farm.measurer._known["a"].trials == 49
+
+
+def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: Farm) -> None:
+    slot = farm.board("a")
+    for seconds in (1e-3, 1.19e-3, 0.5e-3):
+        farm.refer(slot, seconds)
+        assert slot.state == "free"
+    farm.refer(slot, 1.3e-3)
+    assert slot.state == "aside"
+    assert "a is put aside for 300 s: its reference kernel takes 30 % longer than usual" in farm.notes()
+    farm.after(299)
+    assert slot.state == "aside"
+    farm.after(2)
+    assert slot.state == "free"
+    assert farm.notes() == "a is tried again"
+    # The reference comes before any candidate; still slow, it goes aside again, and with a good one it is back.
+    farm.job()
+    farm.start(slot)
+    assert slot.job is not None
+    assert slot.job.task is REFERENCE
+    farm.end_run(slot, 1.3e-3)
+    assert slot.state == "aside"
+    farm.after(301)
+    farm.refer(slot, 1e-3)
+    assert slot.state == "free"
+    assert farm.troubles("a") == {"drift": 2}
+
+
+def test_a_board_that_is_slower_than_the_others_is_put_aside(farm: Farm) -> None:
+    slots = [farm.board(name) for name in "abc"]
+    for slot, seconds in zip(slots, (1e-3, 1.1e-3, 1.5e-3), strict=True):
+        farm.refer(slot, seconds)
+    assert [slot.state for slot in slots] == ["free", "free", "aside"]
+    assert "c is put aside for 300 s: its reference kernel takes 43 % longer than usual" in farm.notes()
+    # One slow board among three does not make the others look fast, nor itself the usual.
+    farm.refer(slots[0], 1.05e-3)
+    assert slots[0].state == "free"
+
+
+@pytest.mark.parametrize("options", [{"drift": None}, {"drift": 0.2}])
+def test_boards_are_not_watched_for_drift_where_that_says_nothing(
+    make: Callable[..., Farm], options: dict[str, Any]
+) -> None:
+    farm = make(**options)
+    farm.measurer._emulated = options["drift"] is not None
+    slot = farm.board("a", emulated=farm.measurer._emulated)
+    farm.job()
+    farm.start(slot)
+    assert slot.job is not None
+    assert slot.job.task is TASK
+
+
+def test_a_board_on_which_the_reference_fails_is_put_aside(farm: Farm) -> None:
+    slot = farm.board("a")
+    farm.refer(slot, None)
+    assert slot.state == "aside"
+    assert farm.troubles("a") == {"broken": 1}
+    assert not farm.measurer._done
+    assert not farm.measurer._jobs  # the reference is no candidate that another board could take
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_three_losses_in_a_row_put_a_board_aside(farm: Farm) -> None:
+    slot = farm.board("a")
+    for number in range(3):
+        assert slot.state == "free", number
+        process: Any = slot.process
+        farm.measurer._lose(slot, "board lost", "its process ended with SIGSEGV")
+        assert process.ended
+        assert slot.state == "closed"
+        assert slot.retry_at > farm.clock[0]
+        farm.greet(slot, "a")
+    assert "a is put aside for 300 s: lost 3 times" in farm.notes()
+    assert slot.state == "aside"
+    assert farm.measurer._connected() == 0
+    farm.after(301)
+    assert slot.state == "free"
+    # It starts anew: one more loss is one loss.
+    farm.measurer._lose(slot, "timeout", "running took too long")
+    assert farm.greet(slot, "a").state == "free"
+    assert farm.troubles("a") == {"board lost": 3, "timeout": 1}
+
+
+def test_a_good_trial_forgives(farm: Farm) -> None:
+    slot = farm.board("a")
+    for _ in range(4):
+        for _ in range(2):
+            farm.measurer._lose(slot, "board lost", "?")
+            farm.greet(slot, "a")
+        farm.work(slot)
+        assert slot.state == "free"
+    assert farm.troubles("a") == {"board lost": 8}
+
+
+def test_the_tracker_is_asked_later_each_time(farm: Farm) -> None:
+    slot = remote._Slot(0)
+    waits = []
+    for _ in range(6):
+        slot.process = FakeProcess()  # type: ignore[assignment]
+        slot.state = "connecting"
+        farm.answer(slot, CandidateFailed("failed", "TrackerLost: the tracker at x cannot be reached"), plain=True)
+        waits.append(slot.retry_at - farm.clock[0])
+    assert waits == sorted(waits)
+    assert waits[0] < waits[-1] <= 15
+    assert farm.troubles("") == {"no board": 6}
+
+
+def test_a_candidate_that_is_lost_with_four_boards_is_given_up(farm: Farm) -> None:
+    slots = [farm.board(name) for name in "abcd"]
+    job = farm.job()
+    for slot, failure in zip(
+        slots,
+        (Ended(-11), CandidateFailed("timeout", "x"), CandidateFailed("failed", "RPCError: x"), Ended(1)),
+        strict=True,
+    ):
+        assert not farm.measurer._done
+        assert list(farm.measurer._jobs) == [job]
+        slot.reference_due = 1
+        farm.start(slot)
+        farm.answer(slot, failure, plain=True)
+    assert job.lost_on == ["a", "b", "c", "d"]
+    assert list(farm.measurer._done) == [(job.candidate, None)]
+    assert not farm.measurer._jobs
+    assert f"{job.candidate and job.candidate.id} is given up: lost with a, b, c, d" in farm.notes()
+    assert [farm.troubles(name) for name in "abcd"] == [{"board lost": 1}, {"timeout": 1}, *[{"board lost": 1}] * 2]
+
+
+def test_a_lost_candidate_goes_to_another_board_first(farm: Farm) -> None:
+    first, second = farm.board("a"), farm.board("b")
+    first.reference_due = second.reference_due = 9
+    lost, other = farm.job(1), farm.job(2)
+    farm.start(first)
+    farm.answer(first, Ended(-9), plain=True)
+    farm.greet(first, "a").reference_due = 9
+    farm.start(first)
+    assert first.job is other
+    farm.start(second)
+    assert second.job is lost
+    farm.answer(second, Ended(-9), plain=True)
+    # The only board there is gets it again.
+    farm.end_run(first, 1e-3)
+    farm.start(first)
+    assert first.job is lost
+    farm.end_run(first, 2e-3)
+    done = [(candidate.config, result and result.seconds) for candidate, result in farm.measurer._done]
+    assert done == [({"i": 2}, 1e-3), ({"i": 1}, 2e-3)]
+
+
+def test_a_board_that_cannot_work_keeps_its_session(farm: Farm) -> None:
+    """No memory or a full disk there: aside, held, and the candidate is another board's."""
+    slot = farm.board("a")
+    slot.reference_due = 1
+    job = farm.job()
+    farm.start(slot)
+    farm.answer(slot, json.dumps({"broken": "not enough memory"}), plain=True)
+    assert slot.state == "aside"
+    assert "a is put aside for 300 s: not enough memory" in farm.notes()
+    assert farm.troubles("a") == {"broken": 1}
+    assert list(farm.measurer._jobs) == [job]
+    assert not farm.measurer._done
+
+
+def test_a_silent_board_is_lost(farm: Farm) -> None:
+    slot = farm.board("a")
+    signs = farm.measurer._signs
+    signs["a", "a:9000"] = (1, farm.clock[0])
+    farm.after(29)
+    assert slot.state == "free"
+    farm.after(2)
+    assert slot.state == "closed"
+    assert farm.troubles("a") == {"board lost": 1}
+    # Without a tracker there are no signs, and a board is not blamed for that.
+    farm.greet(slot, "a")
+    signs.clear()
+    farm.after(1000)
+    assert slot.state == "free"
+
+
+# ---------------------------------------------------------------------------------------------------- which boards
+
+
+@pytest.mark.parametrize(
+    ("info", "complaint"),
+    [
+        ({"versions": {**versions(), "gf-tvm": "0.0.1"}}, "it has gf-tvm 0.0.1, this machine has "),
+        ({"versions": {**versions(), "apache-tvm": None}}, "it has apache-tvm None, this machine has "),
+        ({"emulated": True}, "emulated boards and real ones cannot share a log"),
+        ({"threads": 8}, "it has 4 cores for 8 threads; use --threads 4"),
+    ],
+)
+def test_refused(farm: Farm, info: dict[str, Any], complaint: str) -> None:
+    slot = farm.board("a", **info)
+    assert slot.state == "aside"
+    assert f"a is put aside for this run: {complaint}" in farm.notes()
+    assert farm.troubles("a") == {"refused": 1}
+    farm.after(1e6)
+    assert slot.state == "aside"
+
+
+def test_other_versions_of_what_need_not_agree(farm: Farm) -> None:
+    assert farm.board("a", versions={**versions(), "torch": "1.0", "python": "3.10.1"}).state == "free"
+
+
+def test_real_boards_are_refused_among_emulated_ones(farm: Farm) -> None:
+    farm.measurer._emulated = True
+    assert farm.board("a", emulated=True).state == "free"
+    assert farm.board("b", emulated=False).state == "aside"
+    assert farm.measurer.made["emulated"] is True
+
+
+@pytest.mark.parametrize(("limit", "slots"), [(None, 5), (2, 2), (9, 5)])
+def test_no_more_boards_than_asked_for(
+    make: Callable[..., Farm], monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
+) -> None:
+    farm = make(boards=limit)
+    monkeypatch.setattr(remote, "Process", lambda *_, **__: FakeProcess())
+    farm.measurer._scratch = SimpleNamespace(folder=Path("/nonexistent"))  # type: ignore[assignment]
+    farm.measurer._listed = [Board("rpi4", f"b{i}:9000", {}) for i in range(5)]
+    for _ in range(2):
+        farm.measurer._keep_slots(farm.clock[0])
+    assert [slot.state for slot in farm.measurer._slots] == ["starting"] * slots
+
+
+@pytest.mark.parametrize(
+    "name", ["boards", "hot_celsius", "cool_minutes", "drift", "aside_seconds", "patience_minutes"]
+)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_options_of_a_farm(name: str, value: float) -> None:
+    with pytest.raises(FarmError, match=f"^{name} must be more than 0, got {value}$"):
+        FarmOptions(("127.0.0.1", 9), "rpi4", **{name: value})  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------------- heat
+
+
+@pytest.mark.parametrize("sensors", [HOT, {**COOL, "throttled": ["undervoltage"]}])
+def test_a_hot_board_rests_until_it_is_cool(farm: Farm, sensors: dict[str, Any]) -> None:
+    slot = farm.board("a")
+    slot.reference_due = 9
+    job = farm.job()
+    farm.start(slot)
+    farm.end_run(slot, 1e-3, sensors)
+    assert slot.state == "resting"
+    assert not farm.measurer._done
+    assert list(farm.measurer._jobs) == [job]
+    assert job.lost_on == []  # which is nothing against the candidate
+    for celsius in (82.0, 70.0):
+        farm.answer(slot, {**sensors, "celsius": celsius})
+        assert slot.state == "resting"
+    process: Any = slot.process
+    assert process.sent[-1] == ("call", {"op": "rest", "seconds": remote._REST_SECONDS})
+    farm.answer(slot, {**COOL, "celsius": 69.9})
+    assert slot.state == "free"
+    assert "a has cooled down" in farm.notes()
+    farm.start(slot)
+    farm.end_run(slot, 2e-3)
+    ((_, result),) = farm.measurer._done
+    assert result is not None
+    assert result.seconds == 2e-3
+    assert result.board == {"name": "a", "mhz": 1500.0, "celsius": 50.0, "governor": "performance"}
+    assert farm.troubles("a") == {"throttled": 1}
+
+
+def test_a_board_that_stays_hot_is_put_aside(farm: Farm) -> None:
+    slot = farm.board("a")
+    farm.work(slot, HOT)
+    farm.after(599)
+    farm.answer(slot, HOT)
+    assert slot.state == "resting"
+    farm.after(2)
+    farm.answer(slot, HOT)
+    assert slot.state == "aside"
+    assert "a is put aside for 300 s: it did not cool down: at 85 °C" in farm.notes()
+    farm.after(301)
+    assert slot.state == "free"
+
+
+def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: Farm) -> None:
+    slot = farm.board("a")
+    job = farm.job()
+    for number in range(3):
+        slot.reference_due = 9
+        farm.start(slot)
+        farm.end_run(slot, 1e-3, {**COOL, "throttled": ["frequency capped"]})
+        if number < 2:
+            farm.answer(slot, COOL)
+    assert slot.state == "aside"
+    assert "a is put aside for 300 s: throttled 3 times: frequency capped, at 50 °C" in farm.notes()
+    assert list(farm.measurer._jobs) == [job]
+
+
+def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
+    slot = farm.board("a")
+    farm.start(slot)
+    farm.end_run(slot, 9e-3, HOT)
+    farm.answer(slot, COOL)
+    assert farm.measurer._known["a"].first_reference is None
+    assert not farm.measurer._jobs
+    farm.job()
+    farm.start(slot)
+    assert slot.job is not None
+    assert slot.job.task is REFERENCE
+
+
+# ---------------------------------------------------------------------------------------------------- what is logged
+
+
+class FakeMeasurer(Measurer):
+    """Gives up what the test says, and measures the rest in no time."""
+
+    def __init__(self, options: Options, given_up: int = 0) -> None:
+        super().__init__(options)
+        self._given_up = given_up
+
+    def __enter__(self) -> FakeMeasurer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def features(self, task: Any, candidates: Sequence[Candidate]) -> list[Any]:
+        return [None] * len(candidates)
+
+    def measure(self, task: Any, source: Any, best: Any, over: Any, say: Any) -> Iterator[Any]:  # type: ignore[override]
+        while candidates := source(4):
+            for candidate in candidates:
+                self._given_up -= 1
+                yield candidate, None if self._given_up >= 0 else Result("ok", (1e-3,), 0.0, "", {"name": "a"})
+
+    def build(self, task: Any, candidates: Sequence[Candidate]) -> Iterator[Any]:
+        return ((candidate, Path(candidate.id), None) for candidate in candidates)
+
+    def compare(self, task: Any, libraries: dict[str, Path], seed: int, progress: Any) -> dict[str, Result]:  # type: ignore[override]
+        return {name: Result("ok", (1e-3,), 0.0) for name in libraries}
+
+    @staticmethod
+    def discard(library: Path) -> None:
+        pass
+
+
+def tune(logs: Path, options: Options, given_up: int = 0, trials: int = 6) -> list[str]:
+    """Tune the toy; returns the notes."""
+    notes: list[str] = []
+    tune_tasks(
+        [ToyTask()],
+        logs=logs,
+        trials=trials,
+        options=options,
+        measurer=FakeMeasurer(options, given_up),
+        progress=lambda event: notes.append(event.message) if event.kind == "note" else None,
+    )
+    return notes
+
+
+def test_what_was_given_up_is_not_logged_and_does_not_count(tmp_path: Path) -> None:
+    notes = tune(tmp_path, Options(), given_up=2)
+    assert "2 candidates were given up: boards were lost with them" in notes
+    records = [r for r in read_log(log_path(tmp_path, "toy-device", "toy")).records if r.kind == "trial"]
+    assert len({record.id for record in records}) == len(records) == 6
+    assert {record.status for record in records} == {"ok"}
+    assert {str(record.board) for record in records} == {"{'name': 'a'}"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_cold_and_warm_do_not_share_a_log(tmp_path: Path, first: bool) -> None:
+    names = ("warm", "cold")
+    tune(tmp_path, Options(cold=first), trials=2)
+    with pytest.raises(LogMismatch, match=f"measured with cache {names[first]}, now {names[not first]}"):
+        tune(tmp_path, Options(cold=not first), trials=4)
+    tune(tmp_path, Options(cold=first), trials=4)
+    assert Options(cold=first).to_dict()["cache"] == names[first]
+
+
+# -------------------------------------------------------------------------------------------------------- cold caches
+
+
+def test_cold_timing_flushes_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = worker.Worker(ToyTask())
+    acts: list[str] = []
+
+    def flush() -> None:
+        acts.append("flush")
+        time.sleep(0.005)
+
+    def kernel() -> None:
+        acts.append("call")
+        time.sleep(0.002)
+
+    monkeypatch.setattr(made, "_flush", flush)
+    made._kernels["k"] = kernel
+    runs = made.time("k", repeats=3, min_seconds=0.006, max_seconds=10, cold=True)
+    assert len(runs) == 3
+    assert acts == ["flush", "call"] * (len(acts) // 2)
+    assert len(acts) // 2 > 3
+    assert all(seconds >= 0.002 for seconds in runs)
+    assert min(runs) < 0.005  # the flush is not timed
+    acts.clear()
+    assert len(made.time("k", repeats=3, min_seconds=0.006, max_seconds=10)) == 3
+    assert "flush" not in acts
+    acts.clear()
+    assert len(made.time("k", repeats=3, min_seconds=0.0, max_seconds=10, cutoff=1e-9, cold=True)) == 1
+    assert acts == ["flush", "call"]
+
+
+@pytest.mark.parametrize(("cache", "least"), [(1 << 20, 4 << 20), (8 << 20, 8 << 20), (None, 32 << 20)])
+def test_a_flush_writes_to_more_than_the_cache(monkeypatch: pytest.MonkeyPatch, cache: int | None, least: int) -> None:
+    monkeypatch.setattr("gf_tvm.machine.last_level_cache_bytes", lambda: cache)
+    made = worker.Worker(ToyTask())
+    for times in (1, 2):
+        made._flush()
+        assert made._sweep is not None
+        assert made._sweep.nbytes >= 2 * least
+        assert (made._sweep == times).all()
