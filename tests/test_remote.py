@@ -142,10 +142,10 @@ class Farm:
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Farm]]:
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Farm]:
     clock = [1000.0]
     monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    yield lambda **options: Farm(clock, **options)
+    return lambda **options: Farm(clock, **options)
 
 
 @pytest.fixture
