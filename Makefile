@@ -46,7 +46,7 @@ demo: $(RUN_STAMP)
 	$(BIN)/python -m gf_tvm.runners.demo --out build/demo
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

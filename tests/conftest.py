@@ -45,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="report skipped tests and modules as failed")
 
 
+# The longest first, so that with two files at a time none is left over at the end; minutes, most of them waiting.
+_LONG = ("test_virtual_farm.py", "test_deploy.py", "test_farm_faults.py", "test_tuning.py", "test_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 def _fail_if_skipped(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
     # An expected failure is reported as skipped, too; it did run.
     if config.getoption("--fail-on-skip") and report.skipped and not hasattr(report, "wasxfail"):
