@@ -81,7 +81,7 @@ def test_each_candidate_gets_its_result(
         futures += runner.run(inputs[6:])
         results = [future.result() for future in futures]
         assert all(future.done() for future in futures)
-    for number, kind in ((2, "crash: "), (3, "timeout: ")):
+    for number, kind in ((2, "crash: "), (3, "timeout: "), (4, "build: no such file.so is not there")):
         assert results[number].run_secs is None
         assert str(results[number].error_msg).startswith(kind)
     for number in (0, 1, 5, 6, 7):

@@ -66,6 +66,9 @@ class _Pump:
         with self._lock:
             if self._reason is not None:
                 raise self._reason
+            if not library.is_file():  # no board's fault
+                future.set_result(Result("build", message=f"{library.name} is not there"))
+                return future
             self._futures[candidate.id] = future
             self._inbox.put((task, candidate, library))
             self._wake.send_bytes(b"+")

@@ -568,7 +568,12 @@ class FarmMeasurer(Measurer):
                 return
             value = process.receive()
         except CandidateFailed as failure:
-            if failure.status == "timeout":
+            if slot.state == "greeting" and "no function" in str(failure):
+                self._trouble("", "refused")
+                self._note(f"{slot.label} runs another server than gf-tvm farm serve and cannot be used")
+                self._hang_up(slot)
+                slot.retry_at = time.monotonic() + self._farm.aside_seconds
+            elif failure.status == "timeout":
                 self._lose(slot, "timeout", f"{slot.state} took too long")
             else:
                 kind = "no board" if slot.state == "connecting" and "tracker" in str(failure) else "board lost"
