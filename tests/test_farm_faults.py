@@ -260,6 +260,18 @@ def test_no_board_for_too_long_ends_the_run(farm: Farm, tmp_path: Path) -> None:
     assert 3 <= len(records) < 16
 
 
+def test_the_reference_kernel_is_built_and_measured_beside_the_candidates(farm: Farm, tmp_path: Path) -> None:
+    """As a run with the default options does; a machine that is busy with tests needs a generous limit."""
+    task = TreacherousTask(small_workload(), HOST)
+    measurer = FarmMeasurer(QUICK, farm_of(farm[0], drift=1000.0), "test board", remote.reference_task(HOST))
+    tune_tasks([task], logs=tmp_path, trials=8, options=QUICK, measurer=measurer)
+    records = read_log(log_path(tmp_path, HOST, task.identity.key), task.identity).records
+    check_trials(task, records, 8)
+    measured = {record.board["name"] for record in records if record.board}
+    assert measured
+    assert all((measurer._known[name].first_reference or 0) > 0 for name in measured)
+
+
 def test_the_tracker_is_away_for_a_while(farm: Farm, tmp_path: Path) -> None:
     """Boards at work go on; a server that is killed meanwhile registers when the tracker is back."""
     tracker, (first, *_) = farm

@@ -183,7 +183,7 @@ class FarmMeasurer(Measurer):
         self._description = description
         self._reference = reference
         self._reference_library: Path | None = None
-        self._reference_path = Path()
+        self._reference_path: Path | None = None  # where it is being built
         self._slots: list[_Slot] = []
         self._known: dict[str, _Known] = {}
         self._jobs: deque[_Job] = deque()
@@ -493,7 +493,7 @@ class FarmMeasurer(Measurer):
             wanted = min(wanted, self._farm.boards)
         while len(self._slots) < wanted:
             self._slots.append(_Slot(len(self._slots)))
-        if self._reference is not None and self._watched and self._reference_library is None and not self._built:
+        if self._reference is not None and self._watched and self._reference_path is None:
             self._built += 1
             self._reference_path = self._scratch.new_path()
             candidate = Candidate.of_config(self._reference.space.default)
