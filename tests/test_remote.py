@@ -70,7 +70,7 @@ class Farm:
         self.measurer = FarmMeasurer(
             Options(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
         )
-        self.measurer._reference_library = Path("reference.so")
+        self.measurer._reference_path = self.measurer._reference_library = Path("reference.so")
 
     def board(self, name: str, **info: Any) -> remote._Slot:
         """A board that the tracker has given."""
