@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,16 @@ def _libraries() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise BundleError("apache-tvm is not installed; a bundle needs its runtime (pip install apache-tvm)")
     return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+def die_at_once() -> None:
+    """Put back what the system does with a process that crashes.
+
+    tvm_ffi catches these signals to print a traceback, for which it reads all debug information of PyTorch: a
+    crashing kernel would take seconds to end, and count as one that hangs.
+    """
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import FarmError
+from ..runtime import die_at_once, start_extras
 from .protocol import Address, ClientHello, TrackerConnection, TrackerLost, keep_alive, new_match_key, show
 from .sensors import Sensors
 
@@ -153,7 +154,6 @@ class _Session:
     ticks: int = -1
     last_sign: float = 0.0
     gone: float | None = None
-    ending: str = ""
 
 
 @dataclass
@@ -215,8 +215,6 @@ class Server:
 
     def load(self) -> None:
         """Import what every session needs, before the first is forked: on a board that takes ten seconds."""
-        from ..runtime import start_extras
-
         start_extras()
         if self.options.service:
             preload = getattr(import_module(self.options.service.partition(":")[0]), "preload", None)
@@ -494,9 +492,7 @@ def run_session(connection: socket.socket, context: Context, service: str, paren
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        # tvm_ffi would spend seconds on a traceback of a kernel that crashes.
-        for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
-            signal.signal(number, signal.SIG_DFL)
+        die_at_once()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # The listening socket and others' connections must not stay open in here.
         null = os.open(os.devnull, os.O_RDONLY)

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime import die_at_once
 from .task import TuningError
 
 if TYPE_CHECKING:
@@ -313,16 +314,6 @@ def serve(serves: str, handle: int, parent: int) -> None:
         connection.send(answer(getattr(service, name), arguments))
         if task is None:  # the libraries are loaded now
             die_at_once()
-
-
-def die_at_once() -> None:
-    """Put back what the system does with a process that crashes.
-
-    tvm_ffi catches these signals to print a traceback, for which it reads all debug information of PyTorch: a
-    crashing kernel would take seconds to end, and count as one that hangs.
-    """
-    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def answer(request: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:

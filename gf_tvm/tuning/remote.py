@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import FarmError
 from ..farm.protocol import Address, TrackerConnection, TrackerLost, show
@@ -33,9 +33,6 @@ from .process import TICK, CandidateFailed, Ended, Process
 from .runner import COMPARE_SECONDS, PREPARE_SECONDS, Options, Result
 from .session import task_values
 from .task import Candidate, Task, TuningError, WorkloadTask
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
 BuiltSource = Callable[[], Sequence[tuple[Task, Candidate, Path]]]
@@ -125,7 +122,6 @@ class _Known:
     trials: int = 0
     strikes: int = 0
     aside_until: float = 0.0
-    aside_reason: str = ""
     hot_since: float | None = None
     first_reference: float | None = None
     troubles: Counter[str] = field(default_factory=Counter)
@@ -143,7 +139,6 @@ class _Slot:
         self.heard = 0.0
         self.address = ""
         self.name = ""
-        self.info: dict[str, Any] = {}
         self.job: _Job | None = None
         self.remaining: list[tuple[str, Path]] = []
         self.uploaded: dict[str, str] = {}
@@ -157,8 +152,8 @@ class _Slot:
         return self.name or self.address or "a board"
 
 
-_BUSY = ("starting", "connecting", "greeting", "preparing", "uploading", "running", "resting", "sensing")
-_SESSION = ("greeting", "preparing", "uploading", "running", "resting", "sensing", "free", "aside")
+_BUSY = ("starting", "connecting", "greeting", "preparing", "uploading", "running", "resting")
+_SESSION = ("greeting", "preparing", "uploading", "running", "resting", "free", "aside")
 
 
 class FarmMeasurer(Measurer):
@@ -201,7 +196,6 @@ class FarmMeasurer(Measurer):
         self._last_work = 0.0
         self._notes: deque[str] = deque()
         self._wakes: list[Connection] = []
-        self._started = 0.0
 
     # --------------------------------------------------------------------------------------------------- the outer face
 
@@ -209,7 +203,7 @@ class FarmMeasurer(Measurer):
         self._listed = check_key(self._farm.tracker, self._farm.key)
         self._emulated = any(board.info.get("emulated") for board in self._listed)
         super().__enter__()
-        self._started = self._last_work = time.monotonic()
+        self._last_work = time.monotonic()
         return self
 
     def close(self) -> None:
@@ -251,21 +245,21 @@ class FarmMeasurer(Measurer):
             },
         }
 
-    def features(self, task: Task, candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
-        """See :meth:`Measurer.features`; boards go on meanwhile."""
-        found: list[np.ndarray | None] = []
-        keys = []
-        chunks = [candidates[i : i + 8] for i in range(0, len(candidates), 8)]
-        for chunk in chunks:
+    def _map(
+        self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
+    ) -> Generator[tuple[int, Any, CandidateFailed | None], None, None]:
+        """See :meth:`Measurer._map`; boards go on meanwhile."""
+        asked: dict[tuple[str, int], int] = {}
+        for index, job in enumerate(jobs):
             self._built += 1
-            keys.append(("features", self._built))
-            self._builders.submit(keys[-1], task, "features", self.options.build_timeout, True, candidates=chunk)
-        while not all(key in self._answers for key in keys):
+            key = ("asked", self._built)
+            asked[key] = index
+            self._builders.submit(key, task, name, self.options.build_timeout, True, **job)
+        while asked:
             self._step()
-        for key, chunk in zip(keys, chunks, strict=True):
-            value, failure = self._answers.pop(key)
-            found += value if failure is None else [None] * len(chunk)
-        return found
+            for key in [key for key in asked if key in self._answers]:
+                value, failure = self._answers.pop(key)
+                yield asked.pop(key), value, failure
 
     def measure(
         self,
@@ -525,7 +519,7 @@ class FarmMeasurer(Measurer):
             slot.process.end()
             slot.process = None
         slot.state = "closed"
-        slot.name, slot.address, slot.prepared, slot.info = "", "", None, {}
+        slot.name, slot.address, slot.prepared = "", "", None
 
     def _connect(self, slot: _Slot) -> None:
         assert slot.process is not None
@@ -544,7 +538,7 @@ class FarmMeasurer(Measurer):
 
     def _watch(self, slot: _Slot) -> None:
         """Find out about a board that stopped in the midst of something, or while it has nothing to do."""
-        if slot.state in _SESSION and slot.state not in ("greeting",) and self._silent(slot) > _SILENT_SECONDS:
+        if slot.state in _SESSION and slot.state != "greeting" and self._silent(slot) > _SILENT_SECONDS:
             self._lose(slot, "board lost", f"it has not reported to the tracker for {_SILENT_SECONDS:.0f} s")
         elif slot.state == "aside" and slot.process is not None:
             known = self._about(slot)
@@ -553,7 +547,7 @@ class FarmMeasurer(Measurer):
                 slot.reference_due = 0
                 slot.state = "free"
                 self._note(f"{slot.label} is tried again")
-        elif slot.state in ("free", "aside") and slot.process is not None and slot.process.connection.poll(0):
+        elif slot.state == "free" and slot.process is not None and slot.process.connection.poll(0):
             self._lose(slot, "board lost", "its session ended")
 
     # --------------------------------------------------------------------------------------------------------- answers
@@ -608,7 +602,7 @@ class FarmMeasurer(Measurer):
         self._call(slot, "greeting", _HELLO_SECONDS, "hello", options=asdict(self.options))
 
     def _after_greeting(self, slot: _Slot, info: dict[str, Any]) -> None:
-        slot.name, slot.info = str(info["name"]), info
+        slot.name = str(info["name"])
         slot.attempts, slot.reference_due = 0, 0
         known = self._about(slot)
         if complaint := self._complaint(info):
@@ -634,9 +628,6 @@ class FarmMeasurer(Measurer):
     def _after_preparing(self, slot: _Slot, seconds: float) -> None:
         slot.prepare_seconds = seconds
         self._upload_next(slot)
-
-    def _after_sensing(self, slot: _Slot, _: dict[str, Any]) -> None:
-        slot.state = "free"
 
     def _after_resting(self, slot: _Slot, sensors: dict[str, Any]) -> None:
         known = self._about(slot)
@@ -823,7 +814,7 @@ class FarmMeasurer(Measurer):
     def _aside(self, slot: _Slot, seconds: float, reason: str) -> None:
         """Hold the board without work: the tracker would only give it again."""
         known = self._about(slot)
-        known.aside_until, known.aside_reason = time.monotonic() + seconds, reason
+        known.aside_until = time.monotonic() + seconds
         slot.state = "aside"
         slot.prepared = None
         length = f"for {seconds:.0f} s" if math.isfinite(seconds) else "for this run"
