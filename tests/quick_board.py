@@ -28,6 +28,7 @@ class Obedient:
             os.kill(os.getpid(), signal.SIGSEGV)
         if request == "hang":
             self._context.counters.working = True
+            print("hangs", flush=True)
             time.sleep(1000)
         if request == "count":
             self._context.counters.count(failed=True)

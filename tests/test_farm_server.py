@@ -408,9 +408,10 @@ def call(tracker: TrackerProcess, key: str, text: str) -> subprocess.Popen[str]:
 
 def test_a_session_that_hangs_is_ended_when_its_client_is(tracker: TrackerProcess, board: QuickBoard) -> None:
     with call(tracker, "quick", "hang") as client:
+        board.wait_for("hangs", 30)
         assert wait_until(lambda: state(tracker, "quick") == "busy", 10)
         client.kill()
-    board.wait_for("its client is gone", 10)
+    board.wait_for("its client is gone", 30)
     assert wait_until(lambda: state(tracker, "quick") == "free", 10)
 
 
@@ -453,6 +454,7 @@ def test_idle_clients_and_unused_offers(tracker: TrackerProcess, tmp_path: Path)
         board.wait_for("its client did nothing for 1 s", 5)
         # A request that is worked on is no idleness, though the session uses no processor time.
         with call(tracker, "idle", "hang") as client:
+            board.wait_for("hangs", 30)
             time.sleep(1.6)
             assert state(tracker, "idle") == "busy"
             client.kill()
