@@ -60,7 +60,8 @@ format: $(DEV_STAMP)
 typecheck: $(DEV_STAMP)
 	@rm -rf build/types && mkdir -p build/types/gf_tvm
 	@ln -s "$(CURDIR)"/gf_tvm/* "$(CURDIR)/schedules" "$(CURDIR)/runners" "$(CURDIR)/tuning_logs" build/types/gf_tvm/
-	cd build/types && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p gf_tvm
+	@ln -s "$(CURDIR)/gf_cuda" build/types/
+	cd build/types && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p gf_tvm -p gf_cuda
 
 # setuptools never empties build/lib, and would pack modules that are long gone.
 wheel: $(RUN_STAMP)
@@ -70,4 +71,4 @@ wheel: $(RUN_STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find gf_tvm schedules runners tuning_logs tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find gf_cuda gf_tvm schedules runners tuning_logs tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

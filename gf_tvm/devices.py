@@ -5,10 +5,32 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What schedules, checks and reports need to know of a GPU.
+
+    Attributes:
+        arch: in NVIDIA's words, "sm_53".
+        threads: most threads of a block that schedules may use.
+        registers: 32-bit registers of a block.
+        shared_bytes: shared memory of a block.
+        multiprocessors: that run blocks side by side; None where the profile stands for many boards.
+        peak_fp16_gflops: as ``peak_gflops`` of the profile, in float16.
+    """
+
+    arch: str
+    threads: int = 256
+    registers: int = 65536
+    shared_bytes: int = 48 * 1024
+    multiprocessors: int | None = None
+    peak_fp16_gflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -18,8 +40,9 @@ class DeviceProfile:
     Attributes:
         name: explicit; also the folder of its tuning logs.
         description: for people.
-        arch: machine name as ``platform.machine()`` gives it.
+        arch: machine name as ``platform.machine()`` gives it; "" where any machine can hold the device.
         target: TVM target as JSON text.
+        gpu: what runs the kernels if it is not the CPU; the fields about vector registers and caches are 0 then.
         lanes: float32 values in a vector register.
         registers: vector registers.
         l1_bytes: data cache of one core.
@@ -36,17 +59,23 @@ class DeviceProfile:
     description: str
     arch: str
     target: str
-    lanes: int
-    registers: int
-    l1_bytes: int
-    l2_bytes: int
-    cpu_flags: tuple[str, ...]
+    lanes: int = 0
+    registers: int = 0
+    l1_bytes: int = 0
+    l2_bytes: int = 0
+    cpu_flags: tuple[str, ...] = ()
     peak_gflops: float | None = None
     bandwidth_gbs: float | None = None
     l2_cores: int = 1
     threads: int | None = None
     measured: str = "here"
     glibc: str = "2.27"
+    gpu: Gpu | None = None
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Storage dtypes that its kernels exist for: Maxwell, and CUDA before 11, know no bfloat16."""
+        return ("float32", "float16") if self.gpu else ("float32", "float16", "bfloat16")
 
     @property
     def l2_share(self) -> int:
@@ -123,10 +152,51 @@ _PROFILES = (
     ),
 )
 
+#: Architectures that GPU profiles can be made for: every one since Maxwell has what the schedules use.
+_GPU_NAME = re.compile(r"sm_([5-9][0-9]|1[0-9][0-9])")
+
+
+def _gpu_target(gpu: Gpu) -> str:
+    # A CUDA target knows no registers: they are checked in the compiled code (gf_tvm.cuda).
+    return json.dumps(
+        {
+            "kind": "cuda",
+            "arch": gpu.arch,
+            "max_threads_per_block": gpu.threads,
+            "max_num_threads": gpu.threads,
+            "max_shared_memory_per_block": gpu.shared_bytes,
+            "thread_warp_size": 32,
+        }
+    )
+
+
+_NANO = Gpu(arch="sm_53", registers=32768, multiprocessors=1, peak_fp16_gflops=472.0)
+
+_BOARDS_WITH_GPU = (
+    DeviceProfile(
+        name="jetson-nano",
+        description="Jetson Nano: Maxwell GPU (sm_53) with 128 cores, 4 x Cortex-A57",
+        arch="aarch64",
+        target=_gpu_target(_NANO),
+        # Derived, not measured: 128 cores x 921.6 MHz x one FMA a cycle; LPDDR4 at 1600 MHz, 64 bits wide. NVIDIA's
+        # data sheet of the module gives the same figures.
+        peak_gflops=236.0,
+        bandwidth_gbs=25.6,
+        measured="rpc",
+        gpu=_NANO,
+    ),
+)
+
+
+def _gpu_profile(arch: str) -> DeviceProfile:
+    """Any GPU of an architecture. Limits are those that all of them have; peaks are measured where it matters."""
+    gpu = Gpu(arch=arch)
+    return DeviceProfile(name=arch, description=f"NVIDIA GPU, {arch}", arch="", target=_gpu_target(gpu), gpu=gpu)
+
 
 def list_profiles() -> tuple[DeviceProfile, ...]:
-    """All profiles; of those that fit any machine of an architecture, the most capable first, then single boards."""
-    return _PROFILES
+    """All named profiles: those of CPUs, the most capable first, then single boards; ``sm_NN`` is a name as well."""
+    return (*_PROFILES, *_BOARDS_WITH_GPU)
 
 
 @functools.cache
@@ -148,13 +218,33 @@ def missing_flags(profile: DeviceProfile) -> list[str]:
     return [flag for flag in profile.cpu_flags if flag not in cpu_flags()]
 
 
+def present_gpu() -> str:
+    """The architecture ("sm_90") of this machine's first NVIDIA GPU. Raises DeviceError if there is none."""
+    from gf_cuda import GfCudaError, get_driver
+
+    try:
+        return get_driver().device().arch
+    except GfCudaError as error:
+        raise DeviceError(f"no NVIDIA GPU can be used on this machine: {error}") from None
+
+
 def runs_here(profile: DeviceProfile) -> bool:
     """Whether this machine can run code made for ``profile``."""
-    return platform.machine() == profile.arch and not missing_flags(profile)
+    if profile.arch not in ("", platform.machine()):
+        return False
+    if profile.gpu is None:
+        return not missing_flags(profile)
+    try:
+        return present_gpu() == profile.gpu.arch
+    except DeviceError:
+        return False
 
 
 def get_profile(name: str) -> DeviceProfile:
-    """The profile called ``name``; ``host`` is the most capable one that this machine runs.
+    """The profile called ``name``.
+
+    ``host`` is the most capable profile of a CPU that this machine runs, ``cuda`` that of its GPU; ``sm_NN`` is any
+    GPU of that architecture.
 
     Raises:
         DeviceError: no such profile, or none fits this machine.
@@ -167,8 +257,12 @@ def get_profile(name: str) -> DeviceProfile:
             f"no device profile fits this machine ({platform.machine()}); known: "
             + ", ".join(profile.name for profile in _PROFILES)
         )
-    for profile in _PROFILES:
+    if name == "cuda":
+        name = present_gpu()
+    if _GPU_NAME.fullmatch(name):
+        return _gpu_profile(name)
+    for profile in list_profiles():
         if profile.name == name:
             return profile
-    known = ", ".join(["host", *(profile.name for profile in _PROFILES)])
+    known = ", ".join(["host", "cuda", *(profile.name for profile in list_profiles()), "sm_NN"])
     raise DeviceError(f"unknown device {name!r}; known: {known}")

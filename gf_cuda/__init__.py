@@ -1,0 +1,8 @@
+"""What a machine with an NVIDIA GPU needs to run kernels that gf_tvm has compiled: the driver's API, and no TVM.
+
+It runs with the Python (3.6) and the PyTorch of a Jetson Nano as well as with today's.
+"""
+
+from .errors import GfCudaError
+
+__all__ = ["GfCudaError"]

@@ -1,0 +1,5 @@
+"""Errors of this package."""
+
+
+class GfCudaError(RuntimeError):
+    """Base of all errors that this package raises."""
