@@ -3,6 +3,28 @@
 It runs with the Python (3.6) and the PyTorch of a Jetson Nano as well as with today's.
 """
 
-from .errors import GfCudaError
+from .driver import Device, Driver, get_driver
+from .errors import (
+    BundleError,
+    CompileError,
+    DriverError,
+    GfCudaError,
+    MissingKernelError,
+    NoCompilerError,
+    NoDriverError,
+    ProgramError,
+)
 
-__all__ = ["GfCudaError"]
+__all__ = [
+    "BundleError",
+    "CompileError",
+    "Device",
+    "Driver",
+    "DriverError",
+    "GfCudaError",
+    "MissingKernelError",
+    "NoCompilerError",
+    "NoDriverError",
+    "ProgramError",
+    "get_driver",
+]
