@@ -14,6 +14,8 @@ from .errors import (
     NoDriverError,
     ProgramError,
 )
+from .nvrtc import compile_source
+from .program import Executable, Program
 
 __all__ = [
     "BundleError",
@@ -21,10 +23,13 @@ __all__ = [
     "Device",
     "Driver",
     "DriverError",
+    "Executable",
     "GfCudaError",
     "MissingKernelError",
     "NoCompilerError",
     "NoDriverError",
+    "Program",
     "ProgramError",
+    "compile_source",
     "get_driver",
 ]
