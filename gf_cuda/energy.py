@@ -53,7 +53,7 @@ class Meter:
 
     def __init__(self, name: str, total: str) -> None:
         self.name = name
-        self.idle_watts = {}  # type: Watts
+        self.idle_watts: Watts = {}
         self._total = total
 
     def rest(self, seconds: float = 2.0) -> float:
@@ -89,7 +89,8 @@ class PowerMeter(Meter):
 
     def _over(self, run: Callable[[], None]) -> Tuple[Dict[str, float], float, int]:
         samples = [self._sample()]
-        done, failures = threading.Event(), []  # type: Tuple[threading.Event, List[GfCudaError]]
+        done = threading.Event()
+        failures: List[GfCudaError] = []
 
         def follow() -> None:
             while not done.wait(self._interval):
@@ -176,7 +177,7 @@ def find_meter(bus_id: Optional[str] = None, sysfs: str = "/sys", nvml: str = "l
 
 def ina3221(sysfs: str = "/sys") -> PowerMeter:
     """The power monitor of a Jetson. Raises NotMeasured."""
-    rails = {}  # type: Dict[str, Callable[[], float]]
+    rails: Dict[str, Callable[[], float]] = {}
     for folder in sorted(glob.glob(os.path.join(sysfs, _IIO))):
         for label in sorted(glob.glob(os.path.join(folder, "rail_name_*"))):
             power = os.path.join(folder, "in_power{}_input".format(label.rpartition("_")[2]))
