@@ -3,6 +3,7 @@
 It runs with the Python (3.6) and the PyTorch of a Jetson Nano as well as with today's.
 """
 
+from .bundle import Bundle, load
 from .driver import Device, Driver, get_driver
 from .errors import (
     BundleError,
@@ -18,6 +19,7 @@ from .nvrtc import compile_source
 from .program import Executable, Program
 
 __all__ = [
+    "Bundle",
     "BundleError",
     "CompileError",
     "Device",
@@ -32,4 +34,5 @@ __all__ = [
     "ProgramError",
     "compile_source",
     "get_driver",
+    "load",
 ]
