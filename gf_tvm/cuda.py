@@ -59,10 +59,25 @@ struct __align__(2) half {
   }
 };
 struct __align__(4) half2 { half x, y; };
+struct __align__(8) half4 { half x, y, z, w; };
+__device__ inline half2 make_half2(half x, half y) {
+  half2 v;
+  v.x = x; v.y = y;
+  return v;
+}
+__device__ inline half4 make_half4(half x, half y, half z, half w) {
+  half4 v;
+  v.x = x; v.y = y; v.z = z; v.w = w;
+  return v;
+}
 """
 
 # C++14 has no hexadecimal floating-point literals. TVM repeats the value in a comment, in fewer digits.
 _HEX_FLOAT = re.compile(r"(0x[0-9a-f]+(?:\.[0-9a-f]*)?p[+-]?[0-9]+)(f?)(?:/\*.*?\*/)?", re.IGNORECASE)
+
+
+# Loops to be unrolled stay loops with a pragma: the same code, from a source that compiles several times as fast.
+_CONFIG = {"tirx.UnrollLoop": {"explicit_unroll": False}}
 
 
 @dataclass(frozen=True)
@@ -143,9 +158,10 @@ def lower(module: Any, target: dict[str, Any], symbol: str) -> tuple[dict[str, A
     try:
         gpu = tvm.target.Target(target).with_host(tvm.target.Target({"kind": "c"}))
         func = module["main"].with_attr("global_symbol", symbol)
+        outputs = {str(buffer.name) for buffer in _stored(func)}
         module = tirx.transform.BindTarget(gpu)(tvm.IRModule({symbol: func}))
         pipeline, _, finalize_device = s_tir.pipeline.default_s_tir_pipeline()
-        with tvm.transform.PassContext(instruments=[_KeepSplit()]):
+        with tvm.transform.PassContext(instruments=[_KeepSplit()], config=_CONFIG):
             lowered = pipeline(module)
         _, device = split_host_device_mods(lowered)
         if len(device) != 1:
@@ -153,7 +169,7 @@ def lower(module: Any, target: dict[str, Any], symbol: str) -> tuple[dict[str, A
         ((device_target, kernels),) = device.items()
         build = tvm.get_global_func(f"target.build.{target['kind']}")
         source = str(build(finalize_device()(kernels), device_target).inspect_source())
-        launches = _read_host(split[-1], symbol)
+        launches = _read_host(split[-1], symbol, outputs)
     except BuildError:
         raise
     except Exception as error:  # TVM maps its errors to a dozen Python types
@@ -162,8 +178,8 @@ def lower(module: Any, target: dict[str, Any], symbol: str) -> tuple[dict[str, A
     return launches, source
 
 
-def _read_host(module: Any, symbol: str) -> dict[str, Any]:
-    """The launches of the host function ``symbol`` of a module after SplitHostDevice."""
+def _read_host(module: Any, symbol: str, outputs: set[str]) -> dict[str, Any]:
+    """The launches of the host function ``symbol`` of a module after SplitHostDevice, as plain values."""
     host = module[symbol]
     places: dict[Any, tuple[str, int]] = {param: ("argument", i) for i, param in enumerate(host.params)}
     scratch = 0
@@ -192,10 +208,7 @@ def _read_host(module: Any, symbol: str) -> dict[str, Any]:
             raise BuildError(f"{symbol}: the host code does more than launch kernels ({type(stmt).__name__})")
 
     visit(host.body)
-    arguments = [{"name": str(param.name), **_shape(param)} for param in host.params]
-    written = _written(module, found, len(arguments))
-    for index, argument in enumerate(arguments):
-        argument["output"] = index in written
+    arguments = [{"name": str(param.name), **_shape(param), "output": param.name in outputs} for param in host.params]
     return {"arguments": arguments, "scratch_bytes": scratch, "launches": found}
 
 
@@ -216,27 +229,23 @@ def _read_launch(module: Any, call: Any, place: Any) -> dict[str, Any]:
     }
 
 
-def _written(module: Any, launches: list[dict[str, Any]], count: int) -> set[int]:
-    """Which arguments some kernel stores to."""
-    found: set[int] = set()
-    for launch in launches:
-        kernel = module[launch["function"]]
-        by_data = dict(zip(kernel.params, launch["arguments"], strict=True))
-        owner: dict[Any, Any] = dict(by_data)
+def _stored(func: Any) -> set[Any]:
+    """The parameters of a scheduled PrimFunc that some block writes."""
+    found: set[Any] = set()
 
-        def visit(node: Any, owner: dict[Any, Any] = owner) -> None:
-            if isinstance(node, tirx.DeclBuffer):
-                data = node.data.args[0] if isinstance(node.data, tvm.ir.Call) else node.data
-                if data in owner:
-                    owner[node.buffer] = owner[data]
-            elif isinstance(node, tirx.BufferStore) and node.buffer in owner:
-                kind, index = owner[node.buffer]
-                if kind == "argument":
-                    found.add(index)
+    def visit(stmt: Any) -> None:
+        if isinstance(stmt, tirx.SeqStmt):
+            for child in stmt.seq:
+                visit(child)
+        elif isinstance(stmt, s_tir.SBlockRealize):
+            found.update(region.source for region in stmt.block.writes if region.source in set(func.params))
+            visit(stmt.block.body)
+        elif isinstance(stmt, (tirx.For, tirx.AttrStmt)):
+            visit(stmt.body)
+        elif isinstance(stmt, tirx.IfThenElse):
+            visit(stmt.then_case)
 
-        # Buffers are declared before they are used, and children are visited before their parents.
-        tirx.stmt_functor.post_order_visit(kernel.body, lambda n, v=visit: v(n) if isinstance(n, tirx.DeclBuffer) else None)
-        tirx.stmt_functor.post_order_visit(kernel.body, visit)
+    visit(func.body)
     return found
 
 
@@ -275,9 +284,7 @@ def check_launches(program: Program, profile: DeviceProfile, symbol: str) -> Non
             )
 
 
-def check_resources(
-    program: Program, resources: dict[str, Resources], profile: DeviceProfile, symbol: str
-) -> None:
+def check_resources(program: Program, resources: dict[str, Resources], profile: DeviceProfile, symbol: str) -> None:
     """Raise BuildError if a block needs more registers or shared memory than ``profile``'s GPU has for one."""
     gpu = profile.gpu
     assert gpu is not None

@@ -8,12 +8,14 @@ import json
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.workload import Workload
 
-from . import cpu
+from . import cpu, gpu
 from .space import Space
 
 
 def get_space(workload: Workload, profile: DeviceProfile) -> Space:
     """The space of ``workload`` on ``profile``'s kind of device."""
+    if profile.gpu is not None:
+        return gpu.get_space(workload, profile)
     geometry = workload.geometry
     if workload.kernel.startswith("backward"):
         if geometry.depthwise:
