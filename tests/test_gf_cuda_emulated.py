@@ -139,7 +139,7 @@ def test_threads_that_do_not_meet_at_a_barrier_are_an_error(
     body: str, gpu: emulated_cuda.Emulated, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(gf_cuda.DriverError, match="CUDA_ERROR_LAUNCH_FAILED") as caught:
-        launch('extern "C" __global__ void main_kernel(float* y) { %s }' % body, (1, 1, 1), (32, 1, 1), np.zeros(1))
+        launch(f'extern "C" __global__ void main_kernel(float* y) {{ {body} }}', (1, 1, 1), (32, 1, 1), np.zeros(1))
     assert caught.value.sticky
     assert "main_kernel do not meet" in capfd.readouterr().err
     gpu.fault()
@@ -214,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(32) second(float* y) {
     assert y.tolist() == list(range(1023, -1, -1))
     device = gf_cuda.get_driver().device()
     module = device.load_module(gf_cuda.compile_source(source, "sm_53")[0])
-    sizes = {
-        name: (module.function(name).shared_bytes, module.function(name).max_threads) for name in ("first", "second")
-    }
+    functions = [module.function(name) for name in ("first", "second")]
+    sizes = {function.name: (function.shared_bytes, function.max_threads) for function in functions}
     assert sizes == {"first": (48000, 1024), "second": (40, 32)}
     module.unload()

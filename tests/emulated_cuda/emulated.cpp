@@ -396,7 +396,6 @@ CUresult load(const std::string& image, void** handle, std::string* log) {
     if (library.empty()) return 218;
   }
   auto header = (const Elf64_Ehdr*)library.data();
-  if (library.size() < sizeof(Elf64_Ehdr)) return 200;
   if (header->e_machine == 190) return 209;  // a real cubin
   std::string path = own_folder() + "/module_XXXXXX";
   int file = mkstemp(&path[0]);
@@ -600,6 +599,7 @@ EXPORT CUresult cuModuleLoadDataEx(void** module, const char* image, unsigned co
   if (memcmp(image, "\x7f" "ELF", 4) == 0) {
     // As a driver must, the end is read from the header: the section table comes last.
     auto header = (const Elf64_Ehdr*)image;
+    if (header->e_shnum == 0 || header->e_shentsize != sizeof(Elf64_Shdr)) return 200;
     bytes.assign(image, header->e_shoff + size_t(header->e_shnum) * header->e_shentsize);
   } else {
     bytes = image;
