@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -21,6 +22,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add_tracker_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="of this board (default: the host name)")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="what this board is; with a profile of a GPU (jetson-nano, sm_NN, cuda) that GPU measures, and the server "
+        "only starts if it is there (default: the CPU measures, whatever it is)",
+    )
     add_bind_arguments(parser, port=0)
     parser.add_argument(
         "--advertise", metavar="HOST:PORT", help="where tuners reach this server, if that is not HOST:PORT (a tunnel)"
@@ -40,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..errors import FarmError
+    from ..farm.gpu import check_device, describe
     from ..farm.protocol import show
     from ..farm.server import Options, Server
 
@@ -50,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--key", args.key), ("--name", args.name)):
         if value is not None and (not value or any(c.isspace() or c == ":" for c in value)):
             raise FarmError(f"{name} must be a word without ':', got {value!r}")
+    gpu = None if args.device is None else check_device(args.device)
+    if gpu is not None:
+        # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
+        os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
     options = Options(
         key=args.key,
@@ -59,12 +71,16 @@ def run(args: argparse.Namespace) -> int:
         port=args.port,
         advertise=advertise,
         idle_seconds=args.idle_seconds,
+        device=args.device or "",
+        gpu=gpu,
         until_stdin_closes=args.until_stdin_closes,
     )
     server = Server(options, _say)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.stop)
     server.load()
+    if gpu is not None:
+        _say(f"measures with {describe(gpu)}")
     print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
     server.run()
     return 0

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 _HEADERS = (
-    *("board", "key", "address", "state", "gf_tvm", "TVM", "cores", "MHz", "°C", "throttled"),
-    *("trials", "failed"),
+    *("board", "key", "address", "state", "gf_tvm", "TVM", "cores", "MHz", "°C"),
+    *("GPU", "GPU\nMHz", "GPU\n°C", "throttled", "trials", "failed"),
 )
 
 
@@ -62,8 +62,9 @@ def _row(board: Board, now: float) -> tuple[object, ...]:
     return (
         *(board.name, board.key, board.address, _state(info, now)),
         *(versions.get("gf-tvm"), versions.get("apache-tvm"), info.get("cores")),
-        *(sensors.get("mhz"), sensors.get("celsius"), _throttled(sensors)),
-        *(info.get("trials"), info.get("failed")),
+        *(sensors.get("mhz"), sensors.get("celsius")),
+        *(_gpu(info.get("gpu")), sensors.get("gpu_mhz"), sensors.get("gpu_celsius")),
+        *(_throttled(sensors), info.get("trials"), info.get("failed")),
     )
 
 
@@ -75,6 +76,11 @@ def _state(info: dict[str, Any], now: float) -> str:
     if info.get("emulated"):
         parts.append("emulated")
     return ", ".join(parts)
+
+
+def _gpu(gpu: dict[str, Any] | None) -> str | None:
+    """With which the board measures."""
+    return f"{gpu.get('name')} ({gpu.get('arch')}), CUDA {gpu.get('driver')}" if gpu else None
 
 
 def _throttled(sensors: dict[str, Any]) -> str | None:

@@ -65,7 +65,41 @@ def test_nothing_there_is_unknown(tmp_path: Path) -> None:
         "throttled": [],
         "throttled_before": [],
         "known": False,
+        "gpu_mhz": None,
+        "gpu_max_mhz": None,
+        "gpu_celsius": None,
     }
+
+
+def test_a_jetson_tells_of_its_gpu_and_of_throttling(tmp_path: Path) -> None:
+    for name, value in (
+        ("cur_freq", 76800000),
+        ("max_freq", 614400000),
+        ("available_frequencies", "76800000 921600000"),
+    ):
+        put(tmp_path, f"sys/class/devfreq/57000000.gpu/{name}", value)
+    for number, kind, value in ((1, "CPU-therm", 41500), (2, "GPU-therm", 39000), (3, "thermal-fan-est", 90000)):
+        put(tmp_path, f"sys/class/thermal/thermal_zone{number}/type", kind)
+        put(tmp_path, f"sys/class/thermal/thermal_zone{number}/temp", value)
+    reading = Sensors(tmp_path).read()
+    assert (reading.gpu_mhz, reading.gpu_max_mhz) == (76.8, 921.6)
+    assert (reading.celsius, reading.gpu_celsius) == (41.5, 39.0)
+    assert not reading.known
+    put(tmp_path, "sys/class/thermal/cooling_device0/type", "pwm-fan")
+    put(tmp_path, "sys/class/thermal/cooling_device0/cur_state", 3)
+    assert not Sensors(tmp_path).read().known
+    put(tmp_path, "sys/class/thermal/cooling_device1/type", "gpu-balanced")
+    for state, throttled in ((0, ()), (2, ("throttled",))):
+        put(tmp_path, "sys/class/thermal/cooling_device1/cur_state", state)
+        reading = Sensors(tmp_path).read()
+        assert (reading.known, reading.throttled) == (True, throttled)
+
+
+def test_the_older_place_of_a_jetsons_gpu(tmp_path: Path) -> None:
+    put(tmp_path, "sys/devices/gpu.0/devfreq/57000000.gpu/cur_freq", 921600000)
+    put(tmp_path, "sys/devices/gpu.0/devfreq/57000000.gpu/max_freq", 921600000)
+    reading = Sensors(tmp_path).read()
+    assert (reading.gpu_mhz, reading.gpu_max_mhz) == (921.6, 921.6)
 
 
 def test_the_slowest_cpu_counts_with_its_own_maximum(tmp_path: Path) -> None:

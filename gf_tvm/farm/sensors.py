@@ -1,4 +1,4 @@
-"""Clock, temperature, governor and throttling of this machine, read from Linux sysfs.
+"""Clocks, temperatures, governor and throttling of this machine, read from Linux sysfs.
 
 Standard library only, and nothing newer than Python 3.7: ``gf-tvm farm doctor`` sends this file to boards on which
 nothing is installed yet.
@@ -19,6 +19,9 @@ THROTTLE_BITS = ("undervoltage", "frequency capped", "throttled", "soft temperat
 
 #: Types of thermal zones that are, or hold, the CPU: Pi and most Arm boards, Jetson, Intel.
 _CPU_ZONE = re.compile(r"cpu|soc|x86_pkg", re.IGNORECASE)
+_GPU_ZONE = re.compile(r"gpu", re.IGNORECASE)
+#: Types of cooling devices by which the kernel of a Jetson lowers clocks ("gpu-balanced"); fans are not among them.
+_THROTTLING = re.compile(r"balanced|throttle", re.IGNORECASE)
 _VCGENCMD_SECONDS = 2.0
 
 
@@ -33,7 +36,8 @@ class Reading:
         governor: of the clock; several, joined by commas, if the CPUs differ.
         throttled: what limits the clock now, in the words of THROTTLE_BITS; empty if nothing does, or unknown.
         throttled_before: the same since boot.
-        known: whether the two above could be read.
+        known: whether it could be read what limits the clock.
+        gpu_mhz, gpu_max_mhz, gpu_celsius: of a Jetson's GPU.
     """
 
     mhz: float | None = None
@@ -43,6 +47,9 @@ class Reading:
     throttled: tuple[str, ...] = ()
     throttled_before: tuple[str, ...] = ()
     known: bool = False
+    gpu_mhz: float | None = None
+    gpu_max_mhz: float | None = None
+    gpu_celsius: float | None = None
 
     def hot(self, limit_celsius: float) -> bool:
         """Whether the temperature is known and has reached the limit."""
@@ -68,15 +75,20 @@ class Sensors:
     def read(self) -> Reading:
         """What the sensors say now."""
         mhz, max_mhz, governor = self._clock()
+        gpu_mhz, gpu_max_mhz = self._gpu_clock()
         flags = self._flags()
+        cooling = self._cooling() if flags is None else None
         return Reading(
             mhz=mhz,
             max_mhz=max_mhz,
-            celsius=self._celsius(),
+            celsius=self._celsius(_CPU_ZONE),
             governor=governor,
-            throttled=() if flags is None else throttle_names(flags),
+            throttled=("throttled",) if cooling else () if flags is None else throttle_names(flags),
             throttled_before=() if flags is None else throttle_names(flags >> 16),
-            known=flags is not None,
+            known=flags is not None or cooling is not None,
+            gpu_mhz=gpu_mhz,
+            gpu_max_mhz=gpu_max_mhz,
+            gpu_celsius=self._celsius(_GPU_ZONE),
         )
 
     def _clock(self) -> tuple[float | None, float | None, str | None]:
@@ -95,12 +107,32 @@ class Sensors:
         now, most = min(known, key=lambda pair: pair[0]) if known else (None, clocks[0][1] if clocks else None)
         return now and now / 1e3, most and most / 1e3, ",".join(governors) or None
 
-    def _celsius(self) -> float | None:
+    def _gpu_clock(self) -> tuple[float | None, float | None]:
+        """Of a Jetson's GPU, now and at most, in MHz."""
+        for folder in gpu_folders(self.root):
+            now = _number(folder / "cur_freq")
+            if now is not None:
+                steps = [int(step) for step in _text(folder / "available_frequencies").split() if step.isdigit()]
+                most = max(steps, default=None) or _number(folder / "max_freq")
+                return now / 1e6, most and most / 1e6
+        return None, None
+
+    def _cooling(self) -> bool | None:
+        """Whether a Jetson's kernel lowers clocks against heat; None if it does not say."""
+        states = [
+            _number(folder / "cur_state")
+            for folder in _glob(self.root / "sys/class/thermal", "cooling_device[0-9]*")
+            if _THROTTLING.search(_text(folder / "type"))
+        ]
+        known = [state for state in states if state is not None]
+        return any(known) if known else None
+
+    def _celsius(self, kind: re.Pattern[str]) -> float | None:
         found = []
         for zone in _glob(self.root / "sys/class/thermal", "thermal_zone[0-9]*"):
             value = _number(zone / "temp")
             # A sensor that is switched off gives values such as -256000.
-            if value is not None and -60e3 < value < 200e3 and _CPU_ZONE.search(_text(zone / "type")):
+            if value is not None and -60e3 < value < 200e3 and kind.search(_text(zone / "type")):
                 found.append(value / 1e3)
         return max(found) if found else None
 
@@ -137,6 +169,12 @@ def parse_flags(text: str) -> int | None:
 def throttle_names(flags: int) -> tuple[str, ...]:
     """The words for the lowest four bits."""
     return tuple(name for bit, name in enumerate(THROTTLE_BITS) if flags >> bit & 1)
+
+
+def gpu_folders(root: Path) -> list[Path]:
+    """Where the kernel of a Jetson tells of its GPU's clock: cur_freq, min_freq, max_freq in Hz."""
+    folders = _glob(root / "sys/class/devfreq", "*.gpu") + _glob(root / "sys/class/devfreq", "*.gp10b")
+    return folders + _glob(root / "sys/devices/gpu.0/devfreq", "*")
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:

@@ -37,6 +37,7 @@ from typing import Any, Protocol
 
 from ..errors import FarmError
 from ..runtime import die_at_once, start_extras
+from .gpu import GpuInfo
 from .protocol import Address, ClientHello, TrackerConnection, TrackerLost, keep_alive, new_match_key, show
 from .sensors import Sensors
 
@@ -77,6 +78,8 @@ class Options:
         host, port: to bind; port 0 takes a free one.
         advertise: where clients reach this server, if not at the address the tracker sees and the bound port.
         idle_seconds: a session whose client does nothing for so long is ended.
+        device: profile that the board was said to be; "" if nothing was said.
+        gpu: with which it measures (:func:`gf_tvm.farm.gpu.check_device`); None for none.
         service: ``module:attribute`` of a callable (:class:`Context`) -> :class:`Service`; its module may have a
             function ``preload`` that is called once, before any session. "" serves TVM's functions only.
         until_stdin_closes: end with standard input, and so with the ssh connection that started this.
@@ -89,6 +92,8 @@ class Options:
     port: int = 0
     advertise: Address | None = None
     idle_seconds: float = 900.0
+    device: str = ""
+    gpu: GpuInfo | None = None
     service: str = "gf_tvm.tuning.session:Session"
     until_stdin_closes: bool = False
 
@@ -141,6 +146,7 @@ class Context:
     counters: Counters
     sensors: Sensors
     emulated: bool
+    gpu: GpuInfo | None = None
 
 
 @dataclass
@@ -180,7 +186,8 @@ class Server:
         self._say = say
         self._counters = Counters()
         self._sensors = Sensors()
-        self._emulated = bool(os.environ.get("GF_TVM_EMULATED"))
+        gpu_emulated = options.gpu is not None and options.gpu["emulated"]
+        self._emulated = gpu_emulated or bool(os.environ.get("GF_TVM_EMULATED"))
         self._session: _Session | None = None
         self._crashes = 0
         self._hellos: dict[int, _Hello] = {}
@@ -326,7 +333,8 @@ class Server:
 
     def _start_session(self, connection: socket.socket, client: str, timeout: float | None) -> None:
         folder = Path(tempfile.mkdtemp(prefix=_WORK))
-        context = Context(self.options.name, folder, self._counters, self._sensors, self._emulated)
+        options = self.options
+        context = Context(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
         self._counters.working = False
         sys.stdout.flush()
         sys.stderr.flush()
@@ -468,6 +476,8 @@ class Server:
             "arch": platform.machine(),
             "model": _model(),
             "cores": len(os.sched_getaffinity(0)),
+            "device": self.options.device,
+            "gpu": self.options.gpu,
             "versions": self._versions,
             "emulated": self._emulated,
             "trials": self._counters.trials,

@@ -44,8 +44,9 @@ KINDS = ("trial", "winner", "rejected")
 SPACES = ("ours", "metaschedule")
 
 #: Fields of ``made`` that must agree before trials may be added to a file: with others, times cannot be compared.
-#: ``cache`` and ``emulated`` are what :func:`comparable` makes of ``made``, which need not have them.
-COMPARABLE = ("cpu", "threads", "tvm", "cache", "emulated")
+#: ``cache`` and ``emulated`` are what :func:`comparable` makes of ``made``, which need not have them. A log has ``gpu``
+#: where a GPU runs the kernels, else ``cpu``.
+COMPARABLE = ("cpu", "gpu", "threads", "tvm", "cache", "emulated")
 
 _CRC = ',"crc":"%08x"}'
 _CRC_LENGTH = len(_CRC % 0)
@@ -186,7 +187,7 @@ class Log:
     Args:
         path: the file.
         identity: what it belongs to.
-        made: how it was measured: versions, ``cpu``, ``threads``, and the measurement's parameters.
+        made: how it was measured: versions, ``cpu`` or ``gpu``, ``threads``, and the measurement's parameters.
         records: in the order in which they were written.
         sound_bytes: size of the file without a torn end.
         torn: whether a torn end was ignored.

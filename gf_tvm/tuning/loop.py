@@ -22,6 +22,8 @@ from .search import ConfigSearch, MetaScheduleSearch, Search
 from .task import Candidate, Config, Task, TuningError, WorkloadTask
 
 if TYPE_CHECKING:
+    from ..devices import DeviceProfile
+    from ..farm.gpu import GpuInfo
     from ..workload import Workload
     from .remote import FarmOptions
 
@@ -161,18 +163,19 @@ def tune(
         LogError: a log that does not fit, is damaged, cannot be written, or is being written by another process.
         TuningError: a bad option, or a machine that cannot build or measure, or no board for too long.
     """
-    from ..devices import get_profile, missing_flags, runs_here
+    from ..devices import get_profile
     from ..machine import usable_cores
 
     profile = get_profile(device)
+    gpu = None
+    if profile.gpu is not None:
+        if threads is not None:
+            raise TuningError(f"threads are those of kernels on CPUs; leave them out for {profile.name}, a GPU")
+        if space != "ours":
+            raise TuningError(f"space {space!r} is for CPUs; {profile.name} is a GPU, whose space is 'ours'")
+        threads = 1
     if farm is None:
-        if not runs_here(profile):
-            lacking = missing_flags(profile)
-            reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
-            raise DeviceError(
-                f"device {profile.name!r} cannot be measured on this machine: {reason}; "
-                "boards are measured through a tracker (--tracker HOST:PORT --key KEY)"
-            )
+        gpu = _find_device(profile)
         import torch
 
         threads = torch.get_num_threads() if threads is None else threads
@@ -181,11 +184,12 @@ def tune(
     workloads = list(dict.fromkeys(workloads))
     tasks = [WorkloadTask(workload, profile.name) for workload in workloads]
     options = Options(threads=threads, builders=usable_cores(), cold=cold)
-    measurer = None
+    measurer = Measurer(options, gpu)
     if farm is not None:
         from .remote import FarmMeasurer, reference_task
 
-        measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name))
+        arch = "" if profile.gpu is None else profile.gpu.arch
+        measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name), arch)
     return tune_tasks(
         tasks,
         logs=logs,
@@ -198,6 +202,28 @@ def tune(
         measurer=measurer,
         seed_logs=seed_logs,
         progress=progress,
+    )
+
+
+def _find_device(profile: DeviceProfile) -> GpuInfo | None:
+    """Whether this machine is, or has, the device; tells what its GPU is. Raises DeviceError."""
+    from ..devices import missing_flags, runs_here
+
+    lacking = missing_flags(profile)
+    reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
+    # Of a board with a GPU only the GPU matters here: any machine can measure what its own GPU runs.
+    if profile.gpu is not None:
+        from ..farm.gpu import check_gpu
+
+        try:
+            return check_gpu(profile.gpu.arch)
+        except DeviceError as error:
+            reason = str(error)
+    elif runs_here(profile):
+        return None
+    raise DeviceError(
+        f"device {profile.name!r} cannot be measured on this machine: {reason}; "
+        "boards are measured through a tracker (--tracker HOST:PORT --key KEY)"
     )
 
 

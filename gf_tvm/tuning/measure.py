@@ -29,6 +29,8 @@ from .task import Candidate, Task, TuningError
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..farm.gpu import GpuInfo
+
 _SCRATCH = "gf_tvm-tune-"
 _SCRATCH_GRACE = 3600.0  # seconds
 
@@ -52,7 +54,7 @@ class Scratch:
         assert self._folder is not None
         return self._folder
 
-    def new_path(self, suffix: str = ".so") -> Path:
+    def new_path(self, suffix: str) -> Path:
         """A path that was never given before: the loader would give the library that it knows by that name."""
         self._count += 1
         return self.folder / f"{self._count}{suffix}"
@@ -194,12 +196,17 @@ class Builders:
 class Measurer:
     """Builds and measures on this machine; a context manager that ends all it has started.
 
+    Args:
+        options: how to measure.
+        gpu: what measures if it is a GPU; see :func:`gf_tvm.farm.gpu.probe`.
+
     Raises:
         TuningError: no room for the candidates' libraries.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, gpu: GpuInfo | None = None) -> None:
         self.options = options
+        self._gpu = gpu
         self._scratch = Scratch()
         self._builders: Builders
         self._runner: Runner
@@ -222,14 +229,14 @@ class Measurer:
     @property
     def made(self) -> dict[str, Any]:
         """What a log's header tells about where and how candidates are measured."""
+        measured = {"threads": self.options.threads, "measurement": self.options.to_dict()}
+        if self._gpu is not None:
+            found = {name: self._gpu[name] for name in ("driver", "max_mhz")}
+            emulated = {"emulated": True} if self._gpu["emulated"] else {}
+            return {"gpu": f"{self._gpu['name']} ({self._gpu['arch']})", **found, **measured, **emulated}
         from .. import machine
 
-        return {
-            "cpu": machine.cpu_model(),
-            "cores": machine.usable_cores(),
-            "threads": self.options.threads,
-            "measurement": self.options.to_dict(),
-        }
+        return {"cpu": machine.cpu_model(), "cores": machine.usable_cores(), **measured}
 
     @property
     def parallel(self) -> int:
@@ -267,7 +274,7 @@ class Measurer:
             (candidate, library, None) or (candidate, None, what went wrong), in the order in which they are ready.
             The caller removes the libraries with :meth:`discard`.
         """
-        paths = [self._scratch.new_path() for _ in candidates]
+        paths = [self._scratch.new_path(task.suffix) for _ in candidates]
         jobs = [{"candidate": c, "path": path} for c, path in zip(candidates, paths, strict=True)]
         for index, _, failure in self._map(task, "build", jobs):
             if failure is None:

@@ -1,8 +1,9 @@
 """Worker processes: starting them, asking them with a deadline, ending them; and the loop that they run.
 
 A worker gets requests over a socket, one at a time, and answers each with ``(kind, value)``: ``done`` and the result;
-``failed`` and a line of text, if what was asked for is to blame; ``broken`` and a line of text, if the machine is (a
-full disk, no memory). It ends when the socket does, and the kernel ends it with its parent.
+``failed`` and a line of text, if what was asked for is to blame; ``spent`` and a line of text, if it has also spoilt
+the process for whatever comes next (a GPU's context is lost); ``broken`` and a line of text, if the machine is to blame
+(a full disk, no memory). It ends when the socket does, and the kernel ends it with its parent.
 """
 
 from __future__ import annotations
@@ -172,7 +173,9 @@ class Process:
             raise Ended(self.end(patience=10)) from None
         if kind == "broken":
             raise TuningError(f"cannot go on tuning: {value}")
-        if kind == "failed":
+        if kind == "spent":
+            self.end()
+        if kind in ("failed", "spent"):
             raise CandidateFailed("failed", value)
         return value
 
@@ -329,7 +332,7 @@ def answer(request: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
         # The linker is a process of its own and reports in words; PyTorch's allocator raises RuntimeError.
         if "No space left on device" in str(error) or "can't allocate memory" in str(error):
             return "broken", text
-        return "failed", text
+        return "spent" if getattr(error, "sticky", False) else "failed", text
 
 
 def describe(error: BaseException) -> str:

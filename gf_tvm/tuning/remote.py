@@ -31,7 +31,7 @@ from ..farm.tracker import Board, boards_of, check_key
 from .measure import Measurer, Say, Source, failed_build
 from .process import TICK, CandidateFailed, Ended, Process
 from .runner import COMPARE_SECONDS, PREPARE_SECONDS, Options, Result
-from .session import task_values
+from .session import gpu_of, task_values
 from .task import Candidate, Task, TuningError, WorkloadTask
 
 #: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
@@ -164,18 +164,25 @@ class FarmMeasurer(Measurer):
         farm: where the boards are.
         description: of the kind of board, for the logs' headers.
         reference: see :func:`reference_task`; None does without.
+        arch: of the boards' GPUs, if they are to measure with them ("sm_53").
 
     Raises:
-        FarmError: on entering: no tracker, or no board with the key.
+        FarmError: on entering: no tracker, or no board with the key, or none with such a GPU.
         TuningError: while measuring: no board for too long, or no room for the candidates' libraries.
     """
 
     def __init__(
-        self, options: Options, farm: FarmOptions, description: str, reference: WorkloadTask | None = None
+        self,
+        options: Options,
+        farm: FarmOptions,
+        description: str,
+        reference: WorkloadTask | None = None,
+        arch: str = "",
     ) -> None:
         super().__init__(options)
         self._farm = farm
         self._description = description
+        self._arch = arch
         self._reference = reference
         self._reference_library: Path | None = None
         self._reference_path: Path | None = None  # where it is being built
@@ -201,10 +208,23 @@ class FarmMeasurer(Measurer):
 
     def __enter__(self) -> FarmMeasurer:
         self._listed = check_key(self._farm.tracker, self._farm.key)
+        self._check_gpus()
         self._emulated = any(board.info.get("emulated") for board in self._listed)
         super().__enter__()
         self._last_work = time.monotonic()
         return self
+
+    def _check_gpus(self) -> None:
+        """Raise FarmError if no board has the GPU: it would be refused in its turn, and the others waited for."""
+        reasons = []
+        for board in self._listed:
+            try:
+                if self._arch and board.info:
+                    gpu_of(board.name, board.info.get("gpu"), self._arch)
+                return
+            except TuningError as error:
+                reasons.append(str(error))
+        raise FarmError(f"no board with the key {self._farm.key!r} has a GPU of {self._arch}: {reasons[0]}")
 
     def close(self) -> None:
         """End all sessions and workers; harmless when repeated."""
@@ -214,9 +234,9 @@ class FarmMeasurer(Measurer):
 
     @property
     def made(self) -> dict[str, Any]:
-        """See :meth:`Measurer.made`. The CPU is the kind of board: each trial names its board."""
+        """See :meth:`Measurer.made`. The CPU or GPU is the kind of board: each trial names its board."""
         made = {
-            "cpu": self._description,
+            "gpu" if self._arch else "cpu": self._description,
             "threads": self.options.threads,
             "measurement": self.options.to_dict(),
             "farm": self._farm.key,
@@ -391,7 +411,7 @@ class FarmMeasurer(Measurer):
 
     def _build(self, task: Task, candidate: Candidate) -> None:
         self._built += 1
-        path = self._scratch.new_path()
+        path = self._scratch.new_path(task.suffix)
         self._building[self._built] = task, candidate, path
         self._builders.submit(
             ("build", self._built), task, "build", self.options.build_timeout, candidate=candidate, path=path
@@ -489,7 +509,7 @@ class FarmMeasurer(Measurer):
             self._slots.append(_Slot(len(self._slots)))
         if self._reference is not None and self._watched and self._reference_path is None:
             self._built += 1
-            self._reference_path = self._scratch.new_path()
+            self._reference_path = self._scratch.new_path(self._reference.suffix)
             candidate = Candidate.of_config(self._reference.space.default)
             self._builders.submit(
                 *(("reference", self._built), self._reference, "build", self.options.build_timeout),
@@ -623,6 +643,11 @@ class FarmMeasurer(Measurer):
             return "emulated boards and real ones cannot share a log"
         if info["threads"] > info["cores"]:
             return f"it has {info['cores']} cores for {info['threads']} threads; use --threads {info['cores']}"
+        try:
+            if self._arch:
+                gpu_of(str(info["name"]), info["gpu"], self._arch)
+        except TuningError as error:
+            return str(error)
         return ""
 
     def _after_preparing(self, slot: _Slot, seconds: float) -> None:
@@ -631,7 +656,7 @@ class FarmMeasurer(Measurer):
 
     def _after_resting(self, slot: _Slot, sensors: dict[str, Any]) -> None:
         known = self._about(slot)
-        celsius = sensors.get("celsius")
+        celsius = _celsius(sensors)
         if not sensors.get("throttled") and (celsius is None or celsius < self._farm.hot_celsius - 10):
             known.hot_since = None
             slot.state = "free"
@@ -650,7 +675,7 @@ class FarmMeasurer(Measurer):
         assert job is not None
         known = self._about(slot)
         sensors = answer["sensors"]
-        celsius = sensors.get("celsius")
+        celsius = _celsius(sensors)
         if sensors.get("throttled") or (celsius is not None and celsius >= self._farm.hot_celsius):
             self._after_throttled(slot, job, sensors)
             return
@@ -660,7 +685,9 @@ class FarmMeasurer(Measurer):
             return
         slot.reference_due -= 1
         slot.state = "free"
-        board = {"name": slot.name, "mhz": sensors.get("mhz"), "celsius": celsius, "governor": sensors.get("governor")}
+        board = {"name": slot.name, **{name: sensors.get(name) for name in ("mhz", "celsius", "governor")}}
+        if self._arch:
+            board |= {name: sensors.get(name) for name in ("gpu_mhz", "gpu_celsius")}
         if job.candidate is None:
             self._compared = {name: _result(r, board) for name, r in answer["results"].items()}
             return
@@ -737,7 +764,7 @@ class FarmMeasurer(Measurer):
         if slot.remaining:
             name, path = slot.remaining.pop(0)
             slot.sent += 1
-            slot.uploaded[name] = f"{slot.sent}.so"  # never a name twice: loaders know libraries by name
+            slot.uploaded[name] = f"{slot.sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
             slot.state = "uploading"
             slot.process.send(None, "upload", _UPLOAD_SECONDS, path=path, name=slot.uploaded[name])
             return
@@ -827,6 +854,12 @@ def _result(values: dict[str, Any], board: dict[str, Any] | None = None) -> Resu
 
 def _state_of(sensors: dict[str, Any]) -> str:
     parts = [*(sensors.get("throttled") or ())]
-    if sensors.get("celsius") is not None:
-        parts.append(f"at {sensors['celsius']:.0f} °C")
+    if (celsius := _celsius(sensors)) is not None:
+        parts.append(f"at {celsius:.0f} °C")
     return ", ".join(parts)
+
+
+def _celsius(sensors: dict[str, Any]) -> float | None:
+    """Of the hotter one of CPU and GPU, which share a heat sink; None if neither is known."""
+    known = [sensors[name] for name in ("celsius", "gpu_celsius") if sensors.get(name) is not None]
+    return max(known, default=None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -79,6 +80,7 @@ class Session:
             "cores": cores,
             "threads": wanted.threads,
             "versions": versions(),
+            "gpu": self._context.gpu,
             "emulated": self._context.emulated,
             "sensors": self.do_sense(),
         }
@@ -136,11 +138,32 @@ class Session:
             else:
                 from ..workload import Workload
 
-                self._tasks[text] = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
+                task = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
+                if task.profile.gpu is not None:
+                    gpu_of(self._context.name, self._context.gpu, task.profile.gpu.arch)
+                self._tasks[text] = task
         return self._tasks[text]
 
     def _count(self, result: Result) -> None:
         self._context.counters.count(failed=result.status != "ok")
+
+
+def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, Any]:
+    """The GPU with which a board measures; see :class:`gf_tvm.farm.gpu.GpuInfo`.
+
+    Args:
+        name: of the board.
+        gpu: what its server says of its GPU.
+        arch: that is needed ("sm_53").
+
+    Raises:
+        TuningError: it measures with none, or with another.
+    """
+    if gpu is None:
+        raise TuningError(f"{name} measures with no GPU: start its server with gf-tvm farm serve --device DEVICE")
+    if gpu.get("arch") != arch:
+        raise TuningError(f"{name} measures with {gpu.get('name')} ({gpu.get('arch')}), what it is sent is for {arch}")
+    return gpu
 
 
 def task_values(task: Task) -> dict[str, Any]:

@@ -82,6 +82,16 @@ class Task(ABC):
     def space(self) -> Space:
         """The space to search."""
 
+    @property
+    def gpu(self) -> bool:
+        """Whether an NVIDIA GPU runs it: :meth:`export` writes a :class:`gf_cuda.Program`; :meth:`load` is unused."""
+        return False
+
+    @property
+    def suffix(self) -> str:
+        """Of the files that :meth:`export` writes."""
+        return ".zip" if self.gpu else ".so"
+
     @abstractmethod
     def module(self) -> Any:
         """The unscheduled IRModule with one PrimFunc "main"."""
@@ -155,6 +165,11 @@ class WorkloadTask(Task):
 
         return get_profile(self.device)
 
+    @property
+    def gpu(self) -> bool:
+        """Whether the device is an NVIDIA GPU."""
+        return self.profile.gpu is not None
+
     @cached_property
     def identity(self) -> Identity:
         """What the task's log belongs to."""
@@ -174,7 +189,13 @@ class WorkloadTask(Task):
         return definition(self.workload)
 
     def export(self, schedule: Any, path: Path) -> None:
-        """Compile a schedule for the device."""
+        """Compile a schedule for the device: a shared library, or a file of :meth:`gf_cuda.Program.save`."""
+        if self.gpu:
+            from ..cuda import compile_program
+
+            made = compile_program(schedule, self.profile)
+            made.program.save(str(path), made.source, made.image, made.kind)
+            return
         from ..compile import compile_module, export
 
         export([compile_module(schedule, self.profile)], path, self.profile)

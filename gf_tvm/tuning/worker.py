@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Elements of NaN (or of the largest integer) before and after each output: a kernel that writes there is wrong. A
 # multiple of 64 bytes for every dtype, since kernels may assume that alignment.
-_GUARD = 1024
+GUARD = 1024
 # Calls before it is decided how often to call.
 _TRIES = 10
 # Bytes of cache to flush: at least, and where the system does not say how large it is.
@@ -80,9 +80,9 @@ class Worker:
         self._sums = [_checksum(tensor) for tensor in self._inputs]
         for shape, dtype in self.task.output_specs():
             size = torch.Size(shape).numel()
-            buffer = torch.full((size + 2 * _GUARD,), _guard_value(dtype), dtype=dtype)
+            buffer = torch.full((size + 2 * GUARD,), guard_value(dtype), dtype=dtype)
             self._buffers.append(buffer)
-            self._outputs.append(buffer[_GUARD : _GUARD + size].view(shape))
+            self._outputs.append(buffer[GUARD : GUARD + size].view(shape))
         self._seed = seed
 
     def load(self, name: str, path: Path) -> None:
@@ -109,8 +109,8 @@ class Worker:
         if any(_checksum(tensor) != known for tensor, known in zip(self._inputs, self._sums, strict=True)):
             return float("inf"), "wrote to its inputs"
         for buffer in self._buffers:
-            guard = torch.cat((buffer[:_GUARD], buffer[-_GUARD:]))
-            if not (torch.isnan(guard) if guard.is_floating_point() else guard == _guard_value(guard.dtype)).all():
+            guard = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
+            if not (torch.isnan(guard) if guard.is_floating_point() else guard == guard_value(guard.dtype)).all():
                 return float("inf"), "wrote outside its outputs"
         excess = self.task.excess(self._outputs, self._expected)
         return excess, "" if excess <= 1 else f"its error is {excess:.3g} times what is allowed"
@@ -136,24 +136,8 @@ class Worker:
             cold: flush the caches before each call, outside of what is timed.
             least_calls: in a repetition, if ``max_seconds`` allows for them.
         """
-        kernel, arguments = self._kernels[name], (*self._inputs, *self._outputs)
         clock = time.perf_counter
-        flush = self._flush if cold else None
-
-        def seconds(calls: int) -> float:
-            if flush is None:
-                before = clock()
-                for _ in range(calls):
-                    kernel(*arguments)
-                return max(clock() - before, 1e-9)
-            total = 0.0
-            for _ in range(calls):
-                flush()
-                before = clock()
-                kernel(*arguments)
-                total += max(clock() - before, 1e-9)
-            return total
-
+        seconds = self._timer(name, cold)
         gc.disable()
         try:
             start = clock()
@@ -173,6 +157,28 @@ class Worker:
         finally:
             gc.enable()
 
+    def _timer(self, name: str, cold: bool) -> Callable[[int], float]:
+        """What calls a kernel so many times and gives the seconds of all calls together."""
+        kernel, arguments = self._kernels[name], (*self._inputs, *self._outputs)
+        clock = time.perf_counter
+
+        def warm(calls: int) -> float:
+            before = clock()
+            for _ in range(calls):
+                kernel(*arguments)
+            return max(clock() - before, 1e-9)
+
+        def flushed(calls: int) -> float:
+            total = 0.0
+            for _ in range(calls):
+                self._flush()
+                before = clock()
+                kernel(*arguments)
+                total += max(clock() - before, 1e-9)
+            return total
+
+        return flushed if cold else warm
+
     def _flush(self) -> None:
         """Leave nothing of the arguments in the caches, by writing to more memory than they hold."""
         import torch
@@ -190,7 +196,8 @@ def median(runs: Sequence[float]) -> float:
     return statistics.median(runs)
 
 
-def _guard_value(dtype: torch.dtype) -> float:
+def guard_value(dtype: torch.dtype) -> float:
+    """What stands in the memory around an output."""
     import torch
 
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
@@ -224,4 +231,10 @@ class Greeter:
 
 def service(task: Task | None) -> Worker | Greeter:
     """The requests that a worker answers; see :func:`gf_tvm.tuning.process.serve`."""
-    return Greeter() if task is None else Worker(task)
+    if task is None:
+        return Greeter()
+    if task.gpu:
+        from .gpu_worker import GpuWorker
+
+        return GpuWorker(task)
+    return Worker(task)
