@@ -175,6 +175,23 @@ def find_meter(bus_id: Optional[str] = None, sysfs: str = "/sys", nvml: str = "l
         raise NotMeasured(f"{reason}; {error}") from None
 
 
+def pci_bus_id(ordinal: int = 0) -> Optional[str]:
+    """What CUDA's GPU with this number is called on the PCI bus; None where the driver does not say.
+
+    NVML counts all GPUs, CUDA those that CUDA_VISIBLE_DEVICES lets it see, so numbers do not tell which is which.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        name, device = ctypes.create_string_buffer(32), ctypes.c_int()
+        if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), ordinal):
+            return None
+        if cuda.cuDeviceGetPCIBusId(name, len(name), device):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return name.value.decode("ascii")
+
+
 def ina3221(sysfs: str = "/sys") -> PowerMeter:
     """The power monitor of a Jetson. Raises NotMeasured."""
     rails: Dict[str, Callable[[], float]] = {}

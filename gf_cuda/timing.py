@@ -21,6 +21,7 @@ SAMPLE_MS = 0.25
 MAX_CALLS = 32
 #: A sample that is queued more slowly than this (seconds) is not worth waiting for.
 LONGEST_LEAD = 0.1
+SHORTEST_LEAD = 2e-5
 
 Call = Callable[[], Any]
 
@@ -167,7 +168,7 @@ class _Sampler:
             if not late or self.host_bound:
                 break
             # The GPU got there before the calls were all queued: let it wait longer, if that can help at all.
-            self._lead = max(2 * self._lead, 1.5 * host)
+            self._lead = max(2 * self._lead, 1.5 * host, SHORTEST_LEAD)
             if self._lead > LONGEST_LEAD:
                 self._lead, self.host_bound = 0.0, True
         else:

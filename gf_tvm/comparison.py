@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -24,28 +24,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import devices, machine, reference
+from .backends import Backend, Host, Times
 from .errors import DeviceError
 from .geometry import Geometry, Pair
 from .shapes import Case
-from .variants import (
-    MIN_REPEATS,
-    MIN_REPEATS_SLOW,
-    ComparisonError,
-    Data,
-    Quartiles,
-    Timing,
-    Variants,
-    baseline_name,
-    check_baseline,
-    exact_backward,
-    itemsize,
-    measure,
-    schedule_of,
-    torch_dtype,
-)
+from .variants import MIN_REPEATS, ComparisonError, Data, Quartiles, Variants, itemsize, schedule_of, torch_dtype
 
 if TYPE_CHECKING:
     from .library import Library
@@ -116,6 +100,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class GpuRow(Row):
+    """One case on a GPU: further fields, see ``conditions`` for how they are measured.
+
+    ``baselines``: every exact backward pass by memory format and precision, with ``ms`` (None: not measured, and a
+    ``reason``), ``ms_quartiles`` and ``repeats``; ``baseline`` is the fastest of them. By variant: ``host_us``,
+    microseconds that the host takes to queue a call; ``peak_bytes``, allocated during a call at most; ``joules`` of a
+    call (None: not measured). ``host_bound`` lists the variants that wait for the GPU themselves. ``input_sets`` is
+    how many copies of the inputs the calls rotate among. ``filter_input_roofline_ms`` is the limit of the pooling.
+    """
+
+    baselines: dict[str, dict[str, Any]]
+    host_us: dict[str, float]
+    host_bound: tuple[str, ...]
+    peak_bytes: dict[str, int]
+    joules: dict[str, float | None]
+    input_sets: int
+    gf_tvm_kernel_ms_quartiles: Quartiles | None
+    filter_input_roofline_ms: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Rows and the conditions they were measured under; see :meth:`to_dict` for the JSON form.
 
@@ -130,6 +135,12 @@ class Comparison:
     bandwidth_gbs: float
     conditions: dict[str, Any]
     rows: tuple[Row, ...]
+
+    @property
+    def device_name(self) -> str:
+        """What ran: the GPU's name, or the CPU's."""
+        gpu = self.machine.get("gpu")
+        return str(gpu["name"] if gpu else self.machine["cpu"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: schema version, head, rows, geometric means per patch."""
@@ -147,19 +158,25 @@ class Comparison:
 
 
 def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches."""
-    by_patch: dict[Pair, list[Row]] = {}
+    """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches.
+
+    If there are rows of several dtypes: per patch and ``dtype``.
+    """
+    rows = list(rows)
+    several = len({row.dtype for row in rows}) > 1
+    by_patch: dict[tuple[Pair, str], list[Row]] = {}
     for row in rows:
-        by_patch.setdefault(row.patch, []).append(row)
+        by_patch.setdefault((row.patch, row.dtype), []).append(row)
     return [
         {
             "patch": patch,
+            **({"dtype": dtype} if several else {}),
             "rows": len(group),
             "speedup": statistics.geometric_mean(row.speedup for row in group),
             "speedup_reference": statistics.geometric_mean(row.speedup_reference for row in group),
             "limit_fraction": statistics.geometric_mean(row.limit_fraction for row in group),
         }
-        for patch, group in by_patch.items()
+        for (patch, dtype), group in by_patch.items()
     ]
 
 
@@ -171,6 +188,7 @@ def compare(
     repeats: int = 100,
     seconds: float = 5.0,
     progress: Progress | None = None,
+    energy: bool | None = None,
 ) -> Comparison:
     """Check and measure cases.
 
@@ -184,57 +202,54 @@ def compare(
         seconds: to spend on timing one convolution with all of its patches; at least 5 calls of each variant are
             made (3 where a call takes over a second).
         progress: told how far the work is.
+        energy: measure joules on a GPU; None: where there is a meter.
 
     Raises:
-        DeviceError: unknown device, one that is not this machine, or fewer than 1 thread.
+        DeviceError: unknown device, one that is not this machine, a PyTorch without CUDA for a GPU, energy asked for
+            where it cannot be measured, or fewer than 1 thread.
         ComparisonError: no cases, a wrong result (nothing of that convolution was timed), or too little memory.
     """
-    profile = check_request(cases, device, threads, repeats, seconds)
+    profile, backend = _check_request(cases, device, threads, repeats, seconds, energy)
     loaded = _load(library)
     groups = [list(group) for _, group in groupby(cases, key=_without_patch)]
     work = [_estimated_seconds(group, seconds) for group in groups]
     report = progress or (lambda done, total, what: None)
     pending: list[Callable[[tuple[float, float]], Row]] = []
     other_load = machine.OtherLoad()
-    with machine.torch_threads(threads) as used_threads, torch.no_grad():
+    with backend.running(threads) as used_threads:
         report(0.0, sum(work), "the machine's limits")
-        limits = [(machine.sgemm_peak(), machine.copy_bandwidth())]
+        limits = [backend.limits()]
         for index, group in enumerate(groups):
             before, name = sum(work[:index]), group[0].name
             report(before, sum(work), f"checking {name}")
-            data, variants, errors = _check_group(group, loaded)
+            data, variants, errors = _check_group(group, loaded, backend)
 
             def timing(part: float, done: float = before, own: float = work[index], name: str = name) -> None:
                 report(done + own * (0.3 + 0.7 * part), sum(work), f"timing {name}")
 
-            times = _time_group(data, variants, (repeats, seconds), timing)
-            head = (profile.name, baseline_name(data, group[0].geometry))
+            times = backend.time(data, variants, (repeats, seconds), timing)
             for i, (variant, error) in enumerate(zip(variants, errors, strict=True)):
                 schedules = (schedule_of(variant.backward), schedule_of(variant.pooling))
-                pending.append(partial(_row, variant.case, schedules, head, error, times, i))
+                pending.append(partial(_row, variant.case, schedules, profile.name, error, times, i))
             del data, variants, variant  # the next convolution may need the memory
         # Again at the end: a limit is the best that was seen, and a busy moment must not pass for one.
-        limits.append((machine.sgemm_peak(), machine.copy_bandwidth()))
+        limits.append(backend.limits())
         report(sum(work), sum(work), "done")
     peak, bandwidth = (max(values) for values in zip(*limits, strict=True))
     other_cores = other_load.cores()
+    conditions = backend.conditions()
+    conditions["repeats"]["max"] = repeats
     return Comparison(
-        machine=machine.describe(),
+        machine=backend.machine(),
         threads=used_threads,
-        versions=machine.versions(),
+        versions=backend.versions(),
         peak_gflops=peak,
         bandwidth_gbs=bandwidth,
         conditions={
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "statistic": "median; quartiles (lower, upper)",
-            "repeats": {"min": MIN_REPEATS, "min_slow": MIN_REPEATS_SLOW, "max": repeats},
             "seconds_per_convolution": seconds,
             "other_cores": other_cores,
-            "order": "variants interleaved in one run, order shuffled in every round",
-            "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
-            "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
-            "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
-            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm; best of start and end",
+            **conditions,
             "library": None if loaded is None else {"file": Path(loaded.path).name, "sha256": loaded.digest},
         },
         rows=tuple(row((peak, bandwidth)) for row in pending),
@@ -247,11 +262,18 @@ def check_request(
     threads: int | None = None,
     repeats: int = 100,
     seconds: float = 5.0,
+    energy: bool | None = None,
 ) -> devices.DeviceProfile:
     """Raise what :func:`compare` would raise for these arguments before it measures; return the device's profile.
 
     For callers that have kernels to build first.
     """
+    return _check_request(cases, device, threads, repeats, seconds, energy)[0]
+
+
+def _check_request(
+    cases: Sequence[Case], device: str, threads: int | None, repeats: int, seconds: float, energy: bool | None
+) -> tuple[devices.DeviceProfile, Backend]:
     if not cases:
         raise ComparisonError("there is nothing to compare: no cases")
     if repeats < MIN_REPEATS:
@@ -261,14 +283,31 @@ def check_request(
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
     profile = devices.get_profile(device)
+    backend = _backend(profile, energy)
+    for case in cases:
+        _check_memory(case, backend.available_bytes())
+    return profile, backend
+
+
+def _backend(profile: devices.DeviceProfile, energy: bool | None) -> Backend:
+    if profile.gpu is not None:
+        from . import gpu_comparison
+
+        gpu_comparison.require_cuda(profile)
+        if not devices.runs_here(profile):
+            raise DeviceError(
+                f"device {profile.name!r} ({profile.description}) is not this machine's GPU "
+                f"({devices.present_gpu()}); compare measures the machine it runs on, so run it there"
+            )
+        return gpu_comparison.Cuda(gpu_comparison.open_graphics(energy))
+    if energy:
+        raise DeviceError(f"energy is measured on GPUs only, and {profile.name!r} is a CPU")
     if not devices.runs_here(profile):
         raise DeviceError(
             f"device {profile.name!r} ({profile.description}) is not this machine ({machine.cpu_model()}, "
             f"{platform.machine()}); compare measures the machine it runs on, so run it there"
         )
-    for case in cases:
-        _check_memory(case)
-    return profile
+    return Host()
 
 
 def _load(library: Library | str | os.PathLike[str] | None) -> Library | None:
@@ -316,65 +355,46 @@ def _estimated_seconds(group: Sequence[Case], seconds: float) -> float:
     return seconds + 4 * _exact_operations(geometry) / 7e10 + len(group) * elements / 5e7
 
 
-def _check_memory(case: Case) -> None:
+def _check_memory(case: Case, available: int | None) -> None:
     geometry = case.geometry
     elements = math.prod(geometry.x_shape) + math.prod(geometry.y_shape)
     # Inputs, two sets of results held for the check, and the framework's reordered copies.
     needed = 4 * elements * itemsize(case.dtype)
-    available = machine.available_bytes()
     if available is not None and needed > available:
         raise ComparisonError(
             f"case {case.name} needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
         )
 
 
-def _check_group(group: Sequence[Case], library: Library | None) -> tuple[Data, list[Variants], list[float]]:
+def _check_group(
+    group: Sequence[Case], library: Library | None, backend: Backend
+) -> tuple[Data, list[Variants], list[float]]:
     """Inputs, variants and errors of one convolution with all of its patches. Raises ComparisonError."""
-    data = Data.random(group[0])
-    check_baseline(group[0], data)
+    data = backend.data(group[0])
+    backend.check_baseline(group[0], data)
     variants = [Variants(case, data, library) for case in group]
     return data, variants, [variant.check() for variant in variants]
-
-
-def _time_group(
-    data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
-) -> dict[str, Timing]:
-    """Time the baseline once and everything else once per patch; the names end in the patch's index."""
-    geometry = variants[0].case.geometry
-    calls: dict[str, Callable[[], Any]] = {
-        "baseline": lambda: exact_backward(data.grad_y, data.x, data.weight, geometry)
-    }
-    outputs = None
-    for index, variant in enumerate(variants):
-        calls[f"reference {index}"] = variant.plain_backward
-        calls[f"filter_input {index}"] = variant.filter_input
-        if variant.backward:
-            if outputs is None:  # their shapes do not depend on the patch
-                outputs = variant.kernel_backward()
-            calls[f"gf_tvm {index}"] = variant.kernel_backward
-            calls[f"kernel {index}"] = partial(variant.kernel_backward, outputs)
-    return measure(calls, *effort, progress)
 
 
 def _row(
     case: Case,
     schedules: tuple[str, str],
-    head: tuple[str, str],
+    device: str,
     error: float,
-    times: Mapping[str, Timing],
+    measured: Times,
     index: int,
     limits: tuple[float, float],
 ) -> Row:
-    geometry, (device, baseline) = case.geometry, head
+    geometry, times = case.geometry, measured.times
     exact, plain, pooling = times["baseline"], times[f"reference {index}"], times[f"filter_input {index}"]
     own, kernel = times.get(f"gf_tvm {index}", plain), times.get(f"kernel {index}")
     limit, limit_name = roofline(geometry, case.dtype, *limits)
-    return Row(
+    row = Row(
         name=case.name,
         device=device,
         dtype=case.dtype,
         **{field: getattr(geometry, field) for field in geometry.__match_args__},
-        baseline=baseline,
+        baseline=measured.baseline,
         baseline_ms=exact.median,
         baseline_ms_quartiles=exact.quartiles,
         reference_ms=plain.median,
@@ -394,3 +414,7 @@ def _row(
         repeats={"baseline": exact.repeats, "reference": plain.repeats, "gf_tvm": own.repeats},
         layers=case.layers,
     )
+    if not measured.more:
+        return row
+    pooled = (row.saved_bytes_baseline + row.saved_bytes_gf_tvm) / limits[1] / 1e6
+    return GpuRow(**vars(row), **measured.more[index], filter_input_roofline_ms=pooled)

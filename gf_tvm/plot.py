@@ -59,7 +59,7 @@ def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     first = comparison.rows[0]
     figure.suptitle(
         f"Filtered against exact ({first.baseline}) backward pass\n"
-        f"{comparison.machine['cpu']}, threads: {comparison.threads}, {comparison.bandwidth_gbs:.1f} GB/s, "
+        f"{comparison.device_name}, threads: {comparison.threads}, {comparison.bandwidth_gbs:.1f} GB/s, "
         f"{comparison.peak_gflops:.0f} GFLOP/s",
         fontsize=11,
     )

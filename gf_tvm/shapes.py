@@ -319,6 +319,20 @@ def parse_patches(text: str) -> list[Pair]:
     return list(dict.fromkeys(patches))
 
 
+def parse_dtypes(text: str) -> list[str]:
+    """``"float32,float16"`` -> ["float32", "float16"]. Raises GeometryError."""
+    dtypes = [part.strip() for part in text.split(",")]
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise GeometryError(f"dtypes are written as {','.join(DTYPES)}, got {_short(dtype)}")
+    return list(dict.fromkeys(dtypes))
+
+
+def with_dtypes(cases: Iterable[Case], dtypes: Sequence[str]) -> list[Case]:
+    """All cases in each of these dtypes, in place of their own; equal ones once."""
+    return list(dict.fromkeys(replace(case, dtype=dtype) for dtype in dtypes for case in cases))
+
+
 def pick_cases(cases: Sequence[Case], text: str) -> list[Case]:
     """Choose cases by number or name: ``"4-7"``, ``"1,3"``, ``"layer4.*"``; numbers count names, from 1.
 

@@ -96,7 +96,7 @@ class _Worst:
 
 @dataclass(frozen=True)
 class Data:
-    """Random inputs of one convolution, contiguous NCHW."""
+    """Random inputs of one convolution, contiguous NCHW unless :meth:`to` was told otherwise."""
 
     x: Tensor
     weight: Tensor
@@ -112,6 +112,18 @@ class Data:
         fan_in = geometry.ci_group * math.prod(geometry.kernel)
         return cls(normal(geometry.x_shape), normal(geometry.weight_shape, fan_in**-0.5), normal(geometry.y_shape))
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.x, self.weight, self.grad_y))
+
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Data:
+        """A copy on a device, in NCHW or channels_last."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, copy=True, memory_format=memory_format)
+
+        return Data(moved(self.x), moved(self.weight), moved(self.grad_y))
+
 
 def exact_backward(grad_y: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The framework's exact grad_x and grad_W."""
@@ -123,29 +135,33 @@ def exact_backward(grad_y: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
 
 
 def baseline_name(data: Data, geometry: Geometry) -> str:
-    """Which implementation PyTorch chooses for this convolution: "onednn", or "torch" for its own loops."""
+    """Which implementation PyTorch chooses for this convolution: "onednn", "cudnn", or "torch" for its own."""
     arguments = (geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups)
     try:
         backend = str(torch._C._select_conv_backend(data.x, data.weight, None, *arguments))
     except (AttributeError, TypeError):  # not a public function; without it, what PyTorch was built with
-        return "onednn" if machine.has_onednn() else "torch"
-    return "onednn" if "Mkldnn" in backend else "torch"
+        backend = "Cudnn" if data.x.is_cuda else "Mkldnn" if machine.has_onednn() else ""
+    return "onednn" if "Mkldnn" in backend else "cudnn" if "Cudnn" in backend else "torch"
 
 
 class Variants:
     """The calls to time for one case: plain operators and, where the library has them, kernels."""
 
     def __init__(self, case: Case, data: Data, library: Library | None) -> None:
-        self.case, self.data, geometry = case, data, case.geometry
+        self.case, self.data, self.library, geometry = case, data, library, case.geometry
         self.backward = library.find("backward", geometry, case.dtype) if library else None
         self.pooling = library.find("filter_input", geometry, case.dtype) if library else None
         self.plain_saved = reference.filter_input(data.x, geometry)
         # What the library's own forward pass would have kept, so that the check covers the whole chain.
         if self.pooling:
-            (self.saved,) = poisoned_outputs(Workload("filter_input", geometry, case.dtype))
+            (self.saved,) = self._poisoned("filter_input")
             self.pooling(data.x, self.saved)
         else:
             self.saved = to_saved(self.plain_saved, geometry)
+
+    def on(self, data: Data) -> Variants:
+        """The same calls on other inputs."""
+        return Variants(self.case, data, self.library)
 
     def filter_input(self) -> Tensor:
         """The pooling of the forward pass by the kernel, or by plain operators into the same shape."""
@@ -174,6 +190,10 @@ class Variants:
         self.backward(self.data.grad_y, self.saved, self.data.weight, *outputs)
         return outputs
 
+    def _poisoned(self, kernel: str) -> list[Tensor]:
+        outputs = poisoned_outputs(Workload(kernel, self.case.geometry, self.case.dtype))
+        return [output.to(self.data.x.device) for output in outputs]
+
     def check(self) -> float:
         """Compare both implementations with float64 and return the library's error (else the plain operators').
 
@@ -188,8 +208,7 @@ class Variants:
         if self.pooling:
             found["gf_tvm"] = {"x~": from_saved(self.saved, self.case.geometry)}
         if self.backward:
-            poisoned = poisoned_outputs(Workload("backward", self.case.geometry, self.case.dtype))
-            grad_x, grad_w, grad_b = self.kernel_backward(tuple(poisoned))
+            grad_x, grad_w, grad_b = self.kernel_backward(tuple(self._poisoned("backward")))
             found.setdefault("gf_tvm", {}).update({"grad_x": grad_x, "grad_W": grad_w, "grad_b": grad_b})
         errors = _errors(found, self.data, self.case.geometry)
         lengths = _sum_lengths(self.case.geometry)
@@ -248,16 +267,21 @@ def _errors(found: Mapping[str, Mapping[str, Tensor]], data: Data, geometry: Geo
     return {variant: {output: w.error() for output, w in by.items()} for variant, by in worst.items()}
 
 
-def check_baseline(case: Case, data: Data) -> None:
-    """Compare the framework's operator with itself in float64, on one image."""
+def check_baseline(case: Case, data: Data, rounding: float = 0.0) -> None:
+    """Compare the framework's operator with itself in float64 on the CPU, on one image.
+
+    Args:
+        case, data: what to run, where the data lie.
+        rounding: relative error to allow besides, for algorithms that are known to lose digits.
+    """
     geometry = replace(case.geometry, n=1)
     grad_y, x, weight = data.grad_y[:1], data.x[:1], data.weight
-    results = exact_backward(grad_y, x, weight, geometry)
-    expected = exact_backward(grad_y.double(), x.double(), weight.double(), geometry)
+    results = [result.cpu() for result in exact_backward(grad_y, x, weight, geometry)]
+    expected = exact_backward(grad_y.cpu().double(), x.cpu().double(), weight.cpu().double(), geometry)
     lengths = (geometry.co_group * math.prod(geometry.kernel), math.prod(geometry.y_shape[2:]))
     for output, found, right, length in zip(("grad_x", "grad_W"), results, expected, lengths, strict=True):
         # The framework's own loops may sum in the storage dtype.
-        allowed = tolerance(case.dtype, length) * (1 if case.dtype == "float32" else math.sqrt(length))
+        allowed = rounding + tolerance(case.dtype, length) * (1 if case.dtype == "float32" else math.sqrt(length))
         error = relative_error(found, right)
         if not error <= allowed:
             raise ComparisonError(

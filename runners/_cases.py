@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --shapes or --model with --input and --last, --patch and --cases."""
+    """Add --device, --shapes or --model with --input and --last, --patch, --dtype and --cases."""
     parser.add_argument(
         "--device", default="host", metavar="D", help="device profile (default: host; see gf-tvm devices)"
     )
@@ -25,13 +25,25 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--patch", metavar="R,...", help="patches, as 2,4 or 2x1,4 (default: those of the shapes; with --model: 2,4)"
     )
+    source.add_argument(
+        "--dtype", metavar="T,...", help="storage dtypes, as float32,float16 (default: those of the shapes or model)"
+    )
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 
 
 def cases_from(args: argparse.Namespace) -> list[Case]:
     """The cases that the options of :func:`add_case_arguments` name. Raises GeometryError and ModelError."""
     from ..errors import GeometryError, ModelError
-    from ..shapes import load_cases, model_cases, paper_cases, parse_input, parse_patches, pick_cases
+    from ..shapes import (
+        load_cases,
+        model_cases,
+        paper_cases,
+        parse_dtypes,
+        parse_input,
+        parse_patches,
+        pick_cases,
+        with_dtypes,
+    )
 
     patches = None if args.patch is None else parse_patches(args.patch)
     if args.model is not None:
@@ -47,4 +59,6 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
         if args.input is not None or args.last is not None:
             raise GeometryError("--input and --last belong to --model, not to --shapes")
         cases = paper_cases(patches) if args.shapes == "paper" else load_cases(args.shapes, patches)
+    if args.dtype is not None:
+        cases = with_dtypes(cases, parse_dtypes(args.dtype))
     return cases if args.cases is None else pick_cases(cases, args.cases)

@@ -13,7 +13,7 @@ from ._output import Progress, check_writable, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
+    from ..comparison import Comparison, Row
     from ..library import Library
     from ..shapes import Case
 
@@ -34,6 +34,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="timing of each convolution (default: 5), but 5 calls"
     )
+    parser.add_argument(
+        "--energy",
+        action=argparse.BooleanOptionalAction,
+        help="GPUs: measure joules a step (default: where there is a meter)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (png, svg or pdf)")
     parser.set_defaults(run=run)
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     check_logs(args.logs)
     cases = cases_from(args)
-    profile = check_request(cases, args.device, args.threads, seconds=args.seconds)
+    profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy)
     library = _library(args, cases, profile)
     parts = 1000
     with Progress(parts, "comparing", unit="part") as progress:
@@ -59,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         def update(done: float, of: float, what: str) -> None:
             progress.update(int(parts * done / of), what)
 
-        result = compare(cases, library, profile.name, args.threads, seconds=args.seconds, progress=update)
+        options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
+        result = compare(cases, library, profile.name, args.threads, **options)
     _print(result)
     if args.json is not None:
         write_json(args.json, result.to_dict())
@@ -88,13 +94,12 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], profile: Any) -> L
 def _print(result: Comparison) -> None:
     from ..shapes import format_patch
 
-    first = result.rows[0]
+    gpu = "gpu" in result.machine
+    ran = result.device_name if gpu else f"{result.device_name}, threads: {result.threads}"
+    print(f"{ran}, copying: {result.bandwidth_gbs:.1f} GB/s, sgemm: {result.peak_gflops:.0f} GFLOP/s")
+    baseline = "the fastest of those below" if gpu else result.rows[0].baseline
     print(
-        f"{result.machine['cpu']}, threads: {result.threads}, copying: {result.bandwidth_gbs:.1f} GB/s, "
-        f"sgemm: {result.peak_gflops:.0f} GFLOP/s"
-    )
-    print(
-        f"Backward pass, medians in ms: exact ({first.baseline}), filtered with plain PyTorch operators, filtered by "
+        f"Backward pass, medians in ms: exact ({baseline}), filtered with plain PyTorch operators, filtered by "
         "gf_tvm; limit: what this bandwidth and this sgemm allow."
     )
     headers = (
@@ -103,14 +108,14 @@ def _print(result: Comparison) -> None:
     )
     rows = [
         (
-            row.name if row.dtype == "float32" else f"{row.name} {row.dtype}",
+            label(row),
             format_patch(row.patch),
-            *(_digits(ms) for ms in (row.baseline_ms, row.reference_ms, row.gf_tvm_ms, row.roofline_ms)),
+            *(digits(ms) for ms in (row.baseline_ms, row.reference_ms, row.gf_tvm_ms, row.roofline_ms)),
             f"{row.speedup:.1f}",
             f"{row.speedup_reference:.2f}",
             f"{row.limit_fraction:.0%}",
-            _digits(row.saved_bytes_baseline / 1e6),
-            _digits(row.saved_bytes_gf_tvm / 1e6),
+            digits(row.saved_bytes_baseline / 1e6),
+            digits(row.saved_bytes_gf_tvm / 1e6),
             row.schedule,
             f"{row.max_rel_error:.0e}",
         )
@@ -119,19 +124,33 @@ def _print(result: Comparison) -> None:
     print(format_table(headers, rows))
     for mean in result.to_dict()["geometric_means"]:
         print(
-            f"geometric mean of {mean['rows']} {format_patch(mean['patch'])} rows: {mean['speedup']:.1f} times as fast "
+            f"geometric mean of {mean['rows']} {_kind(mean)} rows: {mean['speedup']:.1f} times as fast "
             f"as exact, {mean['speedup_reference']:.2f} times as fast as plain operators, "
             f"{mean['limit_fraction']:.0%} of the limit"
         )
     missing = sum(row.schedule == "torch" for row in result.rows)
     if missing:
         print(f"{missing} of {len(result.rows)} rows ran plain PyTorch operators: the bundle lacks their kernels")
+    if gpu:
+        from ._compare_gpu import print_gpu
 
+        print_gpu(result)
     other_cores = result.conditions["other_cores"]
     if other_cores is not None and other_cores > 0.1:
         print(f"Doubtful: other programs kept {other_cores:.1f} cores busy meanwhile; measure on an idle machine")
 
 
-def _digits(value: float) -> str:
+def _kind(mean: dict[str, Any]) -> str:
+    from ..shapes import format_patch
+
+    return " ".join([format_patch(mean["patch"]), *([mean["dtype"]] if "dtype" in mean else [])])
+
+
+def label(row: Row) -> str:
+    """The case's name, and its dtype if that is not the usual one."""
+    return row.name if row.dtype == "float32" else f"{row.name} {row.dtype}"
+
+
+def digits(value: float) -> str:
     """Three significant digits, without an exponent for large numbers."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

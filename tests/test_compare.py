@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gf_tvm import comparison, devices, machine, reference, variants
+from gf_tvm import backends, devices, machine, reference, variants
 from gf_tvm.comparison import Comparison, compare, geometric_means, roofline
 from gf_tvm.errors import DeviceError, GfTvmError
 from gf_tvm.geometry import Geometry
@@ -194,7 +194,7 @@ def test_a_wrong_kernel_is_refused_before_anything_is_timed(
     kernel: str, how: Callable[..., None], output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[Any] = []
-    monkeypatch.setattr(comparison, "measure", lambda *arguments: timed.append(arguments))
+    monkeypatch.setattr(backends, "measure", lambda *arguments: timed.append(arguments))
     case = Case("small", SMALL)
     with pytest.raises(ComparisonError, match=f"case small R2: {output} of gf_tvm is wrong") as caught:
         run([case], FakeLibrary([case], {kernel: how}))
@@ -267,7 +267,7 @@ def test_tolerance_can_fail() -> None:
 
 def test_patches_of_one_convolution_share_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    monkeypatch.setattr(comparison, "measure", lambda calls, *rest: runs.append(list(calls)) or measure(calls, *rest))
+    monkeypatch.setattr(backends, "measure", lambda calls, *rest: runs.append(list(calls)) or measure(calls, *rest))
     cases = [Case("a", replace(SMALL, patch=patch)) for patch in ((2, 2), (4, 4))] + [Case("b", replace(SMALL, n=1))]
     rows = run(cases, FakeLibrary(cases)).rows
     assert [calls.count("baseline") for calls in runs] == [1, 1]

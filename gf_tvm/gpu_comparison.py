@@ -1,0 +1,300 @@
+"""Comparing on an NVIDIA GPU: exact backward passes by cuDNN, times by CUDA events, memory and energy.
+
+See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.energy` for joules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import gf_cuda
+from gf_cuda import board, energy, timing
+from gf_cuda.timing import Gpu, Rotation
+
+from . import machine
+from .backends import Backend, Call, Times, variant_calls
+from .devices import DeviceProfile
+from .errors import DeviceError
+from .geometry import Geometry
+from .shapes import Case
+from .variants import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
+
+#: Seconds that each variant runs for its energy.
+ENERGY_SECONDS = 1.5
+REST_SECONDS = 2.0
+
+#: Relative errors of cuDNN that are not those of a sum in float32: its Winograd algorithms lose digits, TF32 has ten
+#: bits of mantissa.
+_WINOGRAD, _TF32 = 2e-4, 2.0**-9
+
+
+@dataclass(frozen=True)
+class Exact:
+    """One way to compute the exact backward pass: memory format and whether products are rounded to TF32."""
+
+    name: str
+    memory_format: torch.memory_format
+    tf32: bool
+
+
+#: All ways, in the order of the columns.
+EXACT = tuple(
+    Exact(name + (" tf32" if tf32 else ""), memory_format, tf32)
+    for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last))
+    for tf32 in (False, True)
+)
+
+
+@dataclass(frozen=True)
+class Graphics:
+    """The GPU at hand: what measures on it, what it is, and its meter (or why there is none)."""
+
+    gpu: Gpu
+    capability: tuple[int, int]
+    l2_bytes: int
+    description: dict[str, Any]
+    meter: energy.Meter | None
+    no_meter: str = ""
+
+
+def require_cuda(profile: DeviceProfile) -> None:
+    """Raise DeviceError where PyTorch cannot use a GPU; one line that says what is missing."""
+    if torch.version.cuda is None:
+        raise DeviceError(
+            f"device {profile.name!r} needs a PyTorch with CUDA, because that is what is compared with; "
+            f"torch {torch.__version__} was built without"
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {profile.name!r}: torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can "
+            "use; its driver is missing or too old, or CUDA_VISIBLE_DEVICES hides it"
+        )
+
+
+def open_graphics(measure_energy: bool | None = None) -> Graphics:
+    """PyTorch's current GPU.
+
+    Args:
+        measure_energy: None: where there is a meter.
+
+    Raises:
+        DeviceError: no GPU, or energy was asked for and cannot be measured; the message is the reason.
+    """
+    ordinal = torch.cuda.current_device()
+    try:
+        device = gf_cuda.get_driver().device(ordinal)
+    except gf_cuda.GfCudaError as error:
+        raise DeviceError(f"no NVIDIA GPU can be used on this machine: {error}") from None
+    meter, reason = None, "switched off"
+    if measure_energy is not False:
+        try:
+            meter, reason = energy.find_meter(energy.pci_bus_id(ordinal)), ""
+        except energy.NotMeasured as error:
+            if measure_energy:
+                raise DeviceError(f"energy cannot be measured here: {error}") from None
+            reason = str(error)
+    return Graphics(Gpu(ordinal), device.capability, device.l2_bytes, board.describe(device), meter, reason)
+
+
+class Cuda(Backend):
+    """PyTorch's current GPU. ``graphics`` is what :func:`open_graphics` found."""
+
+    def __init__(self, graphics: Graphics) -> None:
+        self._graphics, self._gpu = graphics, graphics.gpu
+        self._idle_watts: float | None = None
+        self._fp16_gflops = 0.0
+
+    def available_bytes(self) -> int | None:
+        return self._gpu.free_bytes()
+
+    @contextmanager
+    def running(self, threads: int | None) -> Iterator[int]:
+        with super().running(threads) as used, timing.precision(tf32=False):
+            self._gpu.synchronize()
+            if self._graphics.meter is not None:
+                self._idle_watts = self._graphics.meter.rest(REST_SECONDS)
+            yield used
+
+    def limits(self) -> tuple[float, float]:
+        bandwidth = timing.copy_bandwidth(self._gpu, self._graphics.l2_bytes)
+        self._fp16_gflops = max(self._fp16_gflops, timing.gemm_peak(self._gpu, "float16"))
+        return timing.gemm_peak(self._gpu), bandwidth
+
+    def data(self, case: Case) -> Data:
+        return Data.random(case).to(self._gpu.device)
+
+    def check_baseline(self, case: Case, data: Data) -> None:
+        for way in self._ways(case.dtype):
+            # One image is enough, and is there beside the whole batch.
+            image = Data(data.x[:1], data.weight, data.grad_y[:1]).to(self._gpu.device, way.memory_format)
+            with timing.precision(way.tf32):
+                check_baseline(case, image, _TF32 if way.tf32 else _WINOGRAD)
+
+    def time(
+        self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
+    ) -> Times:
+        case, count = variants[0].case, timing.input_sets(data.nbytes, self._graphics.l2_bytes)
+        copies = [data, *(data.to(self._gpu.device) for _ in range(count - 1))]
+        calls, failures = self._exact_calls(copies, case)
+        sets = [list(variants), *([variant.on(copy) for variant in variants] for copy in copies[1:])]
+        calls.update(variant_calls(sets))
+        measured = timing.measure(self._gpu, calls, *effort, progress)
+        best = min((way.name for way in EXACT if way.name in measured), key=lambda name: measured[name].median)
+        calls["baseline"], measured["baseline"] = calls[best], measured[best]
+        shared = {
+            "baselines": self._columns(measured, failures),
+            "input_sets": count,
+        }
+        watched = self._watch(calls["baseline"], measured["baseline"])
+        more = tuple(self._more(shared, watched, calls, measured, index) for index in range(len(variants)))
+        times = {name: Timing(t.median, t.quartiles, t.repeats) for name, t in measured.items()}
+        return Times(times, f"{baseline_name(data, case.geometry)} {best}", more)
+
+    def machine(self) -> dict[str, Any]:
+        return {**machine.describe(), "gpu": self._graphics.description}
+
+    def versions(self) -> dict[str, str | None]:
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        return {
+            **machine.versions(),
+            "cuda": torch.version.cuda,
+            "cudnn": None if cudnn is None else str(cudnn),
+            "driver_cuda": self._graphics.description["driver_cuda"],
+        }
+
+    def conditions(self) -> dict[str, Any]:
+        meter = self._graphics.meter
+        return {
+            "statistic": "median of samples; quartiles (lower, upper)",
+            "repeats": {"min": timing.MIN_REPEATS, "min_slow": timing.MIN_REPEATS_SLOW},
+            "samples": f"CUDA events around as many calls as take {timing.SAMPLE_MS} ms, at most {timing.MAX_CALLS}, "
+            "all queued before the first runs: the host's part is in host_us; where a call waits for the GPU that "
+            "cannot be, and it is listed in host_bound",
+            "order": "variants interleaved in one run, order shuffled in every round",
+            "inputs": "rotated among input_sets sets, which together are three times the L2 cache where they can be; "
+            "results of the call before may be in it",
+            "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
+            "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
+            "baseline": "the fastest of baselines, cudnn.benchmark on; channels_last: all its tensors are; all other "
+            "variants: TF32 off",
+            "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
+            "peak_bytes": "allocated by PyTorch during a call at most, results included",
+            "limits": "copy bandwidth (read + write) by a copy on the device, peak by float32 torch.mm, TF32 off; best "
+            "of start and end",
+            "fp16_gemm_gflops": self._fp16_gflops,
+            "energy": {
+                "meter": None if meter is None else meter.name,
+                "reason": self._graphics.no_meter,
+                "idle_watts": self._idle_watts,
+                "seconds": ENERGY_SECONDS,
+                "joules": "of one call, above idle power, which was measured before the run",
+            },
+            "advice": board.advice(),
+        }
+
+    def _ways(self, dtype: str) -> list[Exact]:
+        """float16 has no use for TF32, nor has a GPU before Ampere."""
+        has_tf32 = dtype == "float32" and self._graphics.capability >= (8, 0)
+        return [way for way in EXACT if has_tf32 or not way.tf32]
+
+    def _exact_calls(self, copies: Sequence[Data], case: Case) -> tuple[dict[str, Call], dict[str, str]]:
+        """Exact backward passes by name, and why others cannot run. Raises ComparisonError if none can."""
+        calls: dict[str, Call] = {}
+        failures: dict[str, str] = {}
+        ways = self._ways(case.dtype)
+        for memory_format in dict.fromkeys(way.memory_format for way in ways):
+            same = [way for way in ways if way.memory_format is memory_format]
+            try:
+                inputs = copies
+                if memory_format is not torch.contiguous_format:
+                    inputs = [copy.to(self._gpu.device, memory_format) for copy in copies]
+                for way in same:
+                    call = Rotation([partial(_exact, one, case.geometry, way.tf32) for one in inputs])
+                    call()
+                    calls[way.name] = call
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._gpu.forget()
+                failures.update({way.name: "out of memory" for way in same if way.name not in calls})
+        if not calls:
+            raise ComparisonError(f"case {case.name}: the exact backward pass does not fit into the GPU's memory")
+        for way in EXACT:
+            if way not in ways:
+                failures[way.name] = "no TF32 for this dtype or GPU"
+        return calls, failures
+
+    def _columns(self, measured: dict[str, timing.Timing], failures: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Times, or the reason why there are none, of every exact backward pass."""
+        columns: dict[str, dict[str, Any]] = {}
+        for way in EXACT:
+            if way.name in measured:
+                t = measured[way.name]
+                columns[way.name] = {"ms": t.median, "ms_quartiles": t.quartiles, "repeats": t.repeats}
+            else:
+                columns[way.name] = {"ms": None, "reason": failures[way.name]}
+        return columns
+
+    def _watch(self, call: Call, times: timing.Timing) -> dict[str, Any]:
+        """Memory, energy and the host's part of one variant."""
+        joules = None
+        if self._graphics.meter is not None:
+            seconds = max(times.median, times.host_us / 1e3) / 1e3
+            try:
+                joules, _ = energy.joules_a_step(
+                    self._graphics.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
+                )
+            except energy.NotMeasured as error:
+                raise DeviceError(f"energy cannot be measured any more: {error}") from None
+        return {
+            "peak_bytes": self._gpu.peak_bytes(call),
+            "joules": joules,
+            "host_us": times.host_us,
+            "host_bound": times.host_bound,
+        }
+
+    def _more(
+        self,
+        shared: dict[str, Any],
+        baseline: dict[str, Any],
+        calls: dict[str, Call],
+        measured: dict[str, timing.Timing],
+        index: int,
+    ) -> dict[str, Any]:
+        """Further fields of one patch's row."""
+        names = {
+            "reference": f"reference {index}",
+            "gf_tvm": f"gf_tvm {index}",
+            "filter_input": f"filter_input {index}",
+        }
+        watched = {"baseline": baseline}
+        for name, key in names.items():
+            if key in calls:
+                watched[name] = self._watch(calls[key], measured[key])
+        kernel = measured.get(f"kernel {index}")
+        fields: dict[str, Any] = {
+            what: {name: values[what] for name, values in watched.items()}
+            for what in ("peak_bytes", "joules", "host_us")
+        }
+        fields["host_bound"] = tuple(name for name, values in watched.items() if values["host_bound"])
+        fields["gf_tvm_kernel_ms_quartiles"] = kernel.quartiles if kernel else None
+        return {**shared, **fields}
+
+
+def _exact(data: Data, geometry: Geometry, tf32: bool) -> Any:
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, tf32
+    try:
+        return exact_backward(data.grad_y, data.x, data.weight, geometry)
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
