@@ -28,6 +28,7 @@ class FakeLibrary:
     has: tuple[str, ...] = ("filter_input", *BACKWARD)
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     digest: str = "fake"
+    device_type: str = "cpu"
     calls: list[tuple[str, list[int]]] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -67,6 +68,7 @@ class FakeKernel:
     name: str
     geometry: Geometry
     dtype: str
+    alignment: int = 64
 
     def __call__(self, *tensors: Tensor) -> None:
         with self.library.lock:
