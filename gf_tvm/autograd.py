@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,20 @@ from torch import Tensor
 from . import reference
 from .errors import GeometryError, GfTvmError
 from .geometry import Axis, Geometry, Pair
-from .workload import ALIGNMENT
 
 #: Storage dtypes that kernels exist for, as :mod:`gf_tvm.workload` names them.
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-Kernel = Callable[..., None]  # takes contiguous, aligned CPU tensors: inputs, then outputs, which it writes in place
+class Kernel(Protocol):
+    """Takes contiguous tensors of its device, inputs, then outputs, which it writes in place."""
+
+    @property
+    def alignment(self) -> int:
+        """Of the tensors' addresses, in bytes."""
+
+    def __call__(self, *tensors: Tensor) -> None: ...
+
 
 _SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int[] patch, str library"
 
@@ -60,7 +67,7 @@ def _say_once(topic: object, message: str) -> None:
 
 
 def _find(names: Sequence[str], geometry: Geometry, like: Tensor, library: str) -> tuple[str, Kernel] | None:
-    """The first of the kernels ``names`` that the library has for ``like``'s dtype, or None, which is said once."""
+    """The first of the kernels ``names`` that the library has for ``like``'s dtype and device, or None, said once."""
     if geometry.n == 0:
         return None  # nothing to compute, so nothing is missing
     if not library:
@@ -74,7 +81,7 @@ def _find(names: Sequence[str], geometry: Geometry, like: Tensor, library: str) 
 
     loaded = get(library)
     dtype = _DTYPE_NAMES.get(like.dtype)
-    if dtype is not None and like.device.type == "cpu":
+    if dtype is not None and like.device.type == loaded.device_type:
         for name in names:
             kernel = loaded.find(name, geometry, dtype)
             if kernel is not None:
@@ -167,10 +174,10 @@ def conv2d(
         return y, _filter_input(x, geometry, library) if save else x.new_empty(0)
 
 
-def _for_kernel(tensor: Tensor) -> Tensor:
-    """``tensor`` as kernels take it: itself where it is contiguous and aligned, else a copy."""
+def _for_kernel(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """``tensor`` as the kernel takes it: itself where it is contiguous and aligned, else a copy."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % kernel.alignment == 0 else tensor.clone()
 
 
 def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
@@ -179,7 +186,8 @@ def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
         sums = reference.filter_input(x, geometry)
         return (sums if geometry.depthwise else sums.permute(0, 2, 3, 1)).contiguous()
     sums = x.new_empty(geometry.saved_shape, dtype=reference.sum_dtype(x.dtype))
-    found[1](_for_kernel(x), sums)
+    _, kernel = found
+    kernel(_for_kernel(x, kernel), sums)
     return sums
 
 
@@ -234,8 +242,9 @@ def conv2d_backward(
                 names.append("backward")
             found = _find(names, geometry, grad_y, library)
             if found is not None:
-                inputs = (_for_kernel(grad_y), _for_kernel(saved), _for_kernel(weight))
-                grads = _run_backward(*found, *inputs, geometry)
+                name, kernel = found
+                grad_y, saved, weight = (_for_kernel(tensor, kernel) for tensor in (grad_y, saved, weight))
+                grads = _run_backward(name, kernel, grad_y, saved, weight, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         if has_saved and not geometry.depthwise:
             saved = saved.permute(0, 3, 1, 2)
@@ -247,18 +256,17 @@ def _run_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Call a backward kernel on contiguous tensors -> grad_x, grad_W, grad_b; None for what it does not compute."""
     grad_b = grad_y.new_empty(geometry.co)
-    grad_x = grad_w = None
-    if name != "backward_weight":
-        # Kernels write patches only, so pixels outside of every patch have to be zero before.
-        grad_x = (grad_y.new_empty if geometry.covers_input else grad_y.new_zeros)(geometry.x_shape)
-    if name != "backward_input":
+    if name == "backward_weight":
         grad_w = grad_y.new_empty(geometry.weight_shape)
-    if name == "backward":
-        kernel(grad_y, saved, weight, grad_x, grad_w, grad_b)
-    elif name == "backward_input":
-        kernel(grad_y, weight, grad_x, grad_b)
-    else:
         kernel(grad_y, saved, grad_w, grad_b)
+        return None, grad_w, grad_b
+    # Kernels write patches only, so pixels outside of every patch have to be zero before.
+    grad_x = (grad_y.new_empty if geometry.covers_input else grad_y.new_zeros)(geometry.x_shape)
+    if name == "backward_input":
+        kernel(grad_y, weight, grad_x, grad_b)
+        return grad_x, None, grad_b
+    grad_w = grad_y.new_empty(geometry.weight_shape)
+    kernel(grad_y, saved, weight, grad_x, grad_w, grad_b)
     return grad_x, grad_w, grad_b
 
 

@@ -9,15 +9,18 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .devices import DeviceProfile, get_profile
 from .errors import BuildError
-from .library import LIBRARY, MANIFEST, SCHEMA
+from .library import CUDA_SCHEMA, LIBRARY, MANIFEST, SCHEMA
 from .workload import Workload
+
+if TYPE_CHECKING:
+    from gf_cuda import Program
 
 #: :attr:`BuiltKernel.note` of a kernel whose log comes from virtual boards.
 EMULATED = "chosen by times measured under emulation, which say nothing about a board"
@@ -67,46 +70,146 @@ def build(
         progress: called after each kernel with (done, of, kernel).
 
     Raises:
-        BuildError: nothing to build, a kernel does not compile, or nothing to link with.
+        BuildError: nothing to build, a dtype that the device has no kernels of, a kernel that does not compile, or
+            nothing to link (or, for a GPU, to compile CUDA) with.
         LogError: a tuning log is damaged.
         OSError: ``out`` cannot be written.
     """
-    from .compile import compile_module, export, find_linker
-
     if isinstance(profile, str):
         profile = get_profile(profile)
     workloads = list(dict.fromkeys(workloads))
     if not workloads:
         raise BuildError("nothing to build: no workloads given")
+    for workload in workloads:
+        if workload.dtype not in profile.dtypes:
+            known = " and ".join(profile.dtypes)
+            raise BuildError(f"{profile.name} has no kernels of {workload.dtype}, only of {known}")
     out = Path(out)
     if out.exists() and not out.is_file():
         raise BuildError(f"{out} is not a regular file; a bundle would replace it")
-    find_linker(profile)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        kernels, modules, entries = [], [], []
+    kernels: list[BuiltKernel] = []
+
+    def scheduled() -> Iterator[tuple[BuiltKernel, Any]]:
         for workload in workloads:
-            built, schedule = _schedule(workload, profile, [Path(log) for log in logs])
-            symbol = f"gf_{hashlib.sha256(workload.key.encode()).hexdigest()[:16]}"
-            modules.append(compile_module(schedule, profile, symbol))
-            kernels.append(built)
-            entries.append(
-                {
-                    "key": workload.key,
-                    "workload": workload.to_dict(),
-                    "symbol": symbol,
-                    "schedule": built.schedule,
-                    "config": built.config,
-                    "log": built.log,
-                }
-            )
-            if progress is not None:
-                progress(len(kernels), len(workloads), built)
-        library = Path(folder) / LIBRARY
-        export(modules, library, profile)
+            yield _schedule(workload, profile, [Path(log) for log in logs])
+
+    def done(built: BuiltKernel) -> None:
+        kernels.append(built)
+        if progress is not None:
+            progress(len(kernels), len(workloads), built)
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        make = _make_cuda if profile.gpu else _make_cpu
+        manifest, files = make(scheduled(), profile, Path(folder), done)
         staged = Path(folder) / "bundle"
-        _write(staged, library.read_bytes(), entries, profile)
+        _write(staged, manifest, files)
         os.replace(staged, out)
     return BuildReport(out, tuple(kernels))
+
+
+#: What goes into the archive: the manifest, and the other entries by name.
+_Contents = tuple[dict[str, Any], dict[str, bytes]]
+
+
+def _make_cpu(
+    scheduled: Iterator[tuple[BuiltKernel, Any]],
+    profile: DeviceProfile,
+    folder: Path,
+    done: Callable[[BuiltKernel], None],
+) -> _Contents:
+    from .compile import compile_module, export, find_linker
+
+    find_linker(profile)
+    modules, entries = [], []
+    for built, schedule in scheduled:
+        entry = _entry(built)
+        modules.append(compile_module(schedule, profile, entry["symbol"]))
+        entries.append(entry)
+        done(built)
+    export(modules, folder / LIBRARY, profile)
+    files = {LIBRARY: (folder / LIBRARY).read_bytes()}
+    manifest = {
+        "schema": SCHEMA,
+        "device": profile.name,
+        "arch": profile.arch,
+        "target": profile.target,
+        "cpu_flags": list(profile.cpu_flags),
+        "versions": _versions(),
+    }
+    return _complete(manifest, files, entries), files
+
+
+def _make_cuda(
+    scheduled: Iterator[tuple[BuiltKernel, Any]],
+    profile: DeviceProfile,
+    folder: Path,
+    done: Callable[[BuiltKernel], None],
+) -> _Contents:
+    from gf_cuda import GfCudaError, nvrtc
+
+    from .cuda import compile_program
+
+    assert profile.gpu is not None
+    try:
+        compiler = str(nvrtc.find())
+    except GfCudaError as error:
+        raise BuildError(str(error)) from None
+    entries, files = [], {}
+    for built, schedule in scheduled:
+        entry = _entry(built)
+        symbol = entry["symbol"]
+        compiled = compile_program(schedule, profile, symbol)
+        files[f"{symbol}.cu"] = compiled.source.encode()
+        files[f"{symbol}.{compiled.kind}"] = compiled.image
+        settings = {"covers_input": built.workload.geometry.covers_input}
+        entries.append({**entry, "program": _named(compiled.program, built.workload), "settings": settings})
+        done(built)
+    manifest = {
+        "schema": CUDA_SCHEMA,
+        "kind": "cuda",
+        "device": profile.name,
+        "arch": profile.gpu.arch,
+        "target": profile.target,
+        "versions": {**_versions(), "compiler": compiler.partition(" (")[0]},
+    }
+    return _complete(manifest, files, entries), files
+
+
+def _named(program: Program, workload: Workload) -> dict[str, Any]:
+    """The program's values, its arguments called as :mod:`gf_tvm.verify` calls them; TVM's names may be any."""
+    from .verify import argument_specs
+
+    values = program.to_dict()
+    specs = argument_specs(workload)
+    given = [(argument.shape, argument.dtype, argument.output) for argument in program.arguments]
+    wanted = [(spec.shape, str(spec.dtype).removeprefix("torch."), spec.output) for spec in specs]
+    if given != wanted:
+        raise BuildError(f"the compiled program of {workload.key} has the arguments {given}, not {wanted}")
+    for argument, spec in zip(values["arguments"], specs, strict=True):
+        argument["name"] = spec.name
+    return values
+
+
+def _entry(built: BuiltKernel) -> dict[str, Any]:
+    workload = built.workload
+    return {
+        "key": workload.key,
+        "workload": workload.to_dict(),
+        "symbol": f"gf_{hashlib.sha256(workload.key.encode()).hexdigest()[:16]}",
+        "schedule": built.schedule,
+        "config": built.config,
+        "log": built.log,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = {"gf_tvm": "gf-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+    return {name: importlib.metadata.version(package) for name, package in names.items()}
+
+
+def _complete(manifest: dict[str, Any], files: dict[str, bytes], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return {**manifest, "sha256": sums, "kernels": entries}
 
 
 def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> tuple[BuiltKernel, Any]:
@@ -125,25 +228,11 @@ def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> t
     return BuiltKernel(workload, "tuned", record.config, log, "", note), task.schedule(Candidate.of_record(record))
 
 
-def _write(path: Path, library: bytes, entries: list[dict[str, Any]], profile: DeviceProfile) -> None:
+def _write(path: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:
     """Write the archive and flush it to the disk; no time stamps, so equal kernels give equal bytes."""
-    manifest = {
-        "schema": SCHEMA,
-        "device": profile.name,
-        "arch": profile.arch,
-        "target": profile.target,
-        "cpu_flags": list(profile.cpu_flags),
-        "versions": {
-            "gf_tvm": importlib.metadata.version("gf-tvm"),
-            "tvm": importlib.metadata.version("apache-tvm"),
-            "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
-        },
-        "sha256": {LIBRARY: hashlib.sha256(library).hexdigest()},
-        "kernels": entries,
-    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in ((MANIFEST, json.dumps(manifest, indent=1).encode()), (LIBRARY, library)):
+        for name, data in {MANIFEST: json.dumps(manifest, indent=1).encode(), **files}.items():
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     with path.open("wb") as file:
         file.write(buffer.getvalue())

@@ -1,7 +1,8 @@
 """Loading a bundle: what a board needs at run time. No compiler, no MetaSchedule, no xgboost, not even ``import tvm``.
 
-A bundle is a zip file of a manifest and a shared library; :mod:`gf_tvm.bundle` writes it. Of TVM only the small
-runtime library is loaded, because the compiled kernels take their threads and scratch memory from it.
+A CPU bundle is a zip file of a manifest and a shared library; :mod:`gf_tvm.bundle` writes it. Of TVM only the small
+runtime library is loaded, because the compiled kernels take their threads and scratch memory from it. Bundles for
+GPUs are read by :mod:`gf_tvm.cuda_library`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from .geometry import Geometry
 from .runtime import start_runtime
 from .workload import ALIGNMENT, Workload
 
-SCHEMA = 1
+#: Of bundles for CPUs and for GPUs.
+SCHEMA, CUDA_SCHEMA = 1, 2
 MANIFEST = "manifest.json"
 LIBRARY = "kernels.so"
 
@@ -46,11 +48,13 @@ class Kernel:
     Attributes:
         workload: what it computes.
         schedule: "tuned" or "default".
+        alignment: of its tensors' addresses, in bytes.
     """
 
     workload: Workload
     schedule: str
     function: Callable[..., None]
+    alignment: int = ALIGNMENT
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run on contiguous CPU tensors, inputs then outputs, written in place; no tensor is copied.
@@ -64,14 +68,31 @@ class Kernel:
         _use_torch_threads()
         self.function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
 
+    def prepare(self, device: str | int | torch.device | None) -> None:
+        """See :meth:`Library.prepare`; a CPU's code is there since the bundle was loaded."""
+
 
 class Library:
-    """The kernels of one bundle, found by kernel name, geometry and dtype. Made by :func:`load`."""
+    """The kernels of one bundle, found by kernel name, geometry and dtype. Made by :func:`load`.
 
-    def __init__(self, path: Path, digest: str, manifest: dict[str, Any], kernels: list[Kernel]) -> None:
+    Attributes:
+        device: name of the profile that it was built for.
+        device_type: of the tensors that its kernels take, "cpu" or "cuda".
+        workloads: what it has kernels for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        manifest: dict[str, Any],
+        kernels: Sequence[Kernel],
+        device_type: str = "cpu",
+    ) -> None:
         self.path = path
         self.digest = digest
         self.device: str = manifest["device"]
+        self.device_type = device_type
         self.manifest = manifest
         self.workloads = tuple(kernel.workload for kernel in kernels)
         self._kernels = {(k.workload.kernel, k.workload.geometry, k.workload.dtype): k for k in kernels}
@@ -79,6 +100,23 @@ class Library:
     def find(self, kernel: str, geometry: Geometry, dtype: str) -> Kernel | None:
         """The kernel for exactly this workload, or None."""
         return self._kernels.get((kernel, geometry, dtype))
+
+    def prepare(self, device: str | int | torch.device | None = None) -> None:
+        """Make all kernels ready to be launched on a GPU: their code is loaded there now, not at their first calls.
+
+        Nothing can be loaded while a CUDA graph is captured; warm-up steps before it do as well. Does nothing for a
+        CPU bundle, whose kernels are ready.
+
+        Args:
+            device: a CUDA device; None is the current one.
+
+        Raises:
+            BundleError: the kernels cannot run on this GPU.
+            DeviceError: there is no such GPU, or it fails.
+            GeometryError: the device is none of CUDA.
+        """
+        for kernel in self._kernels.values():
+            kernel.prepare(device)
 
     def __repr__(self) -> str:
         return f"Library({self.path.name!r}, device={self.device!r}, {len(self.workloads)} kernels)"
@@ -117,7 +155,7 @@ def load(path: str | os.PathLike[str]) -> Library:
 
     Raises:
         BundleError: the file is missing, truncated or altered, has entries it should not have, or was made for
-            another architecture, CPU, schema or TVM version.
+            another architecture, CPU, GPU, schema or TVM version; or it is for GPUs, and none can be used here.
     """
     path = Path(path).absolute()
     try:
@@ -127,22 +165,34 @@ def load(path: str | os.PathLike[str]) -> Library:
     digest = hashlib.sha256(data).hexdigest()
     with _lock:
         if digest not in _loaded:
-            manifest, library = _unpack(path, data)
-            _check_machine(path, manifest)
-            _loaded[digest] = Library(path, digest, manifest, _map_kernels(path, manifest, library))
+            _loaded[digest] = _open(path, data, digest)
         return _loaded[digest]
 
 
-def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes]:
+def _open(path: Path, data: bytes, digest: str) -> Library:
+    manifest, library = _unpack(path, data)
+    if library is None:
+        from . import cuda_library
+
+        manifest, kernels = cuda_library.open_bundle(path, data)
+        return Library(path, digest, manifest, kernels, cuda_library.device_type())
+    _check_machine(path, manifest)
+    return Library(path, digest, manifest, _map_kernels(path, manifest, library))
+
+
+def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes | None]:
+    """The manifest and the shared library; None for that if it is a bundle for GPUs, which is not checked here."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
             for name in names:
                 if "/" in name or "\\" in name or ".." in name:
                     raise BundleError(f"{path.name}: entry {name!r} would leave the archive; not a gf_tvm bundle")
+            manifest = json.loads(archive.read(MANIFEST)) if MANIFEST in names else None
+            if isinstance(manifest, dict) and manifest.get("schema") == CUDA_SCHEMA:
+                return manifest, None
             if sorted(names) != sorted({MANIFEST, LIBRARY}):
                 raise BundleError(f"{path.name}: has entries {names}, a bundle has {MANIFEST} and {LIBRARY}")
-            manifest = json.loads(archive.read(MANIFEST))
             library = archive.read(LIBRARY)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise BundleError(f"{path.name}: truncated, damaged or not a gf_tvm bundle ({error})") from None
@@ -150,7 +200,8 @@ def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes]:
         raise BundleError(f"{path.name}: the manifest is not a JSON object")
     if manifest.get("schema") != SCHEMA:
         raise BundleError(
-            f"{path.name}: has schema {manifest.get('schema')!r}, this gf_tvm reads {SCHEMA}; build it again"
+            f"{path.name}: has schema {manifest.get('schema')!r}, this gf_tvm reads {SCHEMA} (CPUs) and "
+            f"{CUDA_SCHEMA} (GPUs); build it again"
         )
     checksum = hashlib.sha256(library).hexdigest()
     if manifest.get("sha256") != {LIBRARY: checksum}:
