@@ -75,6 +75,8 @@ class TensorKernel:
             for argument in kernel.program.arguments
         )
         self._expected = tuple((shape, dtype) for _, shape, dtype in self.arguments)
+        self._scratch_bytes = kernel.program.scratch_bytes
+        self._ordinals: Dict[torch.device, int] = {}  # devices that have the code
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the current stream of the tensors' GPU; returns before the GPU is done.
@@ -85,36 +87,42 @@ class TensorKernel:
             BundleError: the code does not run on this GPU.
             DriverError: the launch, or something before it, failed.
         """
-        device = tensors[0].device if tensors else None
+        if len(tensors) != len(self._expected):
+            raise self._refusal(tensors)
+        device, index = tensors[0].device, tensors[0].get_device()
         pointers = []
         for tensor, (shape, dtype) in zip(tensors, self._expected):
             pointer = tensor.data_ptr()
-            pointers.append(pointer)
             if (
                 tensor.shape != shape
-                or tensor.dtype != dtype
+                or tensor.dtype is not dtype
+                or tensor.get_device() != index
                 or pointer % ALIGNMENT
-                or tensor.device != device
                 or not tensor.is_contiguous()
             ):
                 raise self._refusal(tensors)
-        if len(tensors) != len(self._expected) or device is None or device.type != cuda.device_type:
-            raise self._refusal(tensors)
-        ordinal = cuda.ordinal(device)
-        if not self.kernel.is_loaded(ordinal):
-            self._load(device, ordinal)
-        memory, scratch = cuda.scratch(self.kernel.program.scratch_bytes, device)
+            pointers.append(pointer)
+        ordinal = self._ordinals.get(device)
+        if ordinal is None:
+            ordinal = self._load(device, tensors)
+        memory, scratch = cuda.scratch(self._scratch_bytes, device)
         self.kernel(pointers, scratch, cuda.stream(device), ordinal)
         del memory  # given back only after the launch
 
-    def _load(self, device: torch.device, ordinal: int) -> None:
+    def _load(self, device: torch.device, tensors: Sequence[Tensor]) -> int:
+        """Make the code ready on ``device``, whose number is returned."""
+        if device.type != cuda.device_type:
+            raise self._refusal(tensors)
+        ordinal = cuda.ordinal(device)
         with cuda.guard(device):
-            if cuda.capturing():
+            if not self.kernel.is_loaded(ordinal) and cuda.capturing():
                 raise ProgramError(
                     f"{self.kernel.key}: its code is not on the GPU yet, and cannot be loaded while a CUDA graph is "
                     "captured; run a warm-up step before (as PyTorch asks for), or library.prepare(device)"
                 )
             self.kernel.prepare(ordinal)
+        self._ordinals[device] = ordinal
+        return ordinal
 
     def _refusal(self, tensors: Sequence[Tensor]) -> ProgramError:
         """Why these tensors are not those of this kernel."""

@@ -212,7 +212,8 @@ def test_tensors_that_do_not_fit_are_refused(library: Library, gpu: emulated_cud
         ((grad_y, saved.half(), grad_w, grad_b), "filtered_x must be torch.float32 of shape .* got torch.float16"),
         ((grad_y.transpose(2, 3).contiguous().transpose(2, 3), saved, grad_w, grad_b), "grad_y must be contiguous"),
         ((shifted(grad_y, 1), saved, grad_w, grad_b), "grad_y must be aligned to 16 bytes; clone this slice first"),
-        ((grad_y, saved.to("meta"), grad_w, grad_b), "filtered_x is on meta; all must be on one cpu device"),
+        ((grad_y, saved.to("meta"), grad_w, grad_b), "filtered_x: address 0x0"),
+        ([tensor.to("meta") for tensor in arguments()], "grad_y is on meta; all must be on one cpu device"),
     ):
         with pytest.raises(GeometryError, match=message):
             kernel(*given)
