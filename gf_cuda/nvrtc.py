@@ -244,7 +244,7 @@ def compile_source(
         CompileError: the source does not compile, or not for this architecture; ``log`` has all that was said.
         NoCompilerError: there is no NVRTC and no nvcc.
     """
-    match = re.match(r"sm_(\d+)$", arch)
+    match = re.fullmatch(r"sm_([1-9]\d+)", arch)
     if match is None:
         raise CompileError(f"architecture {arch!r}: expected sm_NN, as sm_53")
     if kind not in ("cubin", "ptx", None):

@@ -98,13 +98,13 @@ class Program:
             raise ProgramError(f"program of schema {value.get('schema')!r}; this gf_cuda reads {PROGRAM_SCHEMA}")
         _keys(value, "program", ("schema", "arch", "arguments", "scratch_bytes", "launches"))
         arch = value["arch"]
-        _check(isinstance(arch, str) and re.match(r"sm_[1-9][0-9]+$", arch), "program: arch", arch, "sm_NN, as sm_53")
+        _check(_is_text(arch, r"sm_[1-9][0-9]+"), "program: arch", arch, "sm_NN, as sm_53")
         scratch_bytes = _integer(value["scratch_bytes"], "program: scratch_bytes", 0)
         arguments = []
         for index, item in enumerate(_list(value["arguments"], "program: arguments")):
             where = f"program: argument {index}"
             _keys(item, where, ("name", "dtype", "shape", "output"))
-            _check(isinstance(item["name"], str) and item["name"], where + ": name", item["name"], "a name")
+            _check(_is_text(item["name"], r".+"), where + ": name", item["name"], "a name")
             dtype = item["dtype"]
             _check(isinstance(dtype, str) and dtype in _ITEM_BYTES, where + ": dtype", dtype, "float32 or float16")
             shape = tuple(_integer(n, where + ": shape", 1) for n in _list(item["shape"], where + ": shape"))
@@ -180,9 +180,10 @@ def load_file(path: str) -> Tuple[Program, str, bytes, str]:
     except Exception as error:
         raise ProgramError(f"{path} is no file of a compiled program: {error}") from error
     try:
-        value = json.loads(entries.pop("program.json").decode())
+        value = json.loads(str(entries.pop("program.json"), "utf-8"))
+        source = str(entries["kernels.cu"], "utf-8") if "kernels.cu" in entries else ""
     except (KeyError, ValueError) as error:
-        raise ProgramError(f"{path} is no file of a compiled program: no valid program.json ({error})") from error
+        raise ProgramError(f"{path} is no file of a compiled program: wrong program.json or source: {error}") from error
     digests = value.pop("sha256", None) if isinstance(value, dict) else None
     program = Program.from_dict(value)
     kinds = [kind for kind in _KINDS if "image." + kind in entries]
@@ -190,7 +191,7 @@ def load_file(path: str) -> Tuple[Program, str, bytes, str]:
         raise ProgramError(f"{path}: expected program.json, kernels.cu and one image, found {sorted(entries)}")
     if digests != {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}:
         raise ProgramError(f"{path} is damaged: its contents do not match their checksums")
-    return program, entries["kernels.cu"].decode(), entries["image." + kinds[0]], kinds[0]
+    return program, source, entries["image." + kinds[0]], kinds[0]
 
 
 class Executable:
@@ -306,7 +307,7 @@ def _check_limits(device: Device, launch: Launch, function: Function) -> None:
 def _launch(item: Any, where: str, arguments: int, scratch_bytes: int) -> Launch:
     _keys(item, where, ("function", "grid", "block", "shared", "arguments"))
     name = item["function"]
-    _check(isinstance(name, str) and re.match(r"[A-Za-z_][A-Za-z0-9_]*$", name), where + ": function", name, "a name")
+    _check(_is_text(name, r"[A-Za-z_][A-Za-z0-9_]*"), where + ": function", name, "a name")
     references = []
     for number, reference in enumerate(_list(item["arguments"], where + ": arguments")):
         at = f"{where}: argument {number}"
@@ -339,6 +340,10 @@ def _keys(value: Any, where: str, names: Sequence[str]) -> None:
 def _list(value: Any, where: str) -> List[Any]:
     _check(isinstance(value, (list, tuple)), where, value, "a list")
     return list(value)
+
+
+def _is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _integer(value: Any, where: str, least: int) -> int:

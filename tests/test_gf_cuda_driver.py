@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import emulated_cuda
@@ -58,15 +57,10 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
         gf_cuda.get_driver()
 
 
-def test_every_missing_symbol_is_named(tmp_path: Path) -> None:
-    library = emulated_cuda.build().read_bytes()
-    for symbol in driver_module._PROTOTYPES:
-        name = symbol.encode()
-        assert b"\0" + name + b"\0" in library
-        other = tmp_path / f"without_{symbol}.so"
-        other.write_bytes(library.replace(b"\0" + name + b"\0", b"\0" + name[:-1] + b"?\0"))
-        with pytest.raises(gf_cuda.NoDriverError, match=f"has no {symbol}: it must be of CUDA 10.2 or newer"):
-            Driver(str(other))
+@pytest.mark.parametrize("symbol", driver_module._PROTOTYPES)
+def test_every_missing_symbol_is_named(symbol: str) -> None:
+    with pytest.raises(gf_cuda.NoDriverError, match=f"has no {symbol}: it must be of CUDA 10.2 or newer"):
+        Driver(str(emulated_cuda.without(symbol)))
 
 
 @pytest.mark.parametrize("symbol", driver_module._PROTOTYPES)

@@ -24,13 +24,15 @@ import pytest
 
 _SOURCES = Path(__file__).parent
 #: The environment variables of emulated.cpp.
-SETTINGS = ("DEVICES", "ARCH", "REGISTERS", "NAME")
+SETTINGS = ("DEVICES", "ARCH", "REGISTERS", "NAME", "NVRTC")
+#: What the NVRTC of CUDA 10.2 lacks.
+SINCE_CUDA_11 = ("nvrtcGetCUBIN", "nvrtcGetCUBINSize", "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs")
 
 
-def build(*macros: str) -> Path:
+def build() -> Path:
     """The library; compiled by g++ where the system's temporary folder has none of these sources."""
     sources = {name: (_SOURCES / name).read_bytes() for name in ("emulated.cpp", "shim.hpp")}
-    digest = hashlib.sha256(b"\0".join([*sources.values(), *(macro.encode() for macro in macros)])).hexdigest()
+    digest = hashlib.sha256(b"\0".join(sources.values())).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"gf_cuda_emulated_{os.getuid()}" / digest[:20]
     library = folder / "libemulated_cuda.so"
     if library.exists():
@@ -40,14 +42,29 @@ def build(*macros: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as staged:
         for name, text in sources.items():
             Path(staged, name).write_bytes(text)
-        command = ["g++", "-std=c++14", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"]
-        command += [f"-D{macro}" for macro in macros]
+        command = ["g++", "-std=c++14", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"]
         command += ["-o", library.name, "emulated.cpp", "-ldl", "-pthread"]
         subprocess.run(command, cwd=staged, check=True, stdin=subprocess.DEVNULL)
         folder.mkdir(exist_ok=True)
         shutil.copy(Path(staged, "shim.hpp"), folder)
         os.replace(Path(staged, library.name), library)
     return library
+
+
+def without(*symbols: str) -> Path:
+    """The library as it is, but for these exported symbols, whose names are spoilt."""
+    library = build()
+    text = library.read_bytes()
+    for symbol in symbols:
+        name = b"\0" + symbol.encode() + b"\0"
+        assert name in text, symbol
+        text = text.replace(name, name[:-2] + b"?\0")
+    other = library.with_name(f"without_{hashlib.sha256(text).hexdigest()[:20]}.so")
+    if not other.exists():
+        staged = other.with_suffix(f".{os.getpid()}")
+        staged.write_bytes(text)
+        os.replace(staged, other)
+    return other
 
 
 class Emulated:

@@ -10,8 +10,8 @@
 //   GF_CUDA_EMULATED_ARCH       sm_53
 //   GF_CUDA_EMULATED_REGISTERS  registers that each kernel claims to need; 32
 //   GF_CUDA_EMULATED_NAME       name of the GPU
+//   GF_CUDA_EMULATED_NVRTC      its version: 11 (11.8), or 10 (10.2; that one also lacks symbols, see __init__.py)
 //   GF_CUDA_FAULT               as the argument of gf_cuda_fault, when the library is loaded
-// -DGF_CUDA_OLD_NVRTC makes an NVRTC 10.2: it makes PTX only, and does not tell what it knows.
 #include <dlfcn.h>
 #include <elf.h>
 #include <setjmp.h>
@@ -392,7 +392,7 @@ CUresult load(const std::string& image, void** handle, std::string* log) {
     int number = atoi(image.c_str() + strlen(kPtx));
     if (number > arch()) return 209;
     size_t source = image.find('\n', strlen(kPtx)) + 1;
-    library = compile(image.substr(source), "kernels.ptx", number, log);
+    library = compile(image.substr(source), "kernels.ptx", arch(), log);
     if (library.empty()) return 218;
   }
   auto header = (const Elf64_Ehdr*)library.data();
@@ -716,11 +716,12 @@ EXPORT CUresult cuEventDestroy_v2(void* event) {
 // ---- NVRTC --------------------------------------------------------------------------------------------------------
 namespace {
 struct Source { std::string text, name, log, image, ptx; };
-#ifdef GF_CUDA_OLD_NVRTC
-const int kMajor = 10, kMinor = 2, kKnown[] = {30, 35, 50, 52, 53, 60, 62, 70, 72};
-#else
-const int kMajor = 11, kMinor = 8, kKnown[] = {35, 50, 52, 53, 60, 70, 80, 90};
-#endif
+const int kKnown[] = {35, 50, 52, 53, 60, 70, 80, 90};
+// NVRTC 10.2 makes no cubins, and knows no sm_80.
+bool is_old() { return setting("GF_CUDA_EMULATED_NVRTC", 11) < 11; }
+bool knows(int number) {
+  return std::find(std::begin(kKnown), std::end(kKnown), number) != std::end(kKnown) && !(is_old() && number >= 80);
+}
 int copied(const std::string& text, bool with_end, size_t* size, char* target) {
   if (size) *size = text.size() + with_end;
   if (target) memcpy(target, text.c_str(), text.size() + with_end);
@@ -734,7 +735,7 @@ EXPORT const char* nvrtcGetErrorString(int code) {
 }
 EXPORT int nvrtcVersion(int* major, int* minor) {
   ENTER("nvrtcVersion")
-  *major = kMajor, *minor = kMinor;
+  *major = is_old() ? 10 : 11, *minor = is_old() ? 2 : 8;
   return 0;
 }
 EXPORT int nvrtcCreateProgram(Source** program, const char* text, const char* name, int, void*, void*) {
@@ -765,10 +766,7 @@ EXPORT int nvrtcCompileProgram(Source* program, int count, const char** options)
       return program->log = "nvrtc: error: unrecognized option " + option + "\n", 5;
     }
   }
-#ifdef GF_CUDA_OLD_NVRTC
-  cubin = cubin && (number = 0);
-#endif
-  if (!standard || std::find(std::begin(kKnown), std::end(kKnown), number) == std::end(kKnown))
+  if (!standard || !knows(number) || (cubin && is_old()))
     return program->log = "nvrtc: error: invalid value for --gpu-architecture (-arch)\n", 5;
   // An empty program is how the architectures are found out; it needs no compiler.
   if (!program->text.empty()) {
@@ -783,7 +781,6 @@ EXPORT int nvrtcGetProgramLogSize(Source* program, size_t* size) { return copied
 EXPORT int nvrtcGetProgramLog(Source* program, char* text) { return copied(program->log, true, nullptr, text); }
 EXPORT int nvrtcGetPTXSize(Source* program, size_t* size) { return copied(program->ptx, true, size, nullptr); }
 EXPORT int nvrtcGetPTX(Source* program, char* text) { return copied(program->ptx, true, nullptr, text); }
-#ifndef GF_CUDA_OLD_NVRTC
 EXPORT int nvrtcGetCUBINSize(Source* program, size_t* size) { return copied(program->image, false, size, nullptr); }
 EXPORT int nvrtcGetCUBIN(Source* program, char* text) { return copied(program->image, false, nullptr, text); }
 EXPORT int nvrtcGetNumSupportedArchs(int* count) {
@@ -796,4 +793,3 @@ EXPORT int nvrtcGetSupportedArchs(int* numbers) {
   memcpy(numbers, kKnown, sizeof kKnown);
   return 0;
 }
-#endif
