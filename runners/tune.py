@@ -54,7 +54,10 @@ def add_parser(subparsers: Any) -> None:
         help="other folders of logs, whose fastest schedules are tried first; may be given more than once",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes, or the board has)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of kernels on CPUs (default: as many as PyTorch takes, or the board has)",
     )
     parser.add_argument(
         "--cold", action="store_true", help="measure with the arguments out of the caches (default: in them)"
@@ -147,14 +150,15 @@ def _interrupt(*_: Any) -> None:
 def _farm_options(args: argparse.Namespace) -> FarmOptions | None:
     """The farm that the options name; None without a tracker. Raises FarmError."""
     # The environment may name a tracker for other commands' sake: this machine is still this machine.
-    if args.tracker is None or (args.device == "host" and args.tracker == environment_tracker()):
+    here = args.device in ("host", "cuda")
+    if args.tracker is None or (here and args.tracker == environment_tracker()):
         return None
     from ..errors import FarmError
     from ..tuning.remote import FarmOptions
 
     if args.key is None:
         raise FarmError("--tracker needs --key KEY, the kind of board; gf-tvm farm status lists the keys")
-    if args.device == "host":
+    if here:
         raise FarmError("--tracker needs --device, what the boards are, such as rpi4; gf-tvm devices lists them")
     return FarmOptions(
         tracker=tracker_address(args),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from toy_task import N, definition
 
 from gf_cuda import Program, compile_source
 from gf_tvm.tuning.log import Identity
-from gf_tvm.tuning.task import Config, Task
+from gf_tvm.tuning.task import Config, Task, WorkloadTask
 
 #: Two launches; what the first leaves for the second lies in scratch memory.
 SOURCE = """
@@ -44,8 +44,6 @@ ACTS = {
     "writes its input": (_STORE, f"{_FINISH} if (i == 0) a[j] += 1;"),
     "writes outside": (_STORE, f"{_FINISH} if (i == 0 && j == 0) c[-1] = 0;"),
     "writes beyond scratch memory": (_STORE, f"{_FINISH} if (i == 0 && j == 0) between[{N * N}] = 0;"),
-    "crash": (_STORE, "*(volatile int*)0 = 1;"),
-    "hang": (_STORE, "for (volatile int k = 0;; k = 1) {}"),
     "does not compile": (_STORE, "this is no C;"),
     "too many threads": (_STORE, _FINISH),
 }
@@ -142,3 +140,65 @@ class GpuToyTask(Task):
     def excess(self, outputs: list[torch.Tensor], expected: torch.Tensor) -> float:
         error = float((outputs[0].double() - expected).abs().max() / expected.abs().max()) / 1e-4
         return error if error == error else float("inf")
+
+
+#: What the points of a :class:`TreacherousGpuTask` do; each launches one kernel of this body in place of its own.
+TREACHERY = {
+    "right": "",
+    "wrong": ";",
+    "crash": "*(volatile int*)0 = 1;",
+    # As an illegal address on a GPU: the launch fails when it is waited for, and the context is lost.
+    "lost": "if (threadIdx.x == 0) __syncthreads();",
+    "hang": "for (volatile int k = 0;; k = 1) {}",
+    "over the limits": "",
+}
+
+
+@dataclass
+class Points:
+    """A space of a few points, each a configuration of another space."""
+
+    base: Any
+    acts: tuple[str, ...]
+    knobs: dict[str, tuple[int | str, ...]] = field(init=False)
+    default: Config = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.knobs = {"point": tuple(range(len(self.acts)))}
+        self.default = {"point": 0}
+
+    def valid(self, config: Config) -> bool:
+        return True
+
+    def schedule(self, config: Config) -> Any:
+        return self.acts[config["point"]], self.base.schedule(self.base.default)
+
+    def sample(self, rng: random.Random) -> Config:
+        return {"point": rng.randrange(len(self.acts))}
+
+
+class TreacherousGpuTask(WorkloadTask):
+    """A workload of which only the first point is what it should be; the others are named by TREACHERY."""
+
+    acts = tuple(TREACHERY)
+
+    @property
+    def space(self) -> Any:  # type: ignore[override]
+        return Points(super().space, self.acts)
+
+    def export(self, schedule: Any, path: Path) -> None:
+        from gf_tvm.cuda import compile_program  # imports TVM, which those that measure do without
+
+        act, schedule = schedule
+        profile = self.profile
+        if act == "over the limits":
+            profile = replace(profile, gpu=replace(profile.gpu, threads=8))
+        made = compile_program(schedule, profile)
+        if not TREACHERY[act]:
+            made.program.save(str(path), made.source, made.image, made.kind)
+            return
+        values = made.program.to_dict()
+        launch = {"function": "act", "grid": [1, 1, 1], "block": [32, 1, 1], "shared": 0, "arguments": []}
+        source = f'extern "C" __global__ void act() {{ {TREACHERY[act]} }}'
+        image, kind, _ = compile_source(source, made.program.arch)
+        Program.from_dict({**values, "launches": [launch]}).save(str(path), source, image, kind)

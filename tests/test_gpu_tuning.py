@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import emulated_cuda
 import pytest
-from gpu_toy_task import GpuToyTask, program
+from farm_helpers import NativeBoard, TrackerProcess, small_workload
+from gpu_toy_task import GpuToyTask, TreacherousGpuTask, program
 from toy_task import N
 
 from gf_cuda import CompileError, DriverError, ProgramError, compile_source
+from gf_tvm.devices import get_profile
+from gf_tvm.errors import DeviceError, FarmError
+from gf_tvm.farm.gpu import GpuInfo, check_device
+from gf_tvm.farm.sensors import Sensors
+from gf_tvm.farm.server import Context, Counters
+from gf_tvm.runners.cli import main
 from gf_tvm.tuning.gpu_worker import GpuWorker
+from gf_tvm.tuning.log import read_log
+from gf_tvm.tuning.loop import tune, tune_tasks
 from gf_tvm.tuning.measure import Measurer
+from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
 from gf_tvm.tuning.runner import Options, Result
-from gf_tvm.tuning.task import Candidate
+from gf_tvm.tuning.session import Session, task_values
+from gf_tvm.tuning.task import Candidate, TuningError, WorkloadTask
 from gf_tvm.tuning.worker import Worker, service
 
 OPTIONS = Options(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
@@ -165,24 +177,21 @@ def test_compilers_errors(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- builders and a runner
 
 
-def test_every_failure_is_a_result_and_the_next_candidate_is_measured(gpu: emulated_cuda.Emulated) -> None:
-    acts = ["none", "does not compile", "too many threads", "crash", "wrong", "hang", "none"]
+def test_a_failure_is_a_result_and_the_next_candidate_is_measured(gpu: emulated_cuda.Emulated) -> None:
+    acts = ["none", "does not compile", "too many threads", "none"]
     task = GpuToyTask(tuple(acts))
     candidates = [candidate(act, number) for number, act in enumerate(acts)]
     results: dict[str, Result] = {}
     gpu.forget_calls()
-    with Measurer(replace(OPTIONS, run_timeout=3.0)) as measurer:
-        files = {}
+    with Measurer(OPTIONS) as measurer:
         for one, path, failure in measurer.build(task, candidates):
-            files[one.id] = path
             if failure is not None:
                 results[one.id] = failure
-        for one in candidates:
-            path = files[one.id]
-            if path is not None:
+            else:
+                assert path is not None
                 results[one.id] = measurer.run(task, path)
     found = [results[one.id] for one in candidates]
-    assert [result.status for result in found] == ["ok", "build", "run", "crash", "wrong", "timeout", "ok"]
+    assert [result.status for result in found] == ["ok", "build", "run", "ok"]
     assert "CompileError" in found[1].message
     assert "2048 threads" in found[2].message
     # CUDA is used by the process that measures, and by no other.
@@ -212,11 +221,137 @@ def test_what_the_driver_refuses_is_a_failure_in_its_words(
             assert (result.status, words is None or words in result.message) == ("run" if words else "ok", True), result
             assert process.alive == alive
         assert measurer.run(task, library).status == "ok"
+        results = measurer.compare(task, {"a": library, "b": library}, seed=3)
+        assert [(result.status, len(result.runs)) for result in results.values()] == 2 * [("ok", OPTIONS.rounds)]
 
 
-def test_the_final_comparison(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
-    libraries = {act: built(act, tmp_path) for act in ("none", "too many threads")}
-    with Measurer(OPTIONS) as measurer:
-        results = measurer.compare(GpuToyTask(), libraries, seed=3)
-    assert {name: result.status for name, result in results.items()} == {"none": "ok", "too many threads": "run"}
-    assert len(results["none"].runs) == OPTIONS.rounds
+# ------------------------------------------------------------------------------------------------ this machine's GPU
+
+
+def test_tuning_on_the_gpu_of_this_machine(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes.json"
+    fields = {"n": 1, "ci": 8, "co": 8, "h": 6, "w": 6, "kernel": 3, "padding": 1}
+    shapes.write_text(json.dumps({"patches": [2], "cases": [fields]}))
+    options = ["--shapes", str(shapes), "--kernels", "filter_input", "--logs", str(tmp_path), "--trials", "1"]
+    assert main(["tune", "--device", "cuda", *options]) == 0
+    (path,) = (tmp_path / "sm_53").glob("*.jsonl")
+    log = read_log(path)
+    assert [record.status for record in log.records] == ["ok", "ok"]
+    assert log.records[-1].kind == "winner"
+    assert log.made["gpu"] == "Emulated Maxwell (sm_53)"
+    assert (log.made["driver"], log.made["max_mhz"], log.made["threads"]) == ("10.2", 921.6, 1)
+    assert "cpu" not in log.made
+    # What was measured on no GPU must never count as if it had been.
+    assert log.made["emulated"]
+    assert all(record.emulated for record in log.records)
+
+
+def test_what_cannot_be_tuned_is_said_before_anything_starts(
+    gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(TuningError, match="threads are those of kernels on CPUs"):
+        tune([small_workload()], "jetson-nano", logs=tmp_path, threads=2)
+    with pytest.raises(TuningError, match="'metaschedule' is for CPUs"):
+        tune([small_workload()], "jetson-nano", logs=tmp_path, space="metaschedule")
+    with pytest.raises(DeviceError, match=r"'sm_90' cannot be .*: a GPU of sm_90 is wanted, .* Maxwell \(sm_53\)"):
+        tune([small_workload()], "sm_90", logs=tmp_path)
+    monkeypatch.setenv("GF_CUDA_DRIVER", "/no/such/libcuda.so")
+    with pytest.raises(
+        DeviceError, match="'jetson-nano' cannot be measured on this machine: no GPU can be used: no CU"
+    ):
+        tune([small_workload()], "jetson-nano", logs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ a board
+
+NANO = GpuInfo(name="X", arch="sm_53", driver="10.2", multiprocessors=1, max_mhz=1.0, memory_bytes=1, emulated=True)
+
+
+def test_a_server_starts_on_what_it_was_said_to_be(
+    gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu.forget_calls()
+    for device in ("jetson-nano", "cuda", "sm_53"):
+        assert check_device(device) == {**NANO, "name": "Emulated Maxwell", "max_mhz": 921.6, "memory_bytes": 4 << 30}
+    assert check_device("host") is None
+    assert gpu.calls() == []  # the server forks its sessions, and CUDA does not survive that
+    serve = ["farm", "serve", "--key", "nano", "--tracker", "127.0.0.1:9", "--device"]
+    for device, driver, words in (
+        ("sm_90", str(gpu.path), "no sm_90: a GPU of sm_90 is wanted, this machine's is Emulated Maxwell (sm_53)"),
+        ("jetson-nano", "/no/such/libcuda.so", "this machine is no jetson-nano: no GPU can be used: no CUDA driver"),
+        ("rpi5", str(gpu.path), "unknown device 'rpi5'"),
+    ):
+        monkeypatch.setenv("GF_CUDA_DRIVER", driver)
+        assert main([*serve, device]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "b measures with no GPU: start its server with gf-tvm farm serve --device DEVICE"),
+        (GpuInfo(**{**NANO, "arch": "sm_72"}), "b measures with X (sm_72), what it is sent is for sm_53"),  # type: ignore[typeddict-item]
+    ],
+)
+def test_a_board_without_the_gpu_says_so(tmp_path: Path, found: GpuInfo | None, words: str) -> None:
+    session = Session(Context("b", tmp_path, Counters(), Sensors(tmp_path), True, found))
+    task = task_values(WorkloadTask(small_workload(), "jetson-nano"))
+    assert json.loads(session.handle(json.dumps({"op": "hello", "options": asdict(OPTIONS)})))["done"]["gpu"] == found
+    for request in ({"op": "prepare", "seed": 0}, {"op": "run", "file": "1.zip", "best": None}):
+        assert json.loads(session.handle(json.dumps({**request, "task": task}))) == {"broken": words}
+
+
+def test_tuning_on_a_board_with_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The host compiles, and has no GPU; the board measures, and has no compiler."""
+    there = emulated_cuda.variables()
+    monkeypatch.setenv("GF_CUDA_NVRTC", there["GF_CUDA_NVRTC"])
+    monkeypatch.setenv("GF_CUDA_DRIVER", "/no/such/libcuda.so")
+    there["GF_CUDA_NVRTC"] = "/no/such/libnvrtc.so"
+    task = TreacherousGpuTask(small_workload(), "jetson-nano")
+    profile = get_profile("jetson-nano")
+    with TrackerProcess() as tracker:
+        nano = NativeBoard("nano-1", tracker.address, "nano", tmp_path, "--device", "jetson-nano", **there)
+        with nano:
+            (board,) = tracker.wait_for(1)
+            assert board.info["device"] == "jetson-nano"
+            assert board.info["gpu"]["arch"] == "sm_53"
+            assert board.info["emulated"]
+            main(["farm", "status", "--tracker", tracker.text])
+            (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("nano-1"))
+            assert "Emulated Maxwell (sm_53), CUDA 10.2" in line
+            farm = FarmOptions(tracker.address, "nano")
+            words = r"no board .* 'nano' has a GPU of sm_72: nano-1 measures with Emulated Maxwell \(sm_53\)"
+            with pytest.raises(FarmError, match=words), FarmMeasurer(OPTIONS, farm, "a Xavier", None, "sm_72"):
+                pass
+            options = replace(OPTIONS, builders=2, final=1, run_timeout=3.0)
+            measurer = FarmMeasurer(options, farm, profile.description, None, "sm_53")
+            trials = len(task.acts)
+            tune_tasks([task], logs=tmp_path / "logs", trials=trials, options=options, measurer=measurer)
+            served = tracker.wait_for(1)[0].info
+    (path,) = (tmp_path / "logs" / "jetson-nano").glob("*.jsonl")
+    log = read_log(path)
+    assert log.made["gpu"] == profile.description
+    assert log.made["emulated"]
+    records = {task.acts[record.config["point"]]: record for record in log.records if record.kind == "trial"}  # type: ignore[index]
+    assert {act: record.status for act, record in records.items()} == {
+        "right": "ok",
+        "wrong": "wrong",
+        "crash": "crash",
+        "lost": "run",
+        "hang": "timeout",
+        "over the limits": "build",
+    }
+    assert "CUDA_ERROR_LAUNCH_FAILED (719)" in records["lost"].message
+    assert "threads" in records["over the limits"].message
+    # It was not sent to any board.
+    assert records["over the limits"].board is None
+    assert served["trials"] == trials - 1 + 1  # one was not sent; the final comparison has one more
+    assert served["crashed_sessions"] == 0
+    assert records["right"].board is not None
+    assert records["right"].board["name"] == "nano-1"
+    assert log.records[-1].kind == "winner"
+    assert log.records[-1].emulated

@@ -254,8 +254,9 @@ def tune_tasks(
         raise TuningError("nothing to tune: no workloads were given")
     started = time.monotonic()
     device = tasks[0].identity.device
+    compiler = _cuda_compiler() if tasks[0].gpu else {}
     with LogFolder(logs, device) as folder, measurer or Measurer(options) as measurer:
-        made = {**provenance(), **measurer.made}
+        made = {**provenance(), **compiler, **measurer.made}
         # All logs are looked at before the first trial: one that does not fit is found now and not in an hour.
         found = [folder.peek(task.identity, made) for task in tasks]
         missing = [max(0, trials - len(_trials(log.records if log else [], space))) for log in found]
@@ -271,6 +272,16 @@ def tune_tasks(
                 summaries.append(_TaskRun(plan, task, log, index, end and now + (end - now) / waiting).run())
         report = measurer.report
     return Summary(device, str(Path(logs)), time.monotonic() - started, made, tuple(summaries), report)
+
+
+def _cuda_compiler() -> dict[str, Any]:
+    """With what this machine compiles for GPUs, for the header of a log. Raises TuningError if it cannot."""
+    from gf_cuda import NoCompilerError, nvrtc
+
+    try:
+        return {"cuda": ".".join(map(str, nvrtc.version()))}
+    except NoCompilerError as error:
+        raise TuningError(f"this machine cannot compile for GPUs: {error}") from None
 
 
 def _check_arguments(
