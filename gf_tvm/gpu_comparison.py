@@ -15,6 +15,7 @@ import torch
 
 import gf_cuda
 from gf_cuda import board, energy, timing
+from gf_cuda.exact import NO_TF32, WAYS, out_of_memory, ways
 from gf_cuda.timing import Gpu, Rotation
 
 from . import machine
@@ -28,27 +29,6 @@ from .variants import ComparisonError, Data, Timing, Variants, baseline_name, ch
 #: Seconds that each variant runs for its energy.
 ENERGY_SECONDS = 1.5
 REST_SECONDS = 2.0
-
-#: Relative errors of cuDNN that are not those of a sum in float32: its Winograd algorithms lose digits, TF32 has ten
-#: bits of mantissa.
-_WINOGRAD, _TF32 = 2e-4, 2.0**-9
-
-
-@dataclass(frozen=True)
-class Exact:
-    """One way to compute the exact backward pass: memory format and whether products are rounded to TF32."""
-
-    name: str
-    memory_format: torch.memory_format
-    tf32: bool
-
-
-#: All ways, in the order of the columns.
-EXACT = tuple(
-    Exact(name + (" tf32" if tf32 else ""), memory_format, tf32)
-    for name, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last))
-    for tf32 in (False, True)
-)
 
 
 @dataclass(frozen=True)
@@ -130,11 +110,11 @@ class Cuda(Backend):
         return Data.random(case).to(self._gpu.device)
 
     def check_baseline(self, case: Case, data: Data) -> None:
-        for way in self._ways(case.dtype):
+        for way in ways(case.dtype, self._graphics.capability):
             # One image is enough, and is there beside the whole batch.
             image = Data(data.x[:1], data.weight, data.grad_y[:1]).to(self._gpu.device, way.memory_format)
             with timing.precision(way.tf32):
-                check_baseline(case, image, _TF32 if way.tf32 else _WINOGRAD)
+                check_baseline(case, image, way.rounding)
 
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
@@ -145,7 +125,7 @@ class Cuda(Backend):
         sets = [list(variants), *([variant.on(copy) for variant in variants] for copy in copies[1:])]
         calls.update(variant_calls(sets))
         measured = timing.measure(self._gpu, calls, *effort, progress)
-        best = min((way.name for way in EXACT if way.name in measured), key=lambda name: measured[name].median)
+        best = min((way.name for way in WAYS if way.name in measured), key=lambda name: measured[name].median)
         calls["baseline"], measured["baseline"] = calls[best], measured[best]
         shared = {
             "baselines": self._columns(measured, failures),
@@ -198,42 +178,35 @@ class Cuda(Backend):
             "advice": board.advice(),
         }
 
-    def _ways(self, dtype: str) -> list[Exact]:
-        """float16 has no use for TF32, nor has a GPU before Ampere."""
-        has_tf32 = dtype == "float32" and self._graphics.capability >= (8, 0)
-        return [way for way in EXACT if has_tf32 or not way.tf32]
-
     def _exact_calls(self, copies: Sequence[Data], case: Case) -> tuple[dict[str, Call], dict[str, str]]:
         """Exact backward passes by name, and why others cannot run. Raises ComparisonError if none can."""
         calls: dict[str, Call] = {}
         failures: dict[str, str] = {}
-        ways = self._ways(case.dtype)
-        for memory_format in dict.fromkeys(way.memory_format for way in ways):
-            same = [way for way in ways if way.memory_format is memory_format]
+        possible = ways(case.dtype, self._graphics.capability)
+        for channels_last in (False, True):
+            same = [way for way in possible if way.channels_last is channels_last]
             try:
                 inputs = copies
-                if memory_format is not torch.contiguous_format:
-                    inputs = [copy.to(self._gpu.device, memory_format) for copy in copies]
+                if channels_last:
+                    inputs = [copy.to(self._gpu.device, torch.channels_last) for copy in copies]
                 for way in same:
                     call = Rotation([partial(_exact, one, case.geometry, way.tf32) for one in inputs])
                     call()
                     calls[way.name] = call
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._gpu.forget()
                 failures.update({way.name: "out of memory" for way in same if way.name not in calls})
         if not calls:
             raise ComparisonError(f"case {case.name}: the exact backward pass does not fit into the GPU's memory")
-        for way in EXACT:
-            if way not in ways:
-                failures[way.name] = "no TF32 for this dtype or GPU"
+        failures.update({way.name: NO_TF32 for way in WAYS if way not in possible})
         return calls, failures
 
     def _columns(self, measured: dict[str, timing.Timing], failures: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Times, or the reason why there are none, of every exact backward pass."""
         columns: dict[str, dict[str, Any]] = {}
-        for way in EXACT:
+        for way in WAYS:
             if way.name in measured:
                 t = measured[way.name]
                 columns[way.name] = {"ms": t.median, "ms_quartiles": t.quartiles, "repeats": t.repeats}
@@ -294,7 +267,3 @@ def _exact(data: Data, geometry: Geometry, tf32: bool) -> Any:
         return exact_backward(data.grad_y, data.x, data.weight, geometry)
     finally:
         cudnn.allow_tf32 = before
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import gf_cuda
 from gf_cuda import board, energy, timing
+from gf_cuda import exact as exact_module
 from gf_tvm import comparison, devices, gpu_comparison, variants
 from gf_tvm.comparison import GpuRow, compare
 from gf_tvm.errors import DeviceError
@@ -239,7 +240,7 @@ def test_a_wrong_baseline_is_refused(
             row_of([CASE])
     else:
         row_of([CASE])
-        monkeypatch.setattr(gpu_comparison, "_TF32", 0.0)
+        monkeypatch.setattr(exact_module, "TF32_ERROR", 0.0)
         with pytest.raises(ComparisonError, match="grad_W of the exact backward is wrong"):
             row_of([CASE])
 
