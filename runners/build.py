@@ -26,6 +26,12 @@ def add_parser(subparsers: Any) -> None:
     add_case_arguments(parser)
     add_logs_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="FILE.whl|DIR",
+        help="for a GPU: also write gf_cuda's wheel, all that a board needs besides PyTorch to use the bundle",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was built as JSON")
     parser.set_defaults(run=run)
 
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"cannot write '{args.out}': not a regular file")
     check_logs(args.logs)
     profile = get_profile(args.device)
+    runtime = None if args.runtime is None else _runtime_folder(args.runtime, profile)
     report = build_with_progress(workloads_of(cases_from(args)), profile, args.logs, args.out)
     rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
     print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
@@ -70,9 +77,35 @@ def run(args: argparse.Namespace) -> int:
     summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
     size = report.path.stat().st_size
     print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}), {size / 1e3:.0f} kB")
+    if runtime is not None:
+        from ..farm.wheel import build_runtime_wheel
+
+        try:
+            wheel = build_runtime_wheel(runtime)
+        except OSError as error:
+            raise OutputError(f"cannot write a wheel into {str(runtime)!r}: {error.strerror}") from None
+        print(f"{wheel}: for the board: pip3 install {wheel.name}; python3 -m gf_cuda check {report.path.name}")
+    elif profile.gpu and profile.measured == "rpc":
+        print("a board without gf_tvm needs gf_cuda and PyTorch to use it: --runtime DIR writes gf_cuda's wheel")
     if args.json is not None:
         write_json(args.json, _document(report, profile, size))
     return 0
+
+
+def _runtime_folder(path: Path, profile: DeviceProfile) -> Path:
+    """Where --runtime wants its wheel. Raises OutputError."""
+    from ..farm.wheel import runtime_name
+
+    if profile.gpu is None:
+        raise OutputError(f"--runtime: a bundle for {profile.name} is loaded by gf_tvm; gf_cuda is for GPUs")
+    folder = path
+    if path.suffix == ".whl":
+        if path.name != runtime_name():
+            raise OutputError(f"--runtime: pip takes this wheel under the name {runtime_name()} only, not {path.name}")
+        folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"--runtime: there is no folder {str(folder)!r}")
+    return folder
 
 
 def build_with_progress(workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path) -> BuildReport:

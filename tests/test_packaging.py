@@ -18,6 +18,7 @@ import gf_tvm
 ROOT = Path(__file__).resolve().parent.parent
 #: Folder of the checkout -> package.
 FOLDERS = {
+    "gf_cuda": "gf_cuda",
     "gf_tvm": "gf_tvm",
     "schedules": "gf_tvm/schedules",
     "runners": "gf_tvm/runners",
@@ -75,7 +76,7 @@ def run_installed(site: Path, command: list[str | Path], cwd: Path) -> str:
 def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == set(sources())
-    assert {name.split("/")[0] for name in packed} == {"gf_tvm"}
+    assert {name.split("/")[0] for name in packed} == {"gf_cuda", "gf_tvm"}
 
 
 def test_wheel_metadata(wheel: Path) -> None:
@@ -94,8 +95,9 @@ def test_wheel_metadata(wheel: Path) -> None:
 
 def test_every_module_imports_outside_the_checkout(site: Path, tmp_path: Path) -> None:
     code = f"""
-import importlib, pkgutil, gf_tvm
-names = ["gf_tvm", *(m.name for m in pkgutil.walk_packages(gf_tvm.__path__, "gf_tvm."))]
+import importlib, pkgutil, gf_cuda, gf_tvm
+names = ["gf_cuda", *(m.name for m in pkgutil.walk_packages(gf_cuda.__path__, "gf_cuda."))]
+names += ["gf_tvm", *(m.name for m in pkgutil.walk_packages(gf_tvm.__path__, "gf_tvm."))]
 for name in names:
     file = importlib.import_module(name).__file__
     assert file.startswith({str(site)!r}), file
