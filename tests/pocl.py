@@ -36,7 +36,7 @@ class Pocl:
         known = json.loads(profile.target)
         target = {"kind": "opencl", **{key: known[key] for key in _TARGET_KEYS}}
         plan, source = cuda.lower(schedule, target, "gf")
-        program = cl.Program(self._context, source).build()
+        program = cl.Program(self._context, source).build(options="-cl-opt-disable")
         tensors = [*inputs, *outputs]
         for argument, tensor in zip(plan["arguments"], tensors, strict=True):
             assert tuple(argument["shape"]) == tuple(tensor.shape), argument

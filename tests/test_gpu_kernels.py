@@ -1,0 +1,159 @@
+"""GPU kernels against the float64 reference, without a GPU: as OpenCL on PoCL, and as CUDA on the emulated driver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import emulated_cuda
+import gpu_check
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, SEEDS, geometries, kinds
+
+from gf_tvm import verify
+from gf_tvm.devices import DeviceProfile, get_profile
+from gf_tvm.geometry import Geometry
+from gf_tvm.kernels import gpu
+from gf_tvm.kernels import stages as st_
+from gf_tvm.schedules import get_space
+from gf_tvm.workload import KERNELS, Workload
+
+NANO = get_profile("jetson-nano")
+
+
+def any_settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing geometry is small already; shrinking compiles
+    )
+
+
+@pytest.fixture(scope="module")
+def pocl() -> gpu_check.Run:
+    pytest.importorskip("pyopencl", reason="runs kernels with pyopencl[pocl]", exc_type=ImportError)
+    from pocl import Pocl
+
+    return Pocl().run
+
+
+@pytest.fixture
+def emulated() -> Iterator[gpu_check.Run]:
+    with emulated_cuda.environment():
+        yield gpu_check.run_emulated
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_hundred_random_geometries_on_pocl(pocl: gpu_check.Run) -> None:
+    """All kernels, the default and random points of their spaces."""
+    met: Counter[str] = Counter()
+    checked: Counter[str] = Counter()
+
+    @any_settings(112)
+    @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.booleans())
+    def every(geometry: Geometry, seed: int, sampled: bool) -> None:
+        kernel = list(KERNELS)[checked.total() % len(KERNELS)]
+        checked[kernel] += 1
+        met.update(kinds(geometry))
+        workload = Workload(kernel, geometry)
+        error = gpu_check.error(pocl, workload, NANO, seed, sampled)
+        assert error <= 1, f"{workload.key}: {error} times the allowed error"
+
+    every()
+    assert checked.total() >= 100
+    assert not set(KINDS) - set(met) - {"empty batch"}
+
+
+@any_settings(16)
+@given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(tuple(KERNELS)), st.booleans())
+def test_cuda_source(geometry: Geometry, seed: int, kernel: str, half: bool) -> None:
+    """The source that a GPU gets, float16 too (which PoCL's CPU device does not have), and the launcher."""
+    workload = Workload(kernel, geometry, "float16" if half else "float32")
+    with emulated_cuda.environment():
+        error = gpu_check.error(gpu_check.run_emulated, workload, NANO, seed, sampled=True)
+    assert error <= 1, f"{workload.key}: {error} times the allowed error"
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(2, 72, 40, 15, 13, (3, 3), (2, 2), (1, 1), (1, 1)),  # tiles that are not full, several of each axis
+        Geometry(3, 64, 64, 16, 16, (3, 3), (4, 4), (1, 1), (1, 1)),  # vector loads and stores
+        Geometry(2, 32, 48, 17, 16, (3, 3), (2, 2), (2, 2), (1, 1)),  # stride 2, uneven edges
+        Geometry(2, 32, 32, 16, 16, (3, 3), (2, 2), (1, 1), (4, 4), (4, 4)),  # dilated: shifted patches
+        Geometry(2, 24, 48, 14, 14, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1), 3),  # grouped
+        Geometry(4, 40, 40, 28, 28, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1), 40),  # depthwise
+    ],
+    ids=lambda geometry: geometry.key,
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_realistic_shapes(emulated: gpu_check.Run, geometry: Geometry, dtype: str) -> None:
+    for kernel in ("filter_input", "backward"):
+        error = gpu_check.error(emulated, Workload(kernel, geometry, dtype), NANO, 1)
+        assert error <= 1, f"{kernel}: {error} times the allowed error"
+
+
+def test_long_sums_over_a_channel(emulated: gpu_check.Run) -> None:
+    """More patches than one block sums."""
+    geometry = Geometry(3, 2, 2, 100, 100, (1, 1), (1, 1), groups=2)
+    assert geometry.n * 100 * 100 > 3 * gpu.SUM_THREADS * gpu.SUM_LENGTH
+    for kernel in ("filter_grad", "backward_weight"):
+        error = gpu_check.error(emulated, Workload(kernel, geometry), NANO, 5)
+        assert error <= 1, f"{error} times the allowed error"
+
+
+class ShortSum(gpu.Shapes):
+    """The weight gradient's sum ends one step too early."""
+
+    def __init__(self, geometry: Geometry, tiles: gpu.Tiles) -> None:
+        super().__init__(geometry, tiles)
+        self.split -= tiles.wk
+
+
+def test_a_wrong_kernel_is_caught(emulated: gpu_check.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistakes that are easy to make: clipped patches, the last step of a sum, and grad_b."""
+    workload = Workload("backward", Geometry(2, 12, 10, 9, 9, (3, 3), (2, 2), (1, 1), (1, 1)))
+
+    def error(device: DeviceProfile = NANO) -> float:
+        return gpu_check.error(emulated, workload, device, 3)
+
+    assert error() <= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_scale", lambda geometry, i, j: st_.tirx.const(0.25, "float32"))
+        assert error() > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "Shapes", ShortSum)
+        assert error() > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(st_, "patch_count", lambda geometry, i, j: st_.tirx.const(4.0, "float32"))
+        assert error() > 1
+
+
+def test_bfloat16_has_no_kernels_on_gpus() -> None:
+    assert "bfloat16" not in NANO.dtypes
+
+
+def test_spaces_have_a_valid_default_and_fit_the_board() -> None:
+    for kernel in KERNELS:
+        for channels, size, groups in ((3, 5, 1), (64, 56, 1), (512, 14, 1), (96, 28, 96), (64, 14, 8)):
+            geometry = Geometry(8, channels, channels, size, size, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1), groups)
+            space = get_space(Workload(kernel, geometry), NANO)
+            assert space.valid(space.default), (kernel, geometry.key, space.default)
+
+
+def test_poisoned_outputs_are_overwritten(emulated: gpu_check.Run) -> None:
+    """What the caller has to zero, and no more, is left alone: pixels of grad_x that no patch covers."""
+    geometry = Geometry(1, 2, 2, 10, 10, (3, 3), (2, 2))
+    assert not geometry.covers_input
+    workload = Workload("backward_input", geometry)
+    (grad_x, _) = verify.poisoned_outputs(workload)
+    uncovered = grad_x == 0
+    inputs, outputs = verify.random_inputs(workload, 0), verify.poisoned_outputs(workload)
+    outputs[0][uncovered] = 7.0
+    emulated(get_space(workload, NANO).schedule(get_space(workload, NANO).default), NANO, inputs, outputs)
+    assert (outputs[0][uncovered] == 7.0).all()
+    assert not outputs[0].isnan().any()
