@@ -34,6 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("boards", nargs="+", metavar="USER@HOST", help="a board, with a key set up for ssh")
     add_tracker_arguments(parser, required=False)
     parser.add_argument(
+        "--device", metavar="D", help="of the boards' servers, as of gf-tvm farm serve (jetson-nano: its GPU measures)"
+    )
+    parser.add_argument(
         "--port",
         type=int,
         default=0,
@@ -63,9 +66,12 @@ def run(args: argparse.Namespace) -> int:
         raise FarmError(f"--port must leave room for {len(args.boards)} boards up to 65535, got {args.port}")
     if args.wheels is not None and not args.wheels.is_dir():
         raise FarmError(f"--wheels {str(args.wheels)!r}: there is no such folder")
+    from ..devices import get_profile
     from ..farm.deploy import Tunnel, new_token
     from ..farm.ssh import Ssh
 
+    if args.device not in (None, "host", "cuda"):  # which are the boards' own matter
+        get_profile(args.device)
     names = _names(args.boards, args.name)
     targets = {name: Ssh(target, args.ssh_option) for name, target in zip(names, args.boards, strict=True)}
     stop = threading.Event()
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         for index, name in enumerate(names):
             if name in boards:
                 port = args.port + index if args.port else 0
-                tunnels.append(Tunnel(boards[name], args.key, address, port, _sayer(name), token))
+                tunnels.append(Tunnel(boards[name], args.key, address, port, _sayer(name), token, args.device))
         try:
             for tunnel in tunnels:
                 tunnel.start()
@@ -153,21 +159,21 @@ def _install_all(
 
 
 class _Packages:
-    """One package for each architecture, made when first asked for; from any thread."""
+    """One package for each kind of system, made when first asked for; from any thread."""
 
     def __init__(self, folder: Path, wheels: Path | None) -> None:
         self._folder, self._wheels = folder, wheels
         self._made: dict[str, Package] = {}
         self._lock = threading.Lock()
 
-    def get(self, machine: str) -> Package:
-        """The package for an architecture. Raises FarmError."""
+    def get(self, system: str) -> Package:
+        """The package for a kind of system. Raises FarmError."""
         from ..farm.deploy import make_package
 
         with self._lock:
-            if machine not in self._made:
-                self._made[machine] = make_package(self._folder, machine, self._wheels)
-            return self._made[machine]
+            if system not in self._made:
+                self._made[system] = make_package(self._folder, system, self._wheels)
+            return self._made[system]
 
 
 def _install_one(name: str, ssh: Ssh, args: argparse.Namespace, packages: _Packages) -> Board:
@@ -179,7 +185,7 @@ def _install_one(name: str, ssh: Ssh, args: argparse.Namespace, packages: _Packa
     say(str(board))
     check_board(board)
     slow = _Slow(say)
-    if not install(board, packages.get(board.facts["machine"]), say, slow.sent, slow.line):
+    if not install(board, packages.get(board.system), say, slow.sent, slow.line):
         say("is up to date")
     return board
 

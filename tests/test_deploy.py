@@ -246,7 +246,8 @@ def test_a_pi_is_fit() -> None:
         ({"python": "3.9.2"}, "Python 3.9.2; gf_tvm needs 3.10 or newer"),
         ({"machine": "armv7l", "bits": 32}, "64-bit OS"),
         ({"bits": 32}, "64-bit OS"),  # a 32-bit system with a 64-bit kernel
-        ({"libc_version": "2.27"}, "glibc 2.28"),
+        ({"libc_version": "2.26"}, "glibc 2.27"),
+        ({"libc_version": "2.27", "machine": "x86_64"}, "glibc 2.28"),
         ({"libc": "", "libc_version": ""}, "no glibc"),
         ({"venv_module": False}, "python3-venv"),
         ({"free": 1 << 30}, "1.1 GB free"),
@@ -270,6 +271,22 @@ def test_a_package_pins_what_must_agree_and_what_would_bring_cuda(tmp_path: Path
     assert x86.requirements == ()
     assert "+" not in x86.constraints
     assert arm.digest == again.digest != x86.digest
+
+
+def test_a_jetson_nano_gets_the_last_pytorch_that_its_c_library_runs(tmp_path: Path) -> None:
+    nano = Board(Ssh("pi@a"), "a", "python3", {**PI, "libc_version": "2.27"})
+    check_board(nano)
+    package = make_package(tmp_path, nano.system)
+    assert package.machine == "aarch64"
+    assert "torch==2.5.1\n" in package.constraints
+    # gf-tvm's own metadata asks for a newer one, so it is installed without a look at it.
+    assert not package.own_requirements
+    assert {"torch", "numpy"} <= set(package.requirements)
+    assert not any(text.startswith("torch-c-dlpack-ext") or "extra" in text for text in package.requirements)
+    assert any(text.startswith("apache-tvm==") for text in package.requirements)
+    newer = make_package(tmp_path, Board(Ssh("pi@a"), "a", "python3", dict(PI)).system)
+    assert newer.own_requirements
+    assert newer.digest != package.digest
 
 
 def test_wheels_are_part_of_a_package(tmp_path: Path) -> None:

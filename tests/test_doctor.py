@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import emulated_cuda
 import pytest
 
 from gf_tvm.errors import FarmError
@@ -164,7 +165,8 @@ def test_a_full_disk_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     [
         (("glibc", "2.36"), "aarch64", OK),
         (("glibc", "2.28"), "aarch64", OK),
-        (("glibc", "2.27"), "aarch64", FAILED),  # Ubuntu 18.04
+        (("glibc", "2.27"), "aarch64", WARNING),  # Ubuntu 18.04: PyTorch up to 2.5
+        (("glibc", "2.26"), "aarch64", FAILED),
         (("", ""), "aarch64", FAILED),  # Alpine
         (("glibc", "2.36"), "armv7l", FAILED),
     ],
@@ -236,10 +238,94 @@ def test_a_tracker_and_its_boards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "known keys: nano, rpi4" in check.detail
 
 
+# --- Jetsons ----------------------------------------------------------------------------------------------------------
+
+
+def nano(root: Path, **changes: str) -> dict[str, Check]:
+    """What the doctor says of a Jetson Nano whose files are those given, by the names of the lines."""
+    gpu = "sys/class/devfreq/57000000.gpu"
+    files = {
+        "proc/device-tree/model": "NVIDIA Jetson Nano Developer Kit\0",
+        "etc/nv_tegra_release": "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64",
+        "var/lib/nvpmodel/status": "pmode:0000 fmode:fanNull",
+        **{f"{gpu}/{name}": "921600000" for name in ("cur_freq", "min_freq", "max_freq")},
+        "usr/local/cuda-10.2/targets/aarch64-linux/lib/libnvrtc.so.10.2": "",
+        "usr/local/cuda-10.2/targets/aarch64-linux/lib/libnvrtc-builtins.so.10.2": "",
+        "proc/meminfo": "MemTotal:        4059328 kB\nSwapTotal:       6223964 kB\nSwapFree:        6223964 kB\n",
+        **{name.replace("__", "/"): text for name, text in changes.items()},
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return {check.name: check for check in doctor._jetson(root)}
+
+
+def test_a_jetson_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ["found", "10.2", "NVIDIA Tegra X1", "sm_53"]
+    monkeypatch.setattr(doctor, "in_child", lambda code, seconds: found)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    checks = nano(tmp_path)
+    assert {name: check.status for name, check in checks.items()} == dict.fromkeys(checks, OK)
+    assert [str(check) for check in checks.values()] == [
+        "ok      L4T R32.7.1",
+        "ok      nvpmodel mode 0 (MAXN)",
+        "ok      GPU clock 922 MHz, fixed",
+        "ok      CUDA driver CUDA 10.2, NVIDIA Tegra X1 (sm_53)",
+        f"ok      CUDA compiler {tmp_path}/usr/local/cuda-10.2/targets/aarch64-linux/lib/libnvrtc.so.10.2",
+        "ok      swap 5.9 GiB, 5.9 free",
+    ]
+    gpu = "sys__class__devfreq__57000000.gpu__min_freq"
+    worse = {
+        "etc__nv_tegra_release": "# R32 (release), REVISION: 2.1",
+        "var__lib__nvpmodel__status": "pmode:0001",
+        gpu: "76800000",
+        "proc__meminfo": "MemTotal: 2029664 kB\nSwapTotal: 1014828 kB\nSwapFree: 10 kB\n",
+    }
+    checks = nano(tmp_path, **worse)
+    assert [name for name, check in checks.items() if check.status == WARNING] == [
+        "L4T",
+        "nvpmodel",
+        "GPU clock",
+        "swap",
+    ]
+    for name, advice in (("nvpmodel", "nvpmodel -m 0"), ("GPU clock", "jetson_clocks"), ("swap", "swap file of 4 GiB")):
+        assert advice in checks[name].advice
+    for answer, part in (
+        (["no driver", "libcuda.so.1: cannot open shared object file"], "libcuda.so.1: cannot open"),
+        (["found", "10.0", "NVIDIA Tegra X1", "sm_53"], "CUDA 10.0"),
+    ):
+        found[:] = answer
+        check = nano(tmp_path)["CUDA driver"]
+        assert (check.status, part in check.detail) == (FAILED, True)
+
+
+def test_a_jetson_of_which_nothing_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert list(doctor._jetson(tmp_path)) == []  # not a Jetson at all
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_text("NVIDIA Jetson Nano Developer Kit\0")
+    status = {check.name: check.status for check in doctor._jetson(tmp_path)}
+    driver = status.pop("CUDA driver")  # of this machine
+    assert driver in (OK, FAILED)
+    assert status == {**dict.fromkeys(("L4T", "nvpmodel", "GPU clock", "swap"), UNKNOWN), "CUDA compiler": WARNING}
+
+
+def test_the_compiler_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = emulated_cuda.variables()
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    for device, status, part in (
+        ("jetson-nano", OK, "(for jetson-nano)"),
+        ("sm_55", FAILED, "makes no code for sm_55"),
+    ):
+        check = doctor._compiler(device, True)
+        assert (check.status, part in check.detail) == (status, True), check
+
+
 # --- sent to a board --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["doctor.py", "sensors.py", "_remote.py", "../errors.py", "__init__.py"])
+@pytest.mark.parametrize("name", ["doctor.py", "sensors.py", "jetson.py", "_remote.py", "../errors.py", "__init__.py"])
 def test_what_is_sent_to_boards_is_python_3_7(name: str) -> None:
     ast.parse((FARM / name).read_text(), feature_version=(3, 7))
 

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from ..errors import FarmError
 from . import _remote
-from .doctor import MIN_GLIBC, MIN_PYTHON
+from .doctor import MIN_GLIBC, MIN_PYTHON, TORCH_GLIBC
 from .protocol import Address
 from .ssh import Say, Ssh, SshError, explain, last_line
 from .wheel import build_wheel
@@ -49,7 +49,12 @@ AARCH64_TORCH = "2.7.1"
 #: With PyTorch that old, apache-tvm-ffi compiles its tensor exchange at the first import, and a board has no compiler;
 #: this package holds it compiled. It belongs to that pin, and not to gf-tvm's dependencies.
 AARCH64_EXTRA = "torch-c-dlpack-ext"
+#: The newest PyTorch whose wheels run with the C library of Ubuntu 18.04 (a Jetson Nano's, 2.27). It is older than what
+#: gf-tvm asks for, which is for training; measuring takes only what this one has.
+OLD_TORCH = "2.5.1"
 
+# Stands behind the architecture of such a system.
+_OLD = " with an old C library"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)
 
 
@@ -66,6 +71,16 @@ class Board:
     def folder(self) -> str:
         """Where gf_tvm is, or will be, installed there."""
         return str(self.facts["folder"])
+
+    @property
+    def glibc(self) -> tuple[int, ...]:
+        """Version of its C library."""
+        return tuple(int(number) for number in re.findall(r"\d+", self.facts["libc_version"])[:2])
+
+    @property
+    def system(self) -> str:
+        """For what a package has to be made: its architecture, and whether its C library is an old one."""
+        return str(self.facts["machine"]) + (_OLD if self.glibc < TORCH_GLIBC else "")
 
     @property
     def venv_python(self) -> str:
@@ -129,10 +144,10 @@ def check_board(board: Board) -> None:
         raise FarmError(f"{target}: has Python {facts['python']}; {_needs_python()}")
     if facts["bits"] != 64 or facts["machine"] not in ("aarch64", "x86_64"):
         raise FarmError(f"{target}: is a {facts['bits']}-bit {facts['machine']} system; install a 64-bit OS")
-    libc = tuple(int(number) for number in re.findall(r"\d+", facts["libc_version"])[:2])
-    if facts["libc"] != "glibc" or libc < MIN_GLIBC:
+    least = MIN_GLIBC if facts["machine"] == "aarch64" else TORCH_GLIBC
+    if facts["libc"] != "glibc" or board.glibc < least:
         found = f"{facts['libc'] or 'no glibc'} {facts['libc_version']}".strip()
-        raise FarmError(f"{target}: has {found}; the wheels need glibc {'.'.join(map(str, MIN_GLIBC))} or newer")
+        raise FarmError(f"{target}: has {found}; the wheels need glibc {'.'.join(map(str, least))} or newer")
     if not facts["writable"]:
         raise FarmError(f"{target}: {board.folder} cannot be written there; choose another with --folder")
     if not facts["venv"]:
@@ -154,16 +169,17 @@ class Package:
     files: tuple[Path, ...]
     constraints: str
     requirements: tuple[str, ...]
+    own_requirements: bool  # whether the wheel's are to be installed
     offline: bool
     digest: str
 
 
-def make_package(folder: Path, machine: str, wheels: Path | None = None) -> Package:
-    """Prepare what a board of an architecture needs.
+def make_package(folder: Path, system: str, wheels: Path | None = None) -> Package:
+    """Prepare what a board needs.
 
     Args:
         folder: for the wheel of this gf_tvm.
-        machine: the board's architecture as ``platform.machine()`` gives it.
+        system: see :attr:`Board.system`.
         wheels: a folder of all the wheels that the board needs; None lets pip download them there.
 
     Raises:
@@ -181,7 +197,12 @@ def make_package(folder: Path, machine: str, wheels: Path | None = None) -> Pack
         with contextlib.suppress(metadata.PackageNotFoundError):
             pins.append(f"{package}=={metadata.version(package)}")
     requirements: tuple[str, ...] = ()
-    if machine == "aarch64":
+    machine, old = system.removesuffix(_OLD), system.endswith(_OLD)
+    if old:
+        pins.append(f"torch=={OLD_TORCH}")
+        # Its metadata would refuse that PyTorch, so what else it names is named here.
+        requirements = tuple(re.sub(r"^torch\b.*", "torch", text) for text in _base_requirements())
+    elif machine == "aarch64":
         pins.append(f"torch=={AARCH64_TORCH}")
         requirements = (AARCH64_EXTRA,)
     else:
@@ -191,7 +212,14 @@ def make_package(folder: Path, machine: str, wheels: Path | None = None) -> Pack
     digest = hashlib.sha256(wheel.read_bytes())
     listed = [(file.name, file.stat().st_size) for file in others]
     digest.update(json.dumps([constraints, requirements, listed]).encode())
-    return Package(machine, wheel, (wheel, *others), constraints, requirements, wheels is not None, digest.hexdigest())
+    files, offline = (wheel, *others), wheels is not None
+    return Package(machine, wheel, files, constraints, requirements, not old, offline, digest.hexdigest())
+
+
+def _base_requirements() -> list[str]:
+    """What gf-tvm depends on without its extras."""
+    found = metadata.requires("gf-tvm") or []
+    return [text.partition(";")[0].strip() for text in found if "extra ==" not in text]
 
 
 def stamp_of(board: Board, package: Package) -> str:
@@ -241,7 +269,8 @@ def install(
         pip += ["--no-index", "--find-links", "."]
     # In that folder, because pip would take a ";" of its path for a marker. Only wheels: a board has no compiler.
     wheel = f"./{package.wheel.name}"
-    constrained = [*pip, "--only-binary", ":all:", "--progress-bar", "off", "-c", "constraints.txt", wheel]
+    constrained = [*pip, "--only-binary", ":all:", "--progress-bar", "off", "-c", "constraints.txt"]
+    constrained += [wheel] if package.own_requirements else []
     # The wheel is forced in because its version may be that of the last one.
     forced = [*pip, "--quiet", "--no-deps", "--force-reinstall", wheel]
     mark = f"cd / && rm -rf {quoted} && printf %s {shlex.quote(stamp)} > {venv}/{_remote.STAMP}"
@@ -332,10 +361,14 @@ class Tunnel:
         port: on this host's loopback, where clients reach the board; 0 takes a free one at each connection.
         say: called with a line about what happens.
         token: of this deploy; :func:`new_token`.
+        device: of the server's ``--device``, for a board whose GPU measures; None for one whose CPU does.
     """
 
-    def __init__(self, board: Board, key: str, tracker: Address, port: int, say: Say, token: str) -> None:
+    def __init__(
+        self, board: Board, key: str, tracker: Address, port: int, say: Say, token: str, device: str | None = None
+    ) -> None:
         self._board, self._key, self._tracker, self._port, self._say = board, key, tracker, port, say
+        self._device = device
         self._token = token
         self._traceback: list[str] = []
         self._stop = threading.Event()
@@ -435,6 +468,7 @@ class Tunnel:
             *(board.venv_python, "-u", "-m", "gf_tvm.runners.cli", "farm", "serve"),
             *("--tracker", f"127.0.0.1:{tracker}", "--key", self._key, "--name", board.name),
             *("--host", "127.0.0.1", "--port", str(port), "--advertise", f"127.0.0.1:{advertised}"),
+            *(() if self._device is None else ("--device", self._device)),
             "--until-stdin-closes",
         ]
         run_file = shlex.quote(f"{board.folder}/run/{board.name}")

@@ -18,19 +18,22 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FarmError, GfTvmError
+from . import jetson
 from .sensors import Sensors
 
 OK, WARNING, FAILED, UNKNOWN = STATUSES = ("ok", "warning", "failed", "unknown")
 
 MIN_PYTHON = (3, 10)
-#: TVM's wheel is made for glibc 2.27, those of PyTorch and numpy for 2.28.
-MIN_GLIBC = (2, 28)
+#: TVM's wheel is made for glibc 2.27 (a Jetson Nano's), those of PyTorch since 2.6 for 2.28.
+MIN_GLIBC = (2, 27)
+TORCH_GLIBC = (2, 28)
 #: What a board must have, and what tuning needs besides.
 PACKAGES = ("gf-tvm", "torch", "numpy", "apache-tvm", "apache-tvm-ffi")
 TUNING_PACKAGES = ("psutil", "cloudpickle", "tornado")
@@ -175,6 +178,7 @@ def board_checks(sensors: Sensors | None = None, folder: Path | None = None) -> 
         ("user", _user, PROBE_SECONDS),
     ):
         yield from guarded(name, probe, seconds)
+    yield from _jetson()
 
 
 def host_checks(
@@ -274,7 +278,9 @@ def _system() -> Check:
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     text = f"{text}, glibc {version}"
     if numbers < MIN_GLIBC:
-        return Check("system", FAILED, text, "install a newer OS image: the wheels need glibc 2.28")
+        return Check("system", FAILED, text, "install a newer OS image: TVM's wheel needs glibc 2.27")
+    if numbers < TORCH_GLIBC:
+        return Check("system", WARNING, text, "PyTorch 2.5 is the last that runs here; newer ones need glibc 2.28")
     return Check("system", OK, text)
 
 
@@ -400,7 +406,7 @@ def _sensors(sensors: Sensors | None) -> Iterator[Check]:
 
 def _throttling(known: bool, now: tuple[str, ...], before: tuple[str, ...]) -> Check:
     if not known:
-        return Check("throttling", UNKNOWN, "cannot be read (only a Raspberry Pi's firmware tells)")
+        return Check("throttling", UNKNOWN, "cannot be read (a Raspberry Pi's firmware and a Jetson's kernel tell)")
     causes = now or before
     advice = "; ".join(dict.fromkeys(_ADVICE[cause] for cause in causes))
     if now:
@@ -408,6 +414,21 @@ def _throttling(known: bool, now: tuple[str, ...], before: tuple[str, ...]) -> C
     if before:
         return Check("throttling", WARNING, f"not now, but since the start: {', '.join(before)}", advice)
     return Check("throttling", OK, "none since the start")
+
+
+def _jetson(root: Path = Path("/")) -> Iterator[Check]:
+    """What only a Jetson has; nothing elsewhere."""
+    if not jetson.is_jetson(root):
+        return
+    for name, probe in (
+        ("L4T", lambda: jetson.system(root)),
+        ("nvpmodel", lambda: jetson.power_mode(root, jetson.ask_nvpmodel)),
+        ("GPU clock", lambda: jetson.gpu_clock(root)),
+        ("CUDA driver", lambda: jetson.driver(in_child(jetson.LOOK_AT_DRIVER, PROBE_SECONDS))),
+        ("CUDA compiler", lambda: jetson.compiler(root)),
+        ("swap", lambda: jetson.swap(root)),
+    ):
+        yield from guarded(name, lambda probe=probe: Check(*probe()), 2 * PROBE_SECONDS)  # type: ignore[misc]
 
 
 def _time() -> Check:
@@ -444,17 +465,26 @@ def _compiler(device: str, wanted: bool) -> Check:
 import json
 from gf_tvm.errors import GfTvmError
 try:
-    from gf_tvm.compile import find_linker
+    from gf_cuda import NoCompilerError
     from gf_tvm.devices import get_profile
-    found = find_linker(get_profile({device!r}))
-    result = [True, found if isinstance(found, str) else " ".join(map(str, found))]
-except GfTvmError as error:
+    profile = get_profile({device!r})
+    if profile.gpu is not None:
+        from gf_cuda import nvrtc
+        compiler, number = nvrtc.find(), int(profile.gpu.arch[3:])
+        # What is newer than the compiler gets its code from the driver.
+        knows = number in compiler.archs or number > max(compiler.archs)
+        result = [knows, str(compiler) if knows else f"{{compiler}} makes no code for {{profile.gpu.arch}}"]
+    else:
+        from gf_tvm.compile import find_linker
+        found = find_linker(profile)
+        result = [True, found if isinstance(found, str) else " ".join(map(str, found))]
+except (GfTvmError, NoCompilerError) as error:
     result = [False, str(error)]
 print(json.dumps(result))
 """
     found, text = in_child(code)
     if found:
-        return Check("compiler", OK, f"{text} (links for {device})")
+        return Check("compiler", OK, f"{text} (for {device})")
     if wanted:
         return Check("compiler", FAILED, text)
     return Check("compiler", OK, f"none: this machine runs kernels, it does not build them ({text})")
@@ -501,6 +531,9 @@ def verify_library(
         seconds: that one kernel may take.
     """
     path = Path(path).absolute()
+    if _is_for_gpu(path):
+        yield _verify_on_gpu(path, seconds)
+        return
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     first, total, wrong = 0, 0, 0
@@ -540,6 +573,37 @@ def verify_library(
         yield Check(kernel, FAILED, f"{reason or child.end()} (seed {seed})")
         if progress is not None:
             progress(first, total)
+
+
+def _is_for_gpu(path: Path) -> bool:
+    """Whether it is a bundle for NVIDIA GPUs; what cannot be read is left to who reads it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = json.loads(archive.read("manifest.json").decode("utf-8"))
+        return isinstance(manifest, dict) and manifest.get("kind") == "cuda"
+    except Exception:  # whatever a damaged archive makes zipfile raise
+        return False
+
+
+def _verify_on_gpu(path: Path, seconds: float) -> Check:
+    """gf_cuda's own check of a bundle, in a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gf_cuda", "check", str(path)],
+            cwd=_AWAY,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=10 * seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Check(path.name, FAILED, f"its kernels did not return in {10 * seconds:g} s")
+    lines = [line for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
+    if done.returncode == 0 and lines:
+        return Check(path.name, OK, f"{lines[-1]} (float64)")
+    if done.returncode == 1 and lines and not done.stderr:
+        return Check(path.name, FAILED, lines[-1], f"python -m gf_cuda check {path.name} names them")
+    return Check(path.name, FAILED, _end_of(done.returncode, done.stderr))
 
 
 def _wrong(excess: float | None, seed: int) -> str:
