@@ -19,17 +19,20 @@ from gf_cuda import Executable, Program, ProgramError
 from gf_cuda.driver import Device, Driver
 from gf_cuda.program import load_file
 
-# y = sqrt(sum of x**2): the partial sums, and a copy of them, lie in scratch memory between the launches.
+# y = sqrt(sum of x**2): the partial sums, and twice their value, lie in scratch memory between the launches.
 _NORM = """
-extern "C" __global__ void squares(float* __restrict__ x, float* __restrict__ part, float* __restrict__ copy) {
+extern "C" __global__ void squares(float* __restrict__ x, float* __restrict__ part, float* __restrict__ twice) {
   __shared__ float red[4];
   int i = (int)blockIdx.x * 4 + (int)threadIdx.x;
   red[(int)threadIdx.x] = x[i] * x[i];
   __syncthreads();
-  if ((int)threadIdx.x == 0) part[(int)blockIdx.x] = copy[(int)blockIdx.x] = red[0] + red[1] + red[2] + red[3];
+  if ((int)threadIdx.x == 0) {
+    part[(int)blockIdx.x] = red[0] + red[1] + red[2] + red[3];
+    twice[(int)blockIdx.x] = 2.0f * (red[0] + red[1] + red[2] + red[3]);
+  }
 }
-extern "C" __global__ void root(float* __restrict__ copy, float* __restrict__ part, float* __restrict__ y) {
-  y[0] = sqrtf(part[0] + part[1] + part[2] + 0.0f * copy[2]);
+extern "C" __global__ void root(float* __restrict__ twice, float* __restrict__ part, float* __restrict__ y) {
+  y[0] = sqrtf(twice[0] + twice[1] + twice[2] - part[0] - part[1] - part[2]);
 }
 """
 _PROGRAM: dict[str, Any] = {
