@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import emulated_cuda
 import pytest
@@ -14,13 +15,14 @@ from farm_helpers import NativeBoard, TrackerProcess, small_workload
 from gpu_toy_task import GpuToyTask, TreacherousGpuTask, program
 from toy_task import N
 
-from gf_cuda import CompileError, DriverError, ProgramError, compile_source
+from gf_cuda import CompileError, DriverError, NoCompilerError, ProgramError, compile_source
 from gf_tvm.devices import get_profile
 from gf_tvm.errors import DeviceError, FarmError
 from gf_tvm.farm.gpu import GpuInfo, check_device
 from gf_tvm.farm.sensors import Sensors
 from gf_tvm.farm.server import Context, Counters
 from gf_tvm.runners.cli import main
+from gf_tvm.tuning import gpu_worker
 from gf_tvm.tuning.gpu_worker import GpuWorker
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
@@ -149,16 +151,28 @@ def test_a_program_for_other_tensors_is_refused(gpu: emulated_cuda.Emulated, tmp
         prepared().load("it", tmp_path / "it.zip")
 
 
-def test_a_driver_that_does_not_know_the_code_compiles_the_source(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
+def test_a_driver_that_does_not_know_the_code_compiles_the_source(
+    gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As on a Jetson Nano, whose driver is of CUDA 10.2, while the code was made by the compiler of CUDA 11.8."""
     gpu.fault("cuModuleLoadDataEx:1:200")
     assert checked("none", tmp_path)[0] <= 1
+    # Without a compiler both reasons are told.
+    library = built("none", tmp_path)
+    monkeypatch.setattr(gpu_worker, "compile_source", no_compiler)
+    gpu.fault("cuModuleLoadDataEx:1:209")
+    with pytest.raises(ProgramError, match=r"NO_BINARY_FOR_GPU.*; the source cannot be compiled here either: no nvcc"):
+        prepared().load("it", library)
     # What is wrong with a candidate itself is not tried again.
     gpu.fault("cuModuleLoadDataEx:1:2")
     gpu.forget_calls()
     with pytest.raises(DriverError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        prepared().load("it", built("none", tmp_path))
+        prepared().load("it", library)
     assert gpu.calls().count("cuModuleLoadDataEx") == 1
+
+
+def no_compiler(*_: object) -> NoReturn:
+    raise NoCompilerError("no nvcc")
 
 
 def test_workers_of_cpus_stay_what_they_are() -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gf_cuda import CompileError, DriverError, ProgramError, compile_source, get_driver
+from gf_cuda import CompileError, DriverError, NoCompilerError, ProgramError, compile_source, get_driver
 from gf_cuda.program import Executable, load_file
 
 from ..machine import torch_threads, usable_cores
@@ -39,8 +39,8 @@ _LEAST_SWEEP = 8 << 20
 _QUEUED = 512
 # Seconds that the GPU is kept busy at most while the host queues calls.
 _LONGEST_LEAD = 0.05
-# CUDA_ERROR_JIT_COMPILER_NOT_FOUND, CUDA_ERROR_JIT_COMPILATION_DISABLED: PTX is of no use to this driver.
-_NO_JIT = (221, 223)
+# What the driver says of code is said by this call; CUDA_ERROR_OUT_OF_MEMORY is not about the code.
+_LOAD, _NO_MEMORY = "cuModuleLoadDataEx", 2
 
 
 class GpuWorker(Worker):
@@ -107,9 +107,12 @@ class GpuWorker(Worker):
             # A driver that is older than the compiler (CUDA 10.2 on a Jetson Nano) need not know its code; such a
             # machine has a compiler of its own. Anything else is the candidate's fault.
             cause = error if isinstance(error, DriverError) else error.__cause__
-            if not isinstance(cause, DriverError) or (cause is error and error.code not in _NO_JIT):
+            if not isinstance(cause, DriverError) or cause.call != _LOAD or cause.sticky or cause.code == _NO_MEMORY:
                 raise
-            image, _, _ = compile_source(source, self._device.arch)
+            try:
+                image, _, _ = compile_source(source, self._device.arch)
+            except NoCompilerError as missing:
+                raise ProgramError(f"{error}; the source cannot be compiled here either: {missing}") from None
             return Executable(self._device, program, image)
 
     def unload(self, name: str) -> None:
