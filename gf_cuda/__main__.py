@@ -4,7 +4,6 @@ Exit codes: 0, all is well; 1, a kernel is wrong or failed; 2, nothing could be 
 """
 
 import argparse
-import glob
 import math
 import os
 import platform
@@ -12,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from . import nvrtc
+from . import board, nvrtc
 from .bundle import Bundle, Kernel, load, read
 from .driver import Device
 from .errors import DriverError, GfCudaError, NoCompilerError, ProgramError
@@ -91,8 +90,11 @@ def _of_machine(device: Device) -> List[Tuple[str, str]]:
         compiler = "none (not needed where the bundle fits)"
     free, total = device.free_memory()
     version = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
-    clock = f"{device.clock_khz / 1e3:.0f} MHz" + _present_clock()
+    clocks = board.clocks()
+    clock = f"{device.clock_khz / 1e3:.0f} MHz" + ("" if clocks is None else f" (now {clocks['now']:.0f})")
+    notes = [board.board(), board.l4t() and f"L4T {board.l4t()}", board.advice()]
     return [
+        *(("board", note) for note in notes if note),
         ("driver", version + (", emulated: its times say nothing" if driver.emulated else "")),
         (
             f"GPU {device.ordinal}",
@@ -103,17 +105,6 @@ def _of_machine(device: Device) -> List[Tuple[str, str]]:
         ("Python", f"{platform.python_version()}{pytorch}, {platform.machine()}"),
         ("compiler", compiler),
     ]
-
-
-def _present_clock() -> str:
-    """Of a Jetson's GPU, which changes with the load, and with jetson_clocks does not; "" elsewhere."""
-    for path in glob.glob("/sys/class/devfreq/*gpu*/cur_freq") + glob.glob("/sys/class/devfreq/*gv11b*/cur_freq"):
-        try:
-            with open(path) as file:
-                return f" (now {int(file.read()) / 1e6:.0f} MHz)"
-        except (OSError, ValueError):
-            continue
-    return ""
 
 
 def _check(bundle: Bundle, name: Optional[str], ordinal: int) -> int:

@@ -32,8 +32,12 @@ def conv2d(
 
     The result is that of ``torch.nn.functional.conv2d``. For the backward pass only x's sum over each patch is kept;
     the gradients of x and weight are those of gradient filtering, the gradient of bias is exact. Without a library,
-    or where it lacks what is needed (also float64, and other devices than the CPU), the same mathematics runs as
-    plain PyTorch operators, and a :class:`gf_tvm.FallbackWarning` says so once.
+    or where it lacks what is needed (also float64, and tensors on another device than its kernels'), the same
+    mathematics runs as plain PyTorch operators, and a :class:`gf_tvm.FallbackWarning` says so once.
+
+    On a GPU, kernels run on the current stream of x's device, and nothing waits for them. A kernel's code is loaded
+    at its first use, which a CUDA graph's capture does not allow: warm-up steps before the capture, which PyTorch asks
+    for in any case, load it, or ``library.prepare(device)`` does.
 
     Contiguous tensors reach the kernels uncopied, unless they are slices at an address that vector loads cannot take.
     Channels-last and other tensors are made contiguous where a kernel reads them; the result then is channels last as

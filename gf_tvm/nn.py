@@ -283,7 +283,7 @@ def _named(model: nn.Module, name: str, convs: list[str]) -> nn.Conv2d:
 
 def _library(library: Library | None) -> Library | None:
     """``library``, if it is one. Raises ModelError."""
-    if library is not None and not isinstance(getattr(library, "digest", None), str):
+    if library is not None and not isinstance(getattr(library, "device_type", None), str):
         raise ModelError(f"library must be what gf_tvm.load(FILE) returned, or None; got {library!r}")
     return library
 

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gf_cuda
 import gf_tvm
 from gf_cuda.bundle import Kernel
 from gf_tvm import verify
 from gf_tvm.cuda_library import CudaKernel
-from gf_tvm.errors import BuildError, BundleError, DeviceError, GeometryError
+from gf_tvm.errors import BuildError, BundleError, DeviceError, GeometryError, ModelError
 from gf_tvm.geometry import Geometry
 from gf_tvm.library import Library
 from gf_tvm.runners.cli import main
@@ -364,6 +365,11 @@ def test_autocast_runs_float16_kernels(library: Library, monkeypatch: pytest.Mon
     assert [grad.dtype for grad in grads] == [torch.float32] * 3
     for a, b in zip(grads, gradients(library), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))
+
+
+def test_a_board_s_library_is_another(file: Path) -> None:
+    with pytest.raises(ModelError, match=r"library must be what gf_tvm.load\(FILE\) returned"):
+        gf_tvm.filter_model(nn.Conv2d(1, 1, 1), patch=2, last=1, library=gf_cuda.load(file))  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("error::gf_tvm.FallbackWarning")
