@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     address = tracker_address(args)
     found = boards(address)
     now = time.time()
-    print(format_table(_HEADERS, [_row(board, now) for board in found], floats=".1f"))
+    print(format_table(*_table(found, now), floats=".1f"))
     if not found:
         print(f"no board is registered with the tracker at {show(address)}")
     if args.json is not None:
@@ -47,25 +47,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_HEADERS = (
-    *("board", "key", "address", "state", "gf_tvm", "TVM", "cores", "MHz", "°C"),
-    *("GPU", "GPU\nMHz", "GPU\n°C", "throttled", "trials", "failed"),
-)
+_HEADERS = ("board", "key", "address", "state", "gf_tvm", "TVM", "cores", "MHz", "°C")
+_GPU_HEADERS = ("GPU", "GPU\nMHz", "GPU\n°C")
+_LAST_HEADERS = ("throttled", "trials", "failed")
 
 
-def _row(board: Board, now: float) -> tuple[object, ...]:
+def _table(found: list[Board], now: float) -> tuple[list[str], list[list[object]]]:
+    """Headers and rows; with columns about GPUs where a board has one."""
+    headers = [*_HEADERS, *(_GPU_HEADERS if any(board.info.get("gpu") for board in found) else ()), *_LAST_HEADERS]
+    rows = []
+    for board in found:
+        cells = _cells(board, now)
+        rows.append([cells.get(header) for header in headers])
+    return headers, rows
+
+
+def _cells(board: Board, now: float) -> dict[str, object]:
+    """By header; what is missing is not known."""
     info = board.info
+    cells: dict[str, object] = {"board": board.name, "key": board.key, "address": board.address, "state": "?"}
     if not info:
-        return (board.name, board.key, board.address, "?", *[None] * (len(_HEADERS) - 4))
+        return cells
     sensors = info.get("sensors") or {}
     versions = info.get("versions") or {}
-    return (
-        *(board.name, board.key, board.address, _state(info, now)),
-        *(versions.get("gf-tvm"), versions.get("apache-tvm"), info.get("cores")),
-        *(sensors.get("mhz"), sensors.get("celsius")),
-        *(_gpu(info.get("gpu")), sensors.get("gpu_mhz"), sensors.get("gpu_celsius")),
-        *(_throttled(sensors), info.get("trials"), info.get("failed")),
-    )
+    gpu = info.get("gpu")
+    return {
+        **cells,
+        "state": _state(info, now),
+        "gf_tvm": versions.get("gf-tvm"),
+        "TVM": versions.get("apache-tvm"),
+        "cores": info.get("cores"),
+        "MHz": sensors.get("mhz"),
+        "°C": sensors.get("celsius"),
+        "GPU": f"{gpu.get('name')} ({gpu.get('arch')}), CUDA {gpu.get('driver')}" if gpu else None,
+        "GPU\nMHz": sensors.get("gpu_mhz"),
+        "GPU\n°C": sensors.get("gpu_celsius"),
+        "throttled": _throttled(sensors),
+        "trials": info.get("trials"),
+        "failed": info.get("failed"),
+    }
 
 
 def _state(info: dict[str, Any], now: float) -> str:
@@ -76,11 +96,6 @@ def _state(info: dict[str, Any], now: float) -> str:
     if info.get("emulated"):
         parts.append("emulated")
     return ", ".join(parts)
-
-
-def _gpu(gpu: dict[str, Any] | None) -> str | None:
-    """With which the board measures."""
-    return f"{gpu.get('name')} ({gpu.get('arch')}), CUDA {gpu.get('driver')}" if gpu else None
 
 
 def _throttled(sensors: dict[str, Any]) -> str | None:

@@ -287,6 +287,7 @@ def test_a_log_of_something_else_is_refused_by_name(tmp_path: Path, other: dict[
 
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "cpu": ({"cpu": "another"}, "cpu Some CPU, now another"),
+    "gpu": ({"gpu": "a GPU"}, "gpu None, now a GPU"),
     "threads": ({"threads": 4}, "threads 2, now 4"),
     "tvm": ({"tvm": "0.28.0"}, "tvm 0.27.0, now 0.28.0"),
     "cache": ({"measurement": {"repeats": 5, "cache": "cold"}}, "cache warm, now cold"),
