@@ -125,6 +125,21 @@ def test_what_lay_on_the_device_before_does_not_help(gpu: emulated_cuda.Emulated
         assert (worker.check()[0] == math.inf) == (name != "right")
 
 
+@pytest.mark.parametrize(("gpu_us", "leads"), [(5, 4), (50, 1), (500, 1)])
+def test_the_gpu_is_kept_busy_while_calls_are_queued(monkeypatch: pytest.MonkeyPatch, gpu_us: int, leads: int) -> None:
+    """Unless the GPU takes longer for the calls than the host anyway: else it would wait, which is not the kernel."""
+    worker = GpuWorker(GpuToyTask())
+
+    def calls(name: str, count: int) -> tuple[float, float, float]:
+        lead, queueing = 50e-6 * worker._leads, 10 * 12e-6
+        waited = max(0.0, queueing - lead - count * gpu_us * 1e-6) if gpu_us < 12 else 0.0
+        return lead, queueing, count * gpu_us * 1e-6 + waited
+
+    monkeypatch.setattr(worker, "_try", calls)
+    assert worker._seconds("it", 10) == pytest.approx(10 * gpu_us * 1e-6)
+    assert worker._leads == leads
+
+
 def test_inputs_are_uploaded_once_and_memory_is_given_back(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
     worker = prepared()
     gpu.forget_calls()
