@@ -141,8 +141,33 @@ def test_threads_that_do_not_meet_at_a_barrier_are_an_error(
     with pytest.raises(gf_cuda.DriverError, match="CUDA_ERROR_LAUNCH_FAILED") as caught:
         launch(f'extern "C" __global__ void main_kernel(float* y) {{ {body} }}', (1, 1, 1), (32, 1, 1), np.zeros(1))
     assert caught.value.sticky
-    assert "main_kernel do not meet" in capfd.readouterr().err
+    words = capfd.readouterr().err.splitlines()
+    assert words[-2:] == [
+        "emulated CUDA: the threads do not meet at the same barriers",
+        "emulated CUDA: main_kernel, block (0, 0, 0)",
+    ]
     gpu.fault()
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("*(float4*)(y + threadIdx.x) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);", "MISALIGNED_ADDRESS"),
+        ("__shared__ float s[4]; s[threadIdx.x] = 1.0f;", "MISALIGNED_ADDRESS"),
+        ("if (threadIdx.x == 7) *(float*)(16) = y[0];", "ILLEGAL_ADDRESS"),
+    ],
+    ids=["vector", "array", "null"],
+)
+def test_bad_addresses_are_the_errors_of_a_gpu(body: str, name: str, gpu: emulated_cuda.Emulated) -> None:
+    source = f'extern "C" __global__ void main_kernel(float* y) {{ {body} }}'
+    y = np.zeros(64, np.float32)
+    with pytest.raises(gf_cuda.DriverError, match=f"CUDA_ERROR_{name}") as caught:
+        launch(source, (1, 1, 1), (8, 1, 1), y[-y.ctypes.data // 4 % 4 :])
+    assert caught.value.sticky
+    # A process that has made such a mistake is at its end; these tests go on.
+    gpu.fault()
+    launch(source.replace(body, "y[threadIdx.x] = 2.0f;"), (1, 1, 1), (8, 1, 1), y)
+    assert y[:8].tolist() == [2] * 8
 
 
 def test_indices_and_integers() -> None:

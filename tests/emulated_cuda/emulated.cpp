@@ -1,9 +1,10 @@
 // A CUDA driver and NVRTC for machines without a GPU: one library that exports both APIs, as far as gf_cuda uses them.
 //
 // NVRTC compiles CUDA C with g++ behind shim.hpp; the "cubin" is a shared library, and "PTX" is the source, which the
-// driver compiles when it loads it. Launches run at once, in the calling thread, one after another. It is stricter
-// than a GPU where that shows mistakes: fresh and shared memory hold NaN, threads take turns in changing order, and a
-// barrier that not all threads of a block reach is an error.
+// driver compiles when it loads it. Launches run at once, in the calling thread, one after another. It is as strict as
+// a GPU or stricter where that shows mistakes: fresh and shared memory hold NaN, threads take turns in changing order,
+// and it is an error if not all threads of a block reach a barrier, if an address is none, is not a multiple of what is
+// read from it, or lies outside the array that is indexed.
 //
 // The environment, read at each call:
 //   GF_CUDA_EMULATED_DEVICES    number of GPUs; 1
@@ -15,6 +16,7 @@
 #include <dlfcn.h>
 #include <elf.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,6 +71,7 @@ const Error kErrors[] = {
     {218, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {716, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {702, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
@@ -131,7 +134,9 @@ struct Kernel {
 };
 struct Module;
 struct Function { Module* module; Kernel kernel; int shared_bytes; };
-struct Index { unsigned x, y, z; };
+struct Index {
+  unsigned x, y, z;
+};
 struct Module {
   void* library;
   std::map<std::string, std::unique_ptr<Function>> functions;
@@ -253,8 +258,9 @@ std::string compile(const std::string& source, const std::string& name, int numb
     return "";
   }
   write_file(work + "/kernel.cpp", text.str());
-  // Kernels read float as float4.
-  std::string command = "g++ -std=c++14 -O1 -fPIC -shared -fno-strict-aliasing -w -fmax-errors=20 -o '" + work +
+  // Kernels read float as float4. The checks end in an illegal instruction, which the launch catches.
+  std::string command = "g++ -std=c++14 -O1 -fPIC -shared -fno-strict-aliasing -w -fmax-errors=20 "
+                        "-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -o '" + work +
                         "/kernel.so' '" + work + "/kernel.cpp' > '" + work + "/log' 2>&1 < /dev/null";
   int status = system(command.c_str());
   *log = read_file(work + "/log");
@@ -317,8 +323,40 @@ void resume(Fiber* fiber, bool fresh) {
   _longjmp(fiber->at, 1);
 }
 
-// All threads of one block. False if they do not all reach the same barriers.
-bool run_block(const Index& block, Index* thread_index) {
+// A kernel's bad address ends its thread, and with it the launch.
+const int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+thread_local bool launching = false;
+int trapped = 0;
+struct sigaction handlers_before[4];
+
+void trap(int number) {
+  if (launching) {
+    trapped = number;
+    _longjmp(scheduler, 1);
+  }
+  // Another thread's own mistake.
+  for (int i = 0; i < 4; ++i)
+    if (kSignals[i] == number) sigaction(number, &handlers_before[i], nullptr);
+  raise(number);
+}
+
+struct Traps {
+  Traps() {
+    struct sigaction action = {};
+    action.sa_handler = trap;
+    action.sa_flags = SA_NODEFER;  // it is left by a jump
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &handlers_before[i]);
+    trapped = 0;
+    launching = true;
+  }
+  ~Traps() {
+    launching = false;
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &handlers_before[i], nullptr);
+  }
+};
+
+// All threads of one block. The error code if they do not all reach the same barriers, or one fails.
+CUresult run_block(const Index& block, Index* thread_index) {
   int count = block.x * block.y * block.z;
   std::vector<Fiber*> fibers(count, nullptr);
   bool agree = true;
@@ -338,6 +376,11 @@ bool run_block(const Index& block, Index* thread_index) {
       if (!fiber) continue;
       *thread_index = {thread % block.x, thread / block.x % block.y, thread / (block.x * block.y)};
       resume(fiber, fresh);
+      if (trapped) {
+        fprintf(stderr, "emulated CUDA: thread (%u, %u, %u) fails by %s\n", thread_index->x, thread_index->y,
+                thread_index->z, strsignal(trapped));
+        return trapped == SIGILL ? 716 : 700;
+      }
       if (fiber->line == 0) {
         idle.push_back(fiber);
         fibers[thread] = nullptr;
@@ -347,9 +390,12 @@ bool run_block(const Index& block, Index* thread_index) {
         ++waiting;
       }
     }
-    if (waiting == 0) return agree;
     // The fibers of a block that fails are lost; so is the context.
-    if (waiting != count || !agree) return false;
+    if ((waiting != 0 && waiting != count) || !agree) {
+      fprintf(stderr, "emulated CUDA: the threads do not meet at the same barriers\n");
+      return 719;
+    }
+    if (waiting == 0) return 0;
   }
 }
 
@@ -654,13 +700,15 @@ EXPORT CUresult cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned 
   *module->block_size = {bx, by, bz};
   entry = function->kernel.call;
   entry_parameters = parameters;
+  Traps traps;
   for (size_t block = 0; block < blocks; ++block) {
     *module->block_index = {unsigned(block % gx), unsigned(block / gx % gy), unsigned(block / gx / gy)};
     memset(dynamic, 0xff, shared);
     if (module->shared) memset(module->shared, 0xff, module->shared_end - module->shared);
-    if (!run_block(*module->block_size, module->thread_index)) {
-      fprintf(stderr, "emulated CUDA: threads of %s do not meet at the same barriers\n", function->kernel.name);
-      return fail(719);
+    if (CUresult code = run_block(*module->block_size, module->thread_index)) {
+      fprintf(stderr, "emulated CUDA: %s, block (%u, %u, %u)\n", function->kernel.name, module->block_index->x,
+              module->block_index->y, module->block_index->z);
+      return fail(code);
     }
   }
   return 0;
