@@ -17,7 +17,9 @@ from simulated_gpu import SimulatedGpu
 from torch import Tensor
 
 import gf_cuda
-from gf_cuda import bench, energy, exact, timing
+from gf_cuda import _bench as bench
+from gf_cuda import bench as command
+from gf_cuda import energy, exact, timing
 from gf_cuda.bundle import Convolution
 from gf_cuda.energy import Energy
 from gf_tvm.comparison import GpuRow, roofline
@@ -230,7 +232,7 @@ def test_the_command(
     monkeypatch.setattr(bench, "open_setting", lambda *arguments: setting)
     out = tmp_path / "nano.json"
     parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
+    command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["bench", str(bundle), "--only", "r2x2", "--json", str(out)])
     assert args.run(args) == 0
     assert len(json.loads(out.read_text())["rows"]) == 2
@@ -242,7 +244,7 @@ def test_the_command(
         (["--seconds", "-1"], "got -1"),
     ):
         with pytest.raises(gf_cuda.GfCudaError, match=said):
-            bench.main([str(bundle), *words])
+            command.main([str(bundle), *words])
 
 
 def test_opening(bundle: Path, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
