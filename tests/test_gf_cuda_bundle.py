@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from gf_tvm.errors import GeometryError
 from gf_tvm.geometry import Geometry
 from gf_tvm.workload import KERNELS, Workload
 
-GEOMETRY = Geometry(2, 6, 8, 11, 9, 3, (2, 3), stride=2, groups=2)  # not every pixel of x is in a patch
+GEOMETRY = Geometry(2, 6, 8, 11, 9, 3, (5, 2), stride=2, groups=2)  # not every pixel of x is in a patch
 WORKLOADS = [Workload(kernel, GEOMETRY) for kernel in ("filter_input", "backward", "backward_weight")]
 HALF = Workload("backward_input", Geometry(3, 4, 4, 7, 7, 3, 2, padding=1, groups=4), "float16")
 AT = Convolution.from_dict(GEOMETRY.to_dict())
@@ -74,6 +75,7 @@ def excess(kernel: Kernel, workload: Workload, ordinal: int = 0, seed: int = 1) 
 
 
 def test_kernels_are_found_and_right(file: Path) -> None:
+    assert not GEOMETRY.covers_input
     bundle = gf_cuda.load(file)
     assert (bundle.device, bundle.arch, len(bundle.kernels)) == ("jetson-nano", "sm_53", 4)
     for workload in (*WORKLOADS, HALF):
@@ -100,7 +102,14 @@ def test_code_is_loaded_at_its_first_use_and_once(file: Path, gpu: emulated_cuda
     assert set(gpu.calls()) <= {"cuLaunchKernel", "cuCtxGetCurrent", "cuCtxSetCurrent"}
 
 
-def test_threads_share_what_one_of_them_loads(file: Path, gpu: emulated_cuda.Emulated) -> None:
+def test_threads_share_what_one_of_them_loads(
+    file: Path, gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any) -> gf_cuda.Executable:
+        time.sleep(0.05)  # long enough for the others to come
+        return gf_cuda.Executable(*arguments)
+
+    monkeypatch.setattr("gf_cuda.bundle.Executable", slowly)
     kernel = find(gf_cuda.load(file), WORKLOADS[1])
     start = threading.Barrier(6)
     errors: list[float] = []
@@ -124,6 +133,7 @@ def test_each_gpu_has_its_own_code(file: Path, monkeypatch: pytest.MonkeyPatch) 
         kernel = find(gf_cuda.load(file), WORKLOADS[1])
         for ordinal in (1, 0, 1):
             assert excess(kernel, WORKLOADS[1], ordinal) <= 1
+            assert kernel.prepare(ordinal).device.ordinal == ordinal
         assert gpu.calls().count("cuModuleLoadDataEx") == 2
         with pytest.raises(NoDriverError, match="no CUDA device 2: this machine has 2"):
             kernel.prepare(2)
@@ -187,13 +197,16 @@ def test_a_gpu_of_another_generation_needs_a_compiler(file: Path, tmp_path: Path
     assert "\n" not in message
 
 
-def test_source_is_compiled_for_another_gpu_and_it_says_so_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with emulated_cuda.environment(arch="sm_72"), caplog.at_level(logging.WARNING, "gf_cuda"):
+@pytest.mark.parametrize("arch", ["sm_50", "sm_61"])
+def test_source_is_compiled_for_another_gpu_and_it_says_so_once(
+    file: Path, caplog: pytest.LogCaptureFixture, arch: str
+) -> None:
+    with emulated_cuda.environment(arch=arch), caplog.at_level(logging.WARNING, "gf_cuda"):
         bundle = gf_cuda.load(file)
-        for workload in WORKLOADS:
+        for workload in WORKLOADS[:2]:
             assert excess(find(bundle, workload), workload) <= 1
     assert len(caplog.messages) == 1
-    assert "nano.gfb was built for sm_53 (machine code of sm_53, the GPU is sm_72)" in caplog.messages[0]
+    assert f"nano.gfb was built for sm_53 (machine code of sm_53, the GPU is {arch})" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +417,7 @@ def random_geometries(count: int, seed: int) -> Iterator[Geometry]:
 
 def test_the_reference_is_that_of_gf_tvm(one_thread: None) -> None:
     seen = {"dilated": 0, "depthwise": 0, "uncovered": 0}
-    for geometry in random_geometries(30, 5):
+    for geometry in random_geometries(20, 5):
         at = Convolution.from_dict(geometry.to_dict())
         assert at.key == geometry.key
         seen["dilated"] += geometry.dilated
@@ -426,7 +439,7 @@ def test_the_reference_is_that_of_gf_tvm(one_thread: None) -> None:
                 assert reference.excess(wrong, ours[key]) <= 1
                 wrong.view(-1)[-1] += 1 + abs(float(wrong.view(-1)[-1]))
                 assert reference.excess(wrong, ours[key]) > 1 or float(want.magnitude.view(-1)[-1]) > 1e4
-    assert all(count > 2 for count in seen.values()), seen
+    assert all(count > 1 for count in seen.values()), seen
 
 
 def test_check_says_what_is_right(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,7 +455,7 @@ def test_check_says_what_is_right(file: Path, capsys: pytest.CaptureFixture[str]
 def test_check_finds_a_wrong_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = cuda_bundles._SOURCE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_bundles, "_SOURCE", source.replace("sum / count", "sum / (RH * RW)"))
+        patch.setattr(cuda_bundles, "_SOURCE", source.replace("sum / count", "sum / (count + 1)"))
         path = cuda_bundles.write_bundle(tmp_path / "wrong.gfb", WORKLOADS[:2])
     assert main(["check", str(path)]) == 1
     out = capsys.readouterr().out
