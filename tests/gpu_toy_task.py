@@ -146,9 +146,9 @@ class GpuToyTask(Task):
 TREACHERY = {
     "right": "",
     "wrong": ";",
-    "crash": "*(volatile int*)0 = 1;",
-    # As an illegal address on a GPU: the launch fails when it is waited for, and the context is lost.
-    "lost": "if (threadIdx.x == 0) __syncthreads();",
+    "crash": "__builtin_abort();",
+    # The context is lost.
+    "illegal address": "*(volatile int*)0 = 1;",
     "hang": "for (volatile int k = 0;; k = 1) {}",
     "over the limits": "",
 }

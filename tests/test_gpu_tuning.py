@@ -82,7 +82,7 @@ def test_a_right_kernel_is_right_and_is_timed(gpu: emulated_cuda.Emulated, tmp_p
         assert not complaint
     for cold in (False, True):
         gpu.forget_calls()
-        runs = worker.time("it", repeats=3, min_seconds=0.005, max_seconds=60.0, cold=cold)
+        runs = worker.time("it", repeats=3, min_seconds=0.002, max_seconds=60.0, cold=cold)
         calls = gpu.calls()
         assert len(runs) == 3
         assert all(0 < seconds < 0.1 for seconds in runs)
@@ -370,11 +370,11 @@ def test_tuning_on_a_board_with_a_gpu(
         "right": "ok",
         "wrong": "wrong",
         "crash": "crash",
-        "lost": "run",
+        "illegal address": "run",
         "hang": "timeout",
         "over the limits": "build",
     }
-    assert "CUDA_ERROR_LAUNCH_FAILED (719)" in records["lost"].message
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS (700)" in records["illegal address"].message
     assert "threads" in records["over the limits"].message
     # It was not sent to any board.
     assert records["over the limits"].board is None
