@@ -38,6 +38,7 @@ from gf_tvm import verify
 from gf_tvm.devices import DeviceProfile, get_profile
 from gf_tvm.errors import GfTvmError
 from gf_tvm.gpu_comparison import require_cuda
+from gf_tvm.runners.compare import print_comparison
 from gf_tvm.shapes import Case, paper_cases, parse_dtypes, pick_cases, with_dtypes, workloads_of
 from gf_tvm.workload import Workload
 
@@ -212,9 +213,8 @@ def table(check: Check) -> dict[str, Any]:
     check.document = result.to_dict()
     goal = [row for row in result.rows if row.patch == (4, 4)]
     allowed = [row for row in goal if row.baseline_ms / row.roofline_ms >= GOAL_SPEEDUP]
-    from gf_tvm.runners.compare import _print
 
-    _print(result)
+    print_comparison(result)
     return {
         "rows": len(result.rows),
         "goal": {

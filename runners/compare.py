@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
         options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
         result = compare(cases, library, profile.name, args.threads, **options)
-    _print(result)
+    print_comparison(result)
     if args.json is not None:
         write_json(args.json, result.to_dict())
     if args.plot is not None:
@@ -91,7 +91,8 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], profile: Any) -> L
         return load(report.path)  # its code stays mapped when the file is gone
 
 
-def _print(result: Comparison) -> None:
+def print_comparison(result: Comparison) -> None:
+    """Tables, geometric means, and what has to be said about them."""
     from ..shapes import format_patch
 
     gpu = "gpu" in result.machine
