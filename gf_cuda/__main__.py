@@ -1,4 +1,5 @@
-"""``python3 -m gf_cuda info FILE.gfb`` lists a bundle; ``check`` runs its kernels on this machine's GPU and compares.
+"""``python3 -m gf_cuda info FILE.gfb`` lists a bundle; ``check`` runs its kernels on this machine's GPU and compares,
+``bench`` measures them against cuDNN (:mod:`gf_cuda.bench`).
 
 Exit codes: 0, all is well; 1, a kernel is wrong or failed; 2, nothing could be checked.
 """
@@ -11,7 +12,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from . import board, nvrtc
+from . import bench, board, nvrtc
 from .bundle import Bundle, Kernel, load, read
 from .driver import Device
 from .errors import DriverError, GfCudaError, NoCompilerError, ProgramError
@@ -30,13 +31,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         command.add_argument("bundle", metavar="FILE.gfb")
         command.add_argument("--kernel", metavar="NAME", help="only these, as backward_weight or filter_input")
     check.add_argument("--gpu", type=int, default=0, metavar="N", help="number of the GPU (default: 0)")
+    info.set_defaults(run=lambda args: _info(read(args.bundle), args.kernel))
+    check.set_defaults(run=lambda args: _check(load(args.bundle), args.kernel, args.gpu))
+    bench.add_parser(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
-        parser.error("name a command: info or check")
+        parser.error("name a command: info, check or bench")
     try:
-        if arguments.command == "info":
-            return _info(read(arguments.bundle), arguments.kernel)
-        return _check(load(arguments.bundle), arguments.kernel, arguments.gpu)
+        code: int = arguments.run(arguments)
+        return code
     except GfCudaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,6 +24,10 @@ Pair = Tuple[int, int]
 Patch = Union[int, Sequence[int]]
 
 
+#: Storage dtypes that kernels exist for.
+_DTYPES = ("float32", "float16")
+
+
 class ModelError(GfCudaError, ValueError):
     """A model, tensor, selection of layers, patch or library that cannot be used as asked."""
 
@@ -129,10 +133,12 @@ def _missing(library: Bundle, name: str, at: Convolution, dtype: str) -> NoRetur
             elif other == at:
                 has.append(kernel.dtype)
     only = f" (of this convolution it has {', '.join(sorted(set(has)))} only)" if has else ""
+    lacks = f"{library!r} lacks {name} {at.key} {dtype}{only}"
+    if dtype not in _DTYPES:
+        raise MissingKernelError(f"{lacks}; kernels for GPUs exist for {' and '.join(_DTYPES)}")
     raise MissingKernelError(
-        f"{library!r} lacks {name} {at.key} {dtype}{only}; build a bundle that has it: gf-tvm build "
-        f"--device {library.device} --model MODEL --input {at.n}xCxHxW --last K "
-        f"--patch {at.patch[0]}x{at.patch[1]} --out FILE.gfb"
+        f"{lacks}; build a bundle that has it: gf-tvm build --device {library.device} --model MODEL "
+        f"--input {at.n}xCxHxW --last K --patch {at.patch[0]}x{at.patch[1]} --dtype {dtype} --out FILE.gfb"
     )
 
 

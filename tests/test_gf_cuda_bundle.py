@@ -489,6 +489,7 @@ def test_check_gives_all_memory_back(file: Path, gpu: emulated_cuda.Emulated) ->
         (["check", "FILE", "--kernel", "forward"], "has no kernel 'forward'; it has backward, backward_input"),
         (["check", "FILE", "--gpu", "5"], "no CUDA device 5"),
         (["info", "FILE", "--kernel", "forward"], "has no kernel 'forward'"),
+        (["bench", "FILE", "--seconds", "-1"], "seconds must be a number of at least 0"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -500,6 +501,13 @@ def test_mistakes_are_one_line(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "name a command: info, check or bench" in capsys.readouterr().err
 
 
 def test_info_needs_no_gpu(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
