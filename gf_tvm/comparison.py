@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -27,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 from . import devices, machine, reference
 from .backends import Backend, Host, Times
 from .errors import DeviceError
-from .geometry import Geometry, Pair
+from .geometry import Geometry
+from .rows import GpuRow, Row, geometric_means
 from .shapes import Case
-from .variants import MIN_REPEATS, ComparisonError, Data, Quartiles, Variants, itemsize, schedule_of, torch_dtype
+from .variants import MIN_REPEATS, ComparisonError, Data, Variants, itemsize, schedule_of, torch_dtype
 
 if TYPE_CHECKING:
     from .library import Library
@@ -38,86 +38,6 @@ SCHEMA_VERSION = 1
 
 #: Called with the work done, all work (both in seconds, roughly) and what is being done now.
 Progress = Callable[[float, float, str], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case on one device. Times in milliseconds (medians), quartiles as (lower, upper), sizes in bytes.
-
-    ``roofline_ms`` is the limit: bytes moved once at the copy bandwidth, or the operations at the sgemm peak,
-    whichever takes longer (``roofline`` says which). ``gf_tvm_kernel_ms`` is the kernel alone, into outputs that
-    exist already. ``filter_input_ms`` is the pooling of x in the forward pass, for which the baseline needs nothing.
-    """
-
-    name: str
-    device: str
-    dtype: str
-    n: int
-    ci: int
-    co: int
-    h: int
-    w: int
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-    patch: Pair
-    baseline: str
-    baseline_ms: float
-    baseline_ms_quartiles: Quartiles
-    reference_ms: float
-    reference_ms_quartiles: Quartiles
-    gf_tvm_ms: float
-    gf_tvm_ms_quartiles: Quartiles
-    gf_tvm_kernel_ms: float | None
-    schedule: str
-    filter_input_ms: float
-    filter_input_ms_quartiles: Quartiles
-    filter_input_schedule: str
-    roofline_ms: float
-    roofline: str
-    saved_bytes_baseline: int
-    saved_bytes_gf_tvm: int
-    max_rel_error: float
-    repeats: dict[str, int]
-    layers: tuple[str, ...]
-
-    @property
-    def speedup(self) -> float:
-        """Exact backward / filtered backward."""
-        return self.baseline_ms / self.gf_tvm_ms
-
-    @property
-    def speedup_reference(self) -> float:
-        """Plain operators / kernel."""
-        return self.reference_ms / self.gf_tvm_ms
-
-    @property
-    def limit_fraction(self) -> float:
-        """Limit / filtered backward; 1 is as fast as the machine's measured limits allow."""
-        return self.roofline_ms / self.gf_tvm_ms
-
-
-@dataclass(frozen=True)
-class GpuRow(Row):
-    """One case on a GPU: further fields, see ``conditions`` for how they are measured.
-
-    ``baselines``: every exact backward pass by memory format and precision, with ``ms`` (None: not measured, and a
-    ``reason``), ``ms_quartiles`` and ``repeats``; ``baseline`` is the fastest of them. By variant: ``host_us``,
-    microseconds that the host takes to queue a call; ``peak_bytes``, allocated during a call at most; ``joules`` of a
-    call (None: not measured). ``host_bound`` lists the variants that wait for the GPU themselves. ``input_sets`` is
-    how many copies of the inputs the calls rotate among. ``filter_input_roofline_ms`` is the limit of the pooling.
-    """
-
-    baselines: dict[str, dict[str, Any]]
-    host_us: dict[str, float]
-    host_bound: tuple[str, ...]
-    peak_bytes: dict[str, int]
-    joules: dict[str, float | None]
-    input_sets: int
-    gf_tvm_kernel_ms_quartiles: Quartiles | None
-    filter_input_roofline_ms: float
 
 
 @dataclass(frozen=True)
@@ -155,29 +75,6 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
             "geometric_means": geometric_means(self.rows),
         }
-
-
-def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches.
-
-    If there are rows of several dtypes: per patch and ``dtype``.
-    """
-    rows = list(rows)
-    several = len({row.dtype for row in rows}) > 1
-    by_patch: dict[tuple[Pair, str], list[Row]] = {}
-    for row in rows:
-        by_patch.setdefault((row.patch, row.dtype), []).append(row)
-    return [
-        {
-            "patch": patch,
-            **({"dtype": dtype} if several else {}),
-            "rows": len(group),
-            "speedup": statistics.geometric_mean(row.speedup for row in group),
-            "speedup_reference": statistics.geometric_mean(row.speedup_reference for row in group),
-            "limit_fraction": statistics.geometric_mean(row.limit_fraction for row in group),
-        }
-        for (patch, dtype), group in by_patch.items()
-    ]
 
 
 def compare(

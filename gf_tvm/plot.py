@@ -7,8 +7,9 @@ import math
 import os
 from pathlib import Path
 
-from .comparison import Comparison, Row
+from .comparison import Comparison
 from .errors import GfTvmError
+from .rows import Row
 from .shapes import format_patch
 
 #: What a picture's file may end in.

@@ -8,12 +8,13 @@ from ._output import format_table
 from .compare import digits, label
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, GpuRow
+    from ..comparison import Comparison
+    from ..rows import GpuRow
 
 
 def print_gpu(result: Comparison) -> None:
     """Two tables and what has to be said about them."""
-    from ..comparison import GpuRow
+    from ..rows import GpuRow
 
     rows = [row for row in result.rows if isinstance(row, GpuRow)]
     _print_times(rows)

@@ -13,8 +13,9 @@ from ._output import Progress, check_writable, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, Row
+    from ..comparison import Comparison
     from ..library import Library
+    from ..rows import Row
     from ..shapes import Case
 
 

@@ -22,8 +22,9 @@ from gf_cuda import bench as command
 from gf_cuda import energy, exact, timing
 from gf_cuda.bundle import Convolution
 from gf_cuda.energy import Energy
-from gf_tvm.comparison import GpuRow, roofline
+from gf_tvm.comparison import roofline
 from gf_tvm.geometry import Geometry
+from gf_tvm.rows import GpuRow
 from gf_tvm.workload import Workload
 
 GEOMETRIES = [

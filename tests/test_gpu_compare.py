@@ -22,10 +22,11 @@ import gf_cuda
 from gf_cuda import board, energy, timing
 from gf_cuda import exact as exact_module
 from gf_tvm import comparison, devices, gpu_comparison, variants
-from gf_tvm.comparison import GpuRow, compare
+from gf_tvm.comparison import compare
 from gf_tvm.errors import DeviceError
 from gf_tvm.geometry import Geometry
 from gf_tvm.gpu_comparison import Graphics
+from gf_tvm.rows import GpuRow
 from gf_tvm.runners import compare as command
 from gf_tvm.runners.cli import main
 from gf_tvm.shapes import Case
