@@ -41,6 +41,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_compute_what_they_say(bundle: Path) -> None:
     loaded = gf_tvm.load(bundle)
     assert loaded.workloads == tuple(WORKLOADS)
+    assert loaded.device_type == "cpu"
+    loaded.prepare()  # a CPU's kernels are ready
     for workload in WORKLOADS:
         kernel = loaded.find(workload.kernel, GEOMETRY, "float32")
         assert kernel is not None
