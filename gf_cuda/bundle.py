@@ -147,7 +147,13 @@ class Kernel:
         with self._lock:
             executable = self._executables.get(ordinal)
             if executable is None:
-                executable = self._executables[ordinal] = self._load(get_driver().device(ordinal))
+                device = get_driver().device(ordinal)
+                before = device.activate()
+                try:
+                    executable = self._executables[ordinal] = self._load(device)
+                finally:
+                    if before:  # PyTorch believes that the device which it chose for this thread is current
+                        device.driver.call("cuCtxSetCurrent", before)
             return executable
 
     def __call__(self, pointers: Sequence[int], scratch: int, stream: int = 0, ordinal: int = 0) -> None:

@@ -134,7 +134,12 @@ def test_each_gpu_has_its_own_code(file: Path, monkeypatch: pytest.MonkeyPatch) 
         for ordinal in (1, 0, 1):
             assert excess(kernel, WORKLOADS[1], ordinal) <= 1
             assert kernel.prepare(ordinal).device.ordinal == ordinal
-        assert gpu.calls().count("cuModuleLoadDataEx") == 2
+        driver = gf_cuda.get_driver()
+        driver.device(0).activate()
+        chosen = driver.current_context()
+        find(gf_cuda.load(file), WORKLOADS[0]).prepare(1)
+        assert driver.current_context() == chosen, "another device is current than the one that this thread chose"
+        assert gpu.calls().count("cuModuleLoadDataEx") == 3
         with pytest.raises(NoDriverError, match="no CUDA device 2: this machine has 2"):
             kernel.prepare(2)
 
