@@ -35,7 +35,7 @@ class Cuda:
         return torch.cuda.device(device)
 
     def capturing(self) -> bool:
-        """Whether the current stream is being captured into a CUDA graph (PyTorch 1.10 cannot tell)."""
+        """Whether the current stream is being captured into a CUDA graph; False where PyTorch cannot tell."""
         ask = getattr(torch.cuda, "is_current_stream_capturing", None)
         return ask is not None and bool(ask())
 
