@@ -269,6 +269,8 @@ def _print(summary: Summary, workloads: list[Workload]) -> None:
     measured = sum(task.measured for task in summary.tasks)
     if summary.farm is not None:
         _print_boards(summary.farm)
+    elif summary.made.get("emulated"):
+        print("this GPU is emulated: its times say nothing about a GPU")
     print(f"{Path(summary.logs) / summary.device}: {measured} new trials in {_duration(summary.seconds)} min")
 
 

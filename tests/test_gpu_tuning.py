@@ -13,7 +13,7 @@ import emulated_cuda
 import pytest
 from farm_helpers import NativeBoard, TrackerProcess, small_workload
 from gpu_toy_task import GpuToyTask, TreacherousGpuTask, program
-from toy_task import N
+from toy_task import N, wait_until
 
 from gf_cuda import CompileError, DriverError, NoCompilerError, ProgramError, compile_source
 from gf_tvm.devices import get_profile
@@ -28,9 +28,9 @@ from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
 from gf_tvm.tuning.measure import Measurer
 from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.runner import Options, Result
+from gf_tvm.tuning.runner import Options
 from gf_tvm.tuning.session import Session, task_values
-from gf_tvm.tuning.task import Candidate, TuningError, WorkloadTask
+from gf_tvm.tuning.task import TuningError, WorkloadTask
 from gf_tvm.tuning.worker import Worker, service
 
 OPTIONS = Options(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
@@ -41,10 +41,6 @@ def gpu() -> Iterator[emulated_cuda.Emulated]:
     """This process, and those that it starts, have a GPU."""
     with emulated_cuda.environment() as found:
         yield found
-
-
-def candidate(act: str, number: int = 0) -> Candidate:
-    return Candidate.of_config({"act": act, "number": number})
 
 
 def built(act: str, folder: Path) -> Path:
@@ -206,31 +202,11 @@ def test_compilers_errors(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- builders and a runner
 
 
-def test_a_failure_is_a_result_and_the_next_candidate_is_measured(gpu: emulated_cuda.Emulated) -> None:
-    acts = ["none", "does not compile", "too many threads", "none"]
-    task = GpuToyTask(tuple(acts))
-    candidates = [candidate(act, number) for number, act in enumerate(acts)]
-    results: dict[str, Result] = {}
-    gpu.forget_calls()
-    with Measurer(OPTIONS) as measurer:
-        for one, path, failure in measurer.build(task, candidates):
-            if failure is not None:
-                results[one.id] = failure
-            else:
-                assert path is not None
-                results[one.id] = measurer.run(task, path)
-    found = [results[one.id] for one in candidates]
-    assert [result.status for result in found] == ["ok", "build", "run", "ok"]
-    assert "CompileError" in found[1].message
-    assert "2048 threads" in found[2].message
-    # CUDA is used by the process that measures, and by no other.
-    assert gpu.calls() == []
-
-
 def test_what_the_driver_refuses_is_a_failure_in_its_words(
     gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    task, library = GpuToyTask(), built("none", tmp_path)
+    task, library, large = GpuToyTask(), built("none", tmp_path), built("too many threads", tmp_path)
+    gpu.forget_calls()
     with Measurer(OPTIONS) as measurer:
         # The first process finds all faults, one after another: its fourth allocation is the scratch memory's.
         monkeypatch.setenv("GF_CUDA_FAULT", "cuMemAlloc_v2:4:2,cuLaunchKernel:1:701,cuStreamSynchronize:2:719")
@@ -250,19 +226,30 @@ def test_what_the_driver_refuses_is_a_failure_in_its_words(
             assert (result.status, words is None or words in result.message) == ("run" if words else "ok", True), result
             assert process.alive == alive
         assert measurer.run(task, library).status == "ok"
+        result = measurer.run(task, large)
+        assert (result.status, "uses 2048 threads of a block" in result.message) == ("run", True), result
         results = measurer.compare(task, {"a": library, "b": library}, seed=3)
         assert [(result.status, len(result.runs)) for result in results.values()] == 2 * [("ok", OPTIONS.rounds)]
+    # CUDA is used by the process that measures, and by no other.
+    assert gpu.calls() == []
 
 
 # ------------------------------------------------------------------------------------------------ this machine's GPU
 
 
-def test_tuning_on_the_gpu_of_this_machine(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
+def test_tuning_on_the_gpu_of_this_machine(
+    gpu: emulated_cuda.Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("gf_tvm.machine.usable_cores", lambda: 1)  # one builder has enough to do
     shapes = tmp_path / "shapes.json"
     fields = {"n": 1, "ci": 8, "co": 8, "h": 6, "w": 6, "kernel": 3, "padding": 1}
     shapes.write_text(json.dumps({"patches": [2], "cases": [fields]}))
     options = ["--shapes", str(shapes), "--kernels", "filter_input", "--logs", str(tmp_path), "--trials", "1"]
     assert main(["tune", "--device", "cuda", *options]) == 0
+    assert "this GPU is emulated" in capsys.readouterr().out
     (path,) = (tmp_path / "sm_53").glob("*.jsonl")
     log = read_log(path)
     assert [record.status for record in log.records] == ["ok", "ok"]
@@ -356,10 +343,12 @@ def test_tuning_on_a_board_with_a_gpu(
             words = r"no board .* 'nano' has a GPU of sm_72: nano-1 measures with Emulated Maxwell \(sm_53\)"
             with pytest.raises(FarmError, match=words), FarmMeasurer(OPTIONS, farm, "a Xavier", None, "sm_72"):
                 pass
-            options = replace(OPTIONS, builders=2, final=1, run_timeout=3.0)
+            options = replace(OPTIONS, final=1, run_timeout=3.0)
             measurer = FarmMeasurer(options, farm, profile.description, None, "sm_53")
             trials = len(task.acts)
             tune_tasks([task], logs=tmp_path / "logs", trials=trials, options=options, measurer=measurer)
+            # The server tells once the session is over.
+            assert wait_until(lambda: tracker.wait_for(1)[0].info["state"] == "free", 30)
             served = tracker.wait_for(1)[0].info
     (path,) = (tmp_path / "logs" / "jetson-nano").glob("*.jsonl")
     log = read_log(path)
