@@ -1,6 +1,6 @@
 """CUDA C to code for a GPU: by NVRTC, or by nvcc where that is all there is. No GPU is needed.
 
-The language is C++14, the newest that CUDA 10.2 knows. CUDA 11.8 is the last that makes code for a Jetson Nano (sm_53).
+The language is C++14, the newest that CUDA 10.2 knows. CUDA up to 12 makes code for a Jetson Nano (sm_53).
 """
 
 import ctypes

@@ -217,9 +217,8 @@ def _read_launch(module: Any, call: Any, place: Any) -> dict[str, Any]:
         raise BuildError(f"the host code calls {getattr(call.op, 'name', call.op)}, which is no kernel")
     name = str(call.args[0].value)
     tags = [str(tag) for tag in module[name].attrs["tirx.kernel_launch_params"]]
-    values = list(call.args[1:])
-    data, sizes = values[: len(values) - len(tags)], values[len(values) - len(tags) :]
-    sizes = dict(zip(tags, (int(size) for size in sizes), strict=True))
+    data, extents = call.args[1 : len(call.args) - len(tags)], call.args[len(call.args) - len(tags) :]
+    sizes = dict(zip(tags, (int(extent) for extent in extents), strict=True))
     return {
         "function": name,
         "grid": [sizes.get(f"blockIdx.{axis}", 1) for axis in "xyz"],

@@ -11,6 +11,7 @@ Layouts inside (float32), sizes padded: g~ (groups, co/groups, m), W~ (groups, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +170,8 @@ def _mean(geometry: Geometry, pixels: Any) -> Any:
 
     def mean(*axes: Any) -> Any:
         _, i, j = (None, *axes[-2:]) if len(axes) == 4 else patch_of(geometry, axes[-1])
-        return te.sum(pixels[(*axes, a, b)] * _scale(geometry, i, j), axis=[a, b])
+        index = (*axes, a, b)
+        return te.sum(pixels[index] * _scale(geometry, i, j), axis=[a, b])
 
     return te.compute(pixels.shape[:-2], mean, name="g")
 
@@ -190,7 +192,7 @@ def _scale(geometry: Geometry, i: Any, j: Any) -> Any:
     return tirx.const(1.0, st.ACC) / st.patch_count(geometry, i, j)
 
 
-def _there(geometry: Geometry, shapes: Shapes) -> Any:
+def _there(geometry: Geometry, shapes: Shapes) -> Callable[[Any, Any], list[Any]]:
     """Of (c, m): the conditions for them not to be padding."""
     return lambda c, m: _some([_less(m, shapes.patches, shapes.m), _less(c, geometry.ci_group, shapes.ci)])
 
