@@ -141,13 +141,15 @@ def tune(
 
     Args:
         workloads: what to tune, in this order.
-        device: name of a device profile; without a farm one that this machine runs, "host" for its own.
+        device: name of a device profile; without a farm one that this machine runs, "host" for its CPU and "cuda" for
+            its GPU.
         logs: folder of logs; the trials go to ``logs/<device>/<workload key>.jsonl``.
         trials: trials per workload that the log shall have in the end.
         minutes: end after this time, divided evenly between the workloads that are left.
         early_stop: end with a workload after so many trials without an improvement by 1 %.
         space: "ours" (:mod:`gf_tvm.schedules`) or "metaschedule" (its own rules on the same definition).
-        threads: threads of the kernels; default: as many as PyTorch uses, or the device profile's for a farm.
+        threads: threads of the kernels; default: as many as PyTorch uses, or the device profile's for a farm. None for
+            a GPU.
         cold: measure with the arguments out of the caches.
         seed: of the search.
         seed_logs: other folders of logs of this device; their fastest configurations are measured first.
@@ -161,7 +163,8 @@ def tune(
         DeviceError: unknown device, or without a farm not this machine.
         FarmError: no tracker there, or no board with the key.
         LogError: a log that does not fit, is damaged, cannot be written, or is being written by another process.
-        TuningError: a bad option, or a machine that cannot build or measure, or no board for too long.
+        TuningError: a bad option, or a machine that cannot build (for GPUs: no NVRTC) or measure, or no board for too
+            long.
     """
     from ..devices import get_profile
     from ..machine import usable_cores
