@@ -39,7 +39,7 @@ def read_resources(cubin: bytes) -> dict[str, Resources]:
     """Resources of each kernel of a cubin, by its name. Raises BuildError for anything that is not one."""
     try:
         return _read(cubin)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise BuildError(f"not a cubin that can be read: {error}") from None
 
 

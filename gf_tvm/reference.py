@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry
+from .geometry import Axis, Geometry
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,8 +44,13 @@ def filter_grad(grad_y: Tensor, geometry: Geometry) -> Tensor:
     sums = _patch_sums(grad_y, (rows.out_offset, cols.out_offset), geometry.patch, geometry.grid)
     if rows.out_exact and cols.out_exact:
         return sums.mul_(1.0 / (geometry.patch[0] * geometry.patch[1]))
-    counts = torch.tensor(rows.out_counts)[:, None] * torch.tensor(cols.out_counts)
-    return sums.div_(counts.to(sums))
+    return sums.div_(_counts(rows, sums)[:, None] * _counts(cols, sums))
+
+
+def _counts(axis: Axis, like: Tensor) -> Tensor:
+    """Outputs in each patch of an axis, with ``like``'s dtype; made where it lies, so that no GPU is waited for."""
+    start = torch.arange(axis.patches, dtype=like.dtype, device=like.device) * axis.patch - axis.out_offset
+    return (start + axis.patch).clamp(max=axis.out) - start.clamp(min=0)
 
 
 def input_grad(g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

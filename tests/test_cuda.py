@@ -1,4 +1,4 @@
-"""From schedules to programs for GPUs: the launches that are read off, the source, the code's needs and their limits."""
+"""From schedules to programs for GPUs: the launches that are read off, the source, what the code needs, its limits."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_literals_keep_their_value(value: float) -> None:
 
 
 def test_a_type_that_gpus_lack_is_an_error() -> None:
-    with pytest.raises(BuildError, match="has no kernels for cuda|does not compile"):
+    with pytest.raises(BuildError, match=r"has no kernels for cuda|does not compile"):
         cuda.generate(get_space(Workload("expand", SMALL), get_profile("x86-64-v3")).schedule({}), NANO, "gf")
 
 
@@ -224,7 +224,7 @@ def test_limits(limit: dict[str, int], match: str) -> None:
 
 def test_source_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "PRELUDE", "this is no C++;\n")
-    with pytest.raises(BuildError, match="jetson-nano: CUDA C does not compile: .*error"):
+    with pytest.raises(BuildError, match=r"jetson-nano: CUDA C does not compile: .*error"):
         compiled(Workload("expand", SMALL))
 
 
