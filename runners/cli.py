@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from gf_cuda.errors import GfCudaError
+
 from .. import __version__
 from ..errors import GfTvmError
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gf-tvm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except GfTvmError as error:
+    except (GfTvmError, GfCudaError) as error:
         return _fail(str(error))
     except OSError as error:
         _discard_stdout()
