@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from gf_cuda.errors import GfCudaError
-
 from .. import __version__
 from ..errors import GfTvmError
 
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gf-tvm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (GfTvmError, GfCudaError) as error:
+    except _expected_errors() as error:
         return _fail(str(error))
     except OSError as error:
         _discard_stdout()
@@ -81,6 +79,12 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     code: int = args.run(args)
     return code
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What is said in one line. gf_cuda is not imported for it: that takes longer than all of --help."""
+    gpu = sys.modules.get("gf_cuda.errors")
+    return (GfTvmError,) if gpu is None else (GfTvmError, gpu.GfCudaError)
 
 
 def _fail(message: str) -> int:
