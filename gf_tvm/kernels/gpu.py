@@ -81,12 +81,12 @@ def _all_of(conditions: Any, axes: int) -> Any:
     return None
 
 
-def _some(conditions: list[Any]) -> list[Any]:
+def some(conditions: list[Any]) -> list[Any]:
     """Without the conditions that are known to hold."""
     return [c for c in conditions if c is not True]
 
 
-def _less(value: Any, size: int, padded: int) -> Any:
+def less(value: Any, size: int, padded: int) -> Any:
     return True if size == padded else value < size
 
 
@@ -103,7 +103,7 @@ def backward(workload: Workload, tiles: Tiles) -> Any:
 
     def pixel(p: Any, o: Any, m: Any, a: Any, b: Any) -> Any:
         n, i, j = patch_of(geometry, m)
-        there = _some([_less(m, shapes.patches, shapes.m), _less(o, cog, shapes.co)])
+        there = some([less(m, shapes.patches, shapes.m), less(o, cog, shapes.co)])
         return st.guard(there, st.output_pixel(geometry, grad_y, n, p * cog + o, i, j, a, b))
 
     pixels = te.compute((groups, shapes.co, shapes.m, *geometry.patch), pixel, name="pixels")
@@ -120,11 +120,11 @@ def backward(workload: Workload, tiles: Tiles) -> Any:
         product = _input_product(geometry, args["weight"], mean, shapes)
         outputs.append(_expand_product(geometry, product, shapes, dtype))
     if kernel != "backward_input":
-        outputs.append(_weight_grad(geometry, mean, args["saved"], tiles, shapes, dtype))
+        outputs.append(weight_grad_of(geometry, mean, args["saved"], tiles, shapes, dtype))
     outputs.append(_bias_grad(geometry, mean, dtype))
     func = te.create_prim_func([*inputs, *outputs])
     if kernel != "backward_weight":
-        func = store_into(func, "grad_x", geometry.x_shape, *_map_index(geometry, shapes))
+        func = store_into(func, "grad_x", geometry.x_shape, *map_index(geometry, shapes))
     return func
 
 
@@ -149,7 +149,7 @@ def weight_grad(workload: Workload, tiles: Tiles) -> Any:
     """PrimFunc of ``weight_grad``; stages as in :func:`backward`."""
     geometry, dtype = workload.geometry, workload.dtype
     args, shapes = st.placeholders(geometry, dtype), Shapes(geometry, tiles)
-    out = _weight_grad(geometry, _mean_at(geometry, args["g"], shapes), args["saved"], tiles, shapes, dtype)
+    out = weight_grad_of(geometry, _mean_at(geometry, args["g"], shapes), args["saved"], tiles, shapes, dtype)
     return te.create_prim_func([args["g"], args["saved"], out])
 
 
@@ -158,7 +158,7 @@ def _mean_at(geometry: Geometry, g: Any, shapes: Shapes) -> Any:
 
     def mean(p: Any, o: Any, m: Any) -> Any:
         n, i, j = patch_of(geometry, m)
-        there = _some([_less(m, shapes.patches, shapes.m), _less(o, geometry.co_group, shapes.co)])
+        there = some([less(m, shapes.patches, shapes.m), less(o, geometry.co_group, shapes.co)])
         return st.guard(there, g[n, p * geometry.co_group + o, i, j])
 
     return mean
@@ -171,7 +171,7 @@ def _mean(geometry: Geometry, pixels: Any) -> Any:
     def mean(*axes: Any) -> Any:
         _, i, j = (None, *axes[-2:]) if len(axes) == 4 else patch_of(geometry, axes[-1])
         index = (*axes, a, b)
-        return te.sum(pixels[index] * _scale(geometry, i, j), axis=[a, b])
+        return te.sum(pixels[index] * scale(geometry, i, j), axis=[a, b])
 
     return te.compute(pixels.shape[:-2], mean, name="g")
 
@@ -185,7 +185,7 @@ def _output_pixels(geometry: Geometry, grad_y: Any) -> Any:
     )
 
 
-def _scale(geometry: Geometry, i: Any, j: Any) -> Any:
+def scale(geometry: Geometry, i: Any, j: Any) -> Any:
     """1 / pixels of an output patch."""
     if geometry.rows.out_exact and geometry.cols.out_exact:
         return tirx.const(1.0 / (geometry.rows.patch * geometry.cols.patch), st.ACC)
@@ -194,10 +194,10 @@ def _scale(geometry: Geometry, i: Any, j: Any) -> Any:
 
 def _there(geometry: Geometry, shapes: Shapes) -> Callable[[Any, Any], list[Any]]:
     """Of (c, m): the conditions for them not to be padding."""
-    return lambda c, m: _some([_less(m, shapes.patches, shapes.m), _less(c, geometry.ci_group, shapes.ci)])
+    return lambda c, m: some([less(m, shapes.patches, shapes.m), less(c, geometry.ci_group, shapes.ci)])
 
 
-def _map_index(geometry: Geometry, shapes: Shapes) -> tuple[Any, Any]:
+def map_index(geometry: Geometry, shapes: Shapes) -> tuple[Any, Any]:
     """Where pixel (a, b) of input patch m lies in the map, and whether it lies there at all."""
     rows, cols = geometry.rows, geometry.cols
     there = _there(geometry, shapes)
@@ -221,18 +221,25 @@ def _map_index(geometry: Geometry, shapes: Shapes) -> tuple[Any, Any]:
     return index, _all_of(conditions, 5)
 
 
-def _input_product(geometry: Geometry, weight: Any, mean: Any, shapes: Shapes) -> Any:
-    """grad_x~ (groups, ci padded, m padded): over output channels and, in the dilated case, taps."""
+def taps(geometry: Geometry, weight: Any, shapes: Shapes) -> Any:
+    """W~ (groups, taps, co padded, ci padded); one tap, the sum of all, but in the dilated case."""
     groups, cig, cog = geometry.groups, geometry.ci_group, geometry.co_group
-    (_, pw), (kh, kw) = geometry.grid, geometry.kernel
-    taps_count = kh * kw if geometry.dilated else 1
+    kh, kw = geometry.kernel
 
     def tap(p: Any, t: Any, o: Any, c: Any) -> Any:
-        there = _some([_less(o, cog, shapes.k), _less(c, cig, shapes.ci)])
+        there = some([less(o, cog, shapes.k), less(c, cig, shapes.ci)])
         if geometry.dilated:
             return st.guard(there, st.rotated_tap(geometry, weight, p * cog + o, c, t // kw, t % kw))
         ka, kb = te.reduce_axis((0, kh), "ka"), te.reduce_axis((0, kw), "kb")
         return te.sum(st.guard(there, st.load(weight[p * cog + o, c, ka, kb])), axis=[ka, kb])
+
+    return te.compute((groups, kh * kw if geometry.dilated else 1, shapes.k, shapes.ci), tap, name="taps")
+
+
+def _input_product(geometry: Geometry, weight: Any, mean: Any, shapes: Shapes) -> Any:
+    """grad_x~ (groups, ci padded, m padded): over output channels and, in the dilated case, taps."""
+    groups, (_, pw), (kh, kw) = geometry.groups, geometry.grid, geometry.kernel
+    taps_count = kh * kw if geometry.dilated else 1
 
     def shifted(p: Any, t: Any, o: Any, m: Any) -> Any:
         if not geometry.dilated:
@@ -242,8 +249,8 @@ def _input_product(geometry: Geometry, weight: Any, mean: Any, shapes: Shapes) -
         # The neighbour is in the same image.
         return st.guard(exists, mean(p, o, m + (y - i) * pw + (x - j)))
 
-    taps = te.compute((groups, taps_count, shapes.k, shapes.ci), tap, name="taps")
-    taps_tile = te.compute(taps.shape, lambda p, t, o, c: taps[p, t, o, c], name="taps_tile")
+    summed = taps(geometry, weight, shapes)
+    taps_tile = te.compute(summed.shape, lambda p, t, o, c: summed[p, t, o, c], name="taps_tile")
     g_tile = te.compute((groups, taps_count, shapes.k, shapes.m), shifted, name="g_tile")
     t, o = te.reduce_axis((0, taps_count), "rt"), te.reduce_axis((0, shapes.k), "ro")
     return te.compute(
@@ -254,7 +261,7 @@ def _input_product(geometry: Geometry, weight: Any, mean: Any, shapes: Shapes) -
 
 
 def _expand_product(geometry: Geometry, product: Any, shapes: Shapes, dtype: str) -> Any:
-    """grad_x patch by patch: (groups, ci, m, rows and columns of a patch); :func:`_map_index` puts it into place."""
+    """grad_x patch by patch: (groups, ci, m, rows and columns of a patch); :func:`map_index` puts it into place."""
     return te.compute(
         (*product.shape, geometry.rows.window, geometry.cols.window),
         lambda p, c, m, _a, _b: st.store(product[p, c, m], dtype),
@@ -262,14 +269,14 @@ def _expand_product(geometry: Geometry, product: Any, shapes: Shapes, dtype: str
     )
 
 
-def _weight_grad(geometry: Geometry, mean: Any, saved: Any, tiles: Tiles, shapes: Shapes, dtype: str) -> Any:
+def weight_grad_of(geometry: Geometry, mean: Any, saved: Any, tiles: Tiles, shapes: Shapes, dtype: str) -> Any:
     groups, cig, cog = geometry.groups, geometry.ci_group, geometry.co_group
     length = shapes.split
 
     def channels(s: Any, p: Any, m: Any, c: Any) -> Any:
         whole = s * length + m
         n, i, j = patch_of(geometry, whole)
-        there = _some([_less(whole, shapes.patches, tiles.splits * length), _less(c, cig, shapes.wi)])
+        there = some([less(whole, shapes.patches, tiles.splits * length), less(c, cig, shapes.wi)])
         return st.guard(there, st.saved_at(geometry, saved, n, p * cig + c, i, j))
 
     def means(s: Any, p: Any, m: Any, o: Any) -> Any:
@@ -295,7 +302,7 @@ def _weight_grad(geometry: Geometry, mean: Any, saved: Any, tiles: Tiles, shapes
     )
 
 
-def _channel_sum(name: str, channels: int, patches: int, term: Any) -> Any:
+def channel_sum(name: str, channels: int, patches: int, term: Any) -> Any:
     """Sums over all patches of the batch, one a channel, ``term(o, m)`` summed.
 
     In up to four steps: a thread sums SUM_LENGTH values, SUM_LAST threads sum those of a block, one sums theirs; a sum
@@ -308,7 +315,7 @@ def _channel_sum(name: str, channels: int, patches: int, term: Any) -> Any:
     def one(o: Any, b: Any, t: Any) -> Any:
         # Neighbours in a warp read neighbours in memory.
         m = (b * length + r) * SUM_THREADS + t
-        return te.sum(st.guard(_some([_less(m, patches, blocks * length * SUM_THREADS)]), term(o, m)), axis=r)
+        return te.sum(st.guard(some([less(m, patches, blocks * length * SUM_THREADS)]), term(o, m)), axis=r)
 
     first = te.compute((channels, blocks, SUM_THREADS), one, name=f"{name}_threads")
     r2 = te.reduce_axis((0, SUM_THREADS // SUM_LAST), "r2")
@@ -330,7 +337,7 @@ def _bias_grad(geometry: Geometry, mean: Any, dtype: str) -> Any:
         _, i, j = patch_of(geometry, m)
         return mean(o // geometry.co_group, o % geometry.co_group, m) * st.patch_count(geometry, i, j)
 
-    total = _channel_sum("bias", geometry.co, geometry.n * geometry.grid[0] * geometry.grid[1], term)
+    total = channel_sum("bias", geometry.co, geometry.n * geometry.grid[0] * geometry.grid[1], term)
     return te.compute((geometry.co,), lambda o: st.store(total[o], dtype), name="grad_b")
 
 
@@ -406,7 +413,7 @@ def depthwise_backward(workload: Workload) -> Any:
             n, i, j = patch_of(geometry, m)
             return g[n, c, i, j] * saved[n, c, i, j]
 
-        total = _channel_sum("weight", geometry.co, patches, term)
+        total = channel_sum("weight", geometry.co, patches, term)
         outputs.append(
             te.compute(geometry.weight_shape, lambda o, _c, _a, _b: st.store(total[o], dtype), name="grad_w")
         )
