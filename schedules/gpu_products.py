@@ -139,8 +139,9 @@ def _default(knobs: dict[str, tuple[int, ...]], rule: Any, geometry: Geometry, p
             fused = [
                 part for part in parts if rule({**part, "fuse": 1}) and _fused_bytes(geometry, part) <= _FUSED_BYTES
             ]
+            busy = [part for part in fused if (part["ci"] // part["tc"]) * (part["m"] // part["tm"]) >= _FUSED_THREADS]
             config["fuse"] = int(bool(fused))
-            parts = fused or parts
+            parts = busy or fused or parts
         config |= min(parts, key=lambda part: _cost(part, own, (*size, length), geometry.groups, profile))
     return config
 
