@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from gf_tvm.geometry import Axis, Geometry
@@ -16,6 +17,16 @@ PAIRS_1_4 = st.tuples(st.integers(1, 4), st.integers(1, 4))
 PAIRS_0_3 = st.tuples(st.integers(0, 3), st.integers(0, 3))
 SEEDS = st.integers(0, 2**31 - 1)
 NEEDS = st.tuples(st.booleans(), st.booleans(), st.booleans())
+
+
+def compiling(examples: int) -> settings:
+    """For tests that compile something for each example."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing geometry is small already; shrinking compiles
+    )
 
 
 @st.composite

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import emulated_cuda
 import gpu_check
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, SEEDS, geometries, kinds
+from strategies import KINDS, SEEDS, compiling, geometries, kinds
 
 from gf_tvm import verify
 from gf_tvm.devices import DeviceProfile, get_profile
@@ -21,15 +21,6 @@ from gf_tvm.schedules import get_space
 from gf_tvm.workload import KERNELS, Workload
 
 NANO = get_profile("jetson-nano")
-
-
-def any_settings(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing geometry is small already; shrinking compiles
-    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def test_a_hundred_random_geometries_on_pocl(pocl: gpu_check.Run) -> None:
     met: Counter[str] = Counter()
     checked: Counter[str] = Counter()
 
-    @any_settings(112)
+    @compiling(112)
     @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.booleans())
     def every(geometry: Geometry, seed: int, sampled: bool) -> None:
         kernel = list(KERNELS)[checked.total() % len(KERNELS)]
@@ -68,7 +59,7 @@ def test_a_hundred_random_geometries_on_pocl(pocl: gpu_check.Run) -> None:
     assert not set(KINDS) - set(met) - {"empty batch"}
 
 
-@any_settings(16)
+@compiling(16)
 @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(tuple(KERNELS)), st.booleans())
 def test_cuda_source(geometry: Geometry, seed: int, kernel: str, half: bool) -> None:
     """The source that a GPU gets, float16 too (which PoCL's CPU device does not have), and the launcher."""

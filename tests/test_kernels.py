@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, SEEDS, geometries, kinds
+from strategies import KINDS, SEEDS, compiling, geometries, kinds
 
 from gf_tvm import verify
 from gf_tvm.compile import compile_module
@@ -23,15 +23,6 @@ from gf_tvm.workload import DTYPES, KERNELS, Workload
 # What runs in training; the others are checked on fewer geometries.
 MAIN = ("filter_input", "backward", "backward_input", "backward_weight")
 SINGLE = tuple(kernel for kernel in KERNELS if kernel not in MAIN)
-
-
-def any_settings(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing geometry is small already; shrinking compiles
-    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def test_default_schedules_on_two_hundred_random_geometries(profile: DeviceProfi
     met: Counter[str] = Counter()
     checked = 0
 
-    @any_settings(220)
+    @compiling(220)
     @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN[1:]))
     def every(geometry: Geometry, seed: int, kernel: str) -> None:
         nonlocal checked
@@ -75,26 +66,26 @@ def test_default_schedules_on_two_hundred_random_geometries(profile: DeviceProfi
     assert not missing, f"never met: {missing}"
 
 
-@any_settings(25)
+@compiling(25)
 @given(geometries(smallest_n=1, largest_channels=6), SEEDS, st.sampled_from(SINGLE))
 def test_single_kernels(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str) -> None:
     check(Workload(kernel, geometry), profile, seed)
 
 
-@any_settings(25)
+@compiling(25)
 @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN), st.sampled_from(DTYPES[1:]))
 def test_sixteen_bit_storage(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str, dtype: str) -> None:
     check(Workload(kernel, geometry, dtype), profile, seed)
 
 
-@any_settings(25)
+@compiling(25)
 @given(geometries(smallest_n=1, largest_out=20, largest_channels=40), SEEDS, st.sampled_from(MAIN))
 def test_sampled_points_of_the_spaces(profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str) -> None:
     workload = Workload(kernel, geometry)
     check(workload, profile, seed, get_space(workload, profile).sample(random.Random(seed)))
 
 
-@any_settings(15)
+@compiling(15)
 @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(tuple(KERNELS)))
 def test_plain_definitions_without_any_schedule(
     profile: DeviceProfile, geometry: Geometry, seed: int, kernel: str

@@ -55,7 +55,15 @@ def _pad(size: int, tile: int) -> int:
 
 
 class Shapes:
-    """Padded sizes of one workload."""
+    """Sizes of one workload, padded to its tiles.
+
+    Attributes:
+        patches: of the batch, not padded.
+        split: patches in one part of the weight gradient's sum.
+        m: patches.
+        co, k: output channels of a group in g~, and in the sum of the input gradient.
+        ci, wi: input channels of a group, in the input and in the weight gradient.
+    """
 
     def __init__(self, geometry: Geometry, tiles: Tiles) -> None:
         self.patches = geometry.n * geometry.grid[0] * geometry.grid[1]
@@ -87,6 +95,7 @@ def some(conditions: list[Any]) -> list[Any]:
 
 
 def less(value: Any, size: int, padded: int) -> Any:
+    """The condition that ``value``, of an axis padded from ``size`` to ``padded``, is no padding."""
     return True if size == padded else value < size
 
 
@@ -197,6 +206,15 @@ def _there(geometry: Geometry, shapes: Shapes) -> Callable[[Any, Any], list[Any]
     return lambda c, m: some([less(m, shapes.patches, shapes.m), less(c, geometry.ci_group, shapes.ci)])
 
 
+def _inside(geometry: Geometry, h: Any, w: Any) -> list[Any]:
+    """The conditions that pixel (h, w) of a patch is in the map, as far as they are not known to hold."""
+    found: list[Any] = []
+    for axis, position in ((geometry.rows, h), (geometry.cols, w)):
+        if not axis.in_exact:
+            found += [position >= 0, position < axis.size]
+    return found
+
+
 def map_index(geometry: Geometry, shapes: Shapes) -> tuple[Any, Any]:
     """Where pixel (a, b) of input patch m lies in the map, and whether it lies there at all."""
     rows, cols = geometry.rows, geometry.cols
@@ -210,13 +228,7 @@ def map_index(geometry: Geometry, shapes: Shapes) -> tuple[Any, Any]:
         )
 
     def conditions(p: Any, c: Any, m: Any, a: Any, b: Any) -> list[Any]:
-        _, _, h, w = index(p, c, m, a, b)
-        found = there(c, m)
-        if not rows.in_exact:
-            found += [h >= 0, h < geometry.h]
-        if not cols.in_exact:
-            found += [w >= 0, w < geometry.w]
-        return found
+        return there(c, m) + _inside(geometry, *index(p, c, m, a, b)[2:])
 
     return index, _all_of(conditions, 5)
 
@@ -270,6 +282,7 @@ def _expand_product(geometry: Geometry, product: Any, shapes: Shapes, dtype: str
 
 
 def weight_grad_of(geometry: Geometry, mean: Any, saved: Any, tiles: Tiles, shapes: Shapes, dtype: str) -> Any:
+    """grad_W from g~, which ``mean(p, o, m)`` gives, and x~."""
     groups, cig, cog = geometry.groups, geometry.ci_group, geometry.co_group
     length = shapes.split
 
@@ -461,13 +474,7 @@ def _patch_index(geometry: Geometry) -> tuple[Any, Any]:
         return n, c, i * rows.window - rows.in_offset + a, j * cols.window - cols.in_offset + b
 
     def conditions(*axes: Any) -> list[Any]:
-        _, _, h, w = index(*axes)
-        found: list[Any] = []
-        if not rows.in_exact:
-            found += [h >= 0, h < geometry.h]
-        if not cols.in_exact:
-            found += [w >= 0, w < geometry.w]
-        return found
+        return _inside(geometry, *index(*axes)[2:])
 
     return index, _all_of(conditions, 6)
 
