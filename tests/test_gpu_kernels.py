@@ -15,7 +15,7 @@ from strategies import KINDS, SEEDS, compiling, geometries, kinds
 from gf_tvm import verify
 from gf_tvm.devices import DeviceProfile, get_profile
 from gf_tvm.geometry import Geometry
-from gf_tvm.kernels import gpu
+from gf_tvm.kernels import gpu, gpu_fused
 from gf_tvm.kernels import stages as st_
 from gf_tvm.schedules import get_space
 from gf_tvm.workload import KERNELS, Workload
@@ -113,15 +113,42 @@ def test_a_wrong_kernel_is_caught(emulated: gpu_check.Run, monkeypatch: pytest.M
         return gpu_check.error(emulated, workload, device, 3)
 
     assert error() <= 1
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu, "_scale", lambda geometry, i, j: st_.tirx.const(0.25, "float32"))
-        assert error() > 1
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu, "Shapes", ShortSum)
-        assert error() > 1
-    with monkeypatch.context() as patch:
-        patch.setattr(st_, "patch_count", lambda geometry, i, j: st_.tirx.const(4.0, "float32"))
-        assert error() > 1
+    for module, name, wrong in (
+        (gpu, "scale", lambda geometry, i, j: st_.tirx.const(0.25, "float32")),
+        (gpu_fused, "Shapes", ShortSum),
+        (st_, "patch_count", lambda geometry, i, j: st_.tirx.const(4.0, "float32")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            assert error() > 1, name
+
+
+def test_pooling_fused_with_the_product_or_not(emulated: gpu_check.Run) -> None:
+    """Both forms of the backward pass, whichever the default is."""
+    for kernel in ("backward", "backward_input"):
+        for geometry in (
+            Geometry(2, 24, 20, 15, 13, (3, 3), (2, 2), (1, 1), (1, 1)),
+            Geometry(2, 24, 48, 8, 8, (3, 3), (4, 4), (1, 1), (1, 1), (1, 1), 3),
+        ):
+            workload = Workload(kernel, geometry)
+            space = get_space(workload, NANO)
+            assert set(space.knobs["fuse"]) == {0, 1}
+            for fuse in (0, 1):
+                config = {**space.default, "fuse": fuse}
+                inputs, outputs = verify.random_inputs(workload, 2), verify.poisoned_outputs(workload)
+                emulated(space.schedule(config), NANO, inputs, outputs)
+                error = verify.excess(outputs, verify.expected(workload, inputs))
+                assert error <= 1, f"{workload.key} {config}: {error} times the allowed error"
+
+
+def test_no_fused_form_where_a_block_cannot_take_the_channels() -> None:
+    many = Geometry(8, 512, 512, 14, 14, (3, 3), (2, 2), (1, 1), (1, 1))
+    dilated = Geometry(2, 16, 16, 16, 16, (3, 3), (2, 2), (1, 1), (4, 4), (4, 4))
+    for geometry in (many, dilated):
+        assert "fuse" not in get_space(Workload("backward", geometry), NANO).knobs
+    space = get_space(Workload("backward", Geometry(8, 64, 256, 14, 14, (3, 3), (2, 2), (1, 1), (1, 1))), NANO)
+    assert not space.valid({**space.default, "fuse": 1, "m": 128, "ci": 64, "tm": 8, "tc": 8})  # 132 KB of g~
+    assert not space.valid({**space.default, "fuse": 1, "m": 32, "ci": 32, "tm": 4, "tc": 4})  # half of the channels
 
 
 def test_bfloat16_has_no_kernels_on_gpus() -> None:
