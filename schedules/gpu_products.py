@@ -142,7 +142,8 @@ def _default(knobs: dict[str, tuple[int, ...]], rule: Any, geometry: Geometry, p
             busy = [part for part in fused if (part["ci"] // part["tc"]) * (part["m"] // part["tm"]) >= _FUSED_THREADS]
             config["fuse"] = int(bool(fused))
             parts = busy or fused or parts
-        config |= min(parts, key=lambda part: _cost(part, own, (*size, length), geometry.groups, profile))
+        costs = [_cost(part, own, (*size, length), geometry.groups, profile) for part in parts]
+        config |= parts[costs.index(min(costs))]
     return config
 
 
