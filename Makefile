@@ -4,8 +4,8 @@
 PYTHON      ?= python3.11
 VENV        ?= .venv
 PYTEST_ARGS ?=
-# Two at a time: the farm's tests mostly wait, for boards to start or a tracker to come back.
-TEST_JOBS   ?= 2
+# Three at a time on two cores: the farm's tests mostly wait, for boards to start or a tracker to come back.
+TEST_JOBS   ?= 3
 
 # What the demo runs on is installed first and alone: it is the smaller part, and a first look should be quick.
 RUN_EXTRAS := train,plot,tune-cpu

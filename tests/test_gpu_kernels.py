@@ -44,7 +44,7 @@ def test_a_hundred_random_geometries_on_pocl(pocl: gpu_check.Run) -> None:
     met: Counter[str] = Counter()
     checked: Counter[str] = Counter()
 
-    @compiling(112)
+    @compiling(104)
     @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.booleans())
     def every(geometry: Geometry, seed: int, sampled: bool) -> None:
         kernel = list(KERNELS)[checked.total() % len(KERNELS)]

@@ -51,8 +51,8 @@ def test_default_schedules_on_two_hundred_random_geometries(profile: DeviceProfi
     met: Counter[str] = Counter()
     checked = 0
 
-    @compiling(220)
-    @given(geometries(smallest_n=1, largest_channels=9), SEEDS, st.sampled_from(MAIN[1:]))
+    @compiling(204)
+    @given(geometries(smallest_n=1, largest_channels=7), SEEDS, st.sampled_from(MAIN[1:]))
     def every(geometry: Geometry, seed: int, kernel: str) -> None:
         nonlocal checked
         checked += 1
@@ -112,7 +112,7 @@ def test_realistic_shapes(name: str, r: int, profile: DeviceProfile) -> None:
         Geometry(2, 48, 80, 14, 14, 1, r),
         Geometry(2, 32, 64, 33, 33, 3, r, padding=8, dilation=8),
     ):
-        for kernel in MAIN:
+        for kernel in MAIN if name == "x86-64-v4" else MAIN[:2]:
             check(Workload(kernel, geometry), other, r)
 
 
