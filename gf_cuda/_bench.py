@@ -20,8 +20,6 @@ from .timing import Gpu, Timing
 SCHEMA_VERSION = 1  # of gf-tvm compare --json
 ENERGY_SECONDS = 1.5
 REST_SECONDS = 2.0
-#: Elements of x and y that are checked at a time: float64 copies of a large batch would not fit beside the tensors.
-_PIECE = 1 << 22
 
 
 class Setting(NamedTuple):
@@ -169,23 +167,10 @@ def _check(ours: TensorKernel, at: Convolution, gpu: Gpu) -> Tuple[Dict[str, Ten
     tensors = dict(inputs, **found)
     ours(*(tensors[name] for name, _, _ in ours.arguments))
     gpu.synchronize()
-    step = max(1, _PIECE // (at.h * at.w * max(at.ci, at.co)))
-    sums: Dict[str, reference.Expected] = {}
     worst = _Worst(ours.kernel.key)
-    for start in range(0, at.n, step):
-        piece = {key: t if key == "weight" else t[start : start + step] for key, t in host.items()}
-        count = len(piece["grad_y"])
-        expected = reference.expected("backward", at._replace(n=count), piece)
-        worst.add("grad_x", found["grad_x"][start : start + step].cpu(), expected.pop("grad_x"))
-        for key, part in expected.items():
-            sums[key] = _add(sums[key], part) if key in sums else part
-    for key, whole in sums.items():
-        worst.add(key, found[key].cpu(), whole)
+    for key, output, want in reference.compared("backward", at, host, found):
+        worst.add(key, output, want)
     return inputs, worst.error
-
-
-def _add(a: reference.Expected, b: reference.Expected) -> reference.Expected:
-    return reference.Expected(a.value + b.value, a.magnitude + b.magnitude, a.terms + b.terms)
 
 
 def _poisoned(name: str, spec: Tuple[Tuple[int, ...], torch.dtype], at: Convolution) -> Tensor:

@@ -6,7 +6,7 @@ a board. Source: Yang, Li, Marculescu, "Efficient On-device Training via Gradien
 """
 
 import math
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from .bundle import Convolution
 
 #: Errors of sums are about the root of their length, in units of the last place; this many times that is too much.
 SAFETY = 4.0
+#: Elements of x or y that :func:`compared` takes at a time: float64 copies of a large batch do not fit beside it.
+PIECE = 1 << 22
+# Outputs that are sums over the batch.
+_SUMS = frozenset(("grad_w", "grad_b"))
 
 
 class Expected(NamedTuple):
@@ -61,10 +65,16 @@ def expected(name: str, at: Convolution, inputs: Dict[str, Tensor]) -> Dict[str,
     """
     exact = {key: tensor.double() for key, tensor in inputs.items()}
     values, magnitudes = _run(name, at, exact), _run(name, at, {key: tensor.abs() for key, tensor in exact.items()})
+    terms = _terms(at)
+    return {key: Expected(value, magnitudes[key], terms[key]) for key, value in values.items()}
+
+
+def _terms(at: Convolution) -> Dict[str, int]:
+    """Length of the sums behind each output."""
     rows, cols = _Axis(at, 0), _Axis(at, 1)
     patch, patches = at.patch[0] * at.patch[1], at.n * rows.patches * cols.patches
     taps = at.kernel[0] * at.kernel[1] * at.co // at.groups
-    terms = {
+    return {
         "filtered_x": patch * at.stride[0] * at.stride[1],
         "g": patch,
         "grad_b": at.n * rows.out * cols.out,
@@ -72,7 +82,31 @@ def expected(name: str, at: Convolution, inputs: Dict[str, Tensor]) -> Dict[str,
         "grad_x": patch + taps,
         "grad_w": patch + patches,
     }
-    return {key: Expected(value, magnitudes[key], terms[key]) for key, value in values.items()}
+
+
+def compared(
+    name: str, at: Convolution, inputs: Dict[str, Tensor], outputs: Dict[str, Tensor]
+) -> Iterator[Tuple[str, Tensor, Expected]]:
+    """What a kernel has computed beside what it should have, some images at a time: a board's memory is small.
+
+    Yields (name of an output, these images of it on the CPU, what is expected), and in the end the outputs that are
+    sums over all images. Arguments as in :func:`expected`; ``outputs`` may be on a GPU.
+    """
+    step = max(1, PIECE // (at.h * at.w * max(at.ci, at.co)))
+    terms = _terms(at)
+    sums: Dict[str, Expected] = {}
+    for start in range(0, at.n, step):
+        images = slice(start, min(start + step, at.n))
+        piece = {key: tensor if key == "weight" else tensor[images] for key, tensor in inputs.items()}
+        for key, want in expected(name, at._replace(n=images.stop - start), piece).items():
+            if key not in _SUMS:
+                yield key, outputs[key][images].cpu(), want
+            elif key in sums:
+                sums[key] = Expected(sums[key].value + want.value, sums[key].magnitude + want.magnitude, terms[key])
+            else:
+                sums[key] = want._replace(terms=terms[key])
+    for key, want in sums.items():
+        yield key, outputs[key].cpu(), want
 
 
 def excess(output: Tensor, want: Expected) -> float:

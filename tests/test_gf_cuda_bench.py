@@ -19,7 +19,7 @@ from torch import Tensor
 import gf_cuda
 from gf_cuda import _bench as bench
 from gf_cuda import bench as command
-from gf_cuda import energy, exact, timing
+from gf_cuda import energy, exact, reference, timing
 from gf_cuda.bundle import Convolution
 from gf_cuda.energy import Energy
 from gf_tvm.comparison import roofline
@@ -144,7 +144,7 @@ def test_a_wrong_kernel_is_not_timed(
             tensors[output][image].mul_(1.01)
 
     monkeypatch.setattr(gf_cuda.tensors.TensorKernel, "__call__", wrong)
-    monkeypatch.setattr(bench, "_PIECE", 1)
+    monkeypatch.setattr(reference, "PIECE", 1)
     monkeypatch.setattr(timing, "measure", lambda *arguments: pytest.fail("was timed"))
     name = ("grad_x", "grad_w", "grad_b")[output - 3]
     with pytest.raises(exact.WrongResult, match=f"backward n3.*: {name} is wrong"):
@@ -153,7 +153,7 @@ def test_a_wrong_kernel_is_not_timed(
 
 def test_a_right_kernel_passes_in_pieces(bundle: Path, setting: bench.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bench.bench(gf_cuda.load(bundle), setting, "r2x2")["rows"][0]["max_rel_error"]
-    monkeypatch.setattr(bench, "_PIECE", 1)
+    monkeypatch.setattr(reference, "PIECE", 1)
     assert bench.bench(gf_cuda.load(bundle), setting, "r2x2")["rows"][0]["max_rel_error"] == pytest.approx(whole)
 
 
