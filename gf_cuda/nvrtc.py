@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -46,6 +47,21 @@ _LIBRARIES = (
     "libnvrtc.so.10.2",
     "libnvrtc.so",
 )
+
+
+@contextmanager
+def _own_locale() -> Iterator[None]:
+    """NVRTC 11.8 leaves the thread that called it with the locale "C"; then Python would open files as ASCII."""
+    use = getattr(ctypes.CDLL(None), "uselocale", None)
+    if use is None:
+        yield
+        return
+    use.argtypes, use.restype = [c_void_p], c_void_p
+    before = use(None)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 class Nvrtc:
@@ -85,6 +101,10 @@ class Nvrtc:
 
     def translate(self, source: str, number: int, name: str, kind: str) -> Tuple[bytes, str]:
         """Image and log. Raises CompileError."""
+        with _own_locale():
+            return self._translate(source, number, name, kind)
+
+    def _translate(self, source: str, number: int, name: str, kind: str) -> Tuple[bytes, str]:
         program = c_void_p()
         self._call("nvrtcCreateProgram", byref(program), source.encode(), name.encode(), 0, None, None)
         try:

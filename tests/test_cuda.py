@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import locale
 import os
 import random
 import re
@@ -184,7 +185,8 @@ def said_by_ptxas(source: str) -> dict[str, Resources]:
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"gf.cu", 0, None, None)
     words = [b"--gpu-architecture=sm_53", b"--std=c++14", b"--ptxas-options=-v"]
-    assert library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words)) == 0
+    with nvrtc._own_locale():
+        assert library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words)) == 0
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
@@ -263,6 +265,14 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx() -> None:
     assert made.kind == "ptx"
     assert b".target sm_" in made.image
     assert made.resources == {}
+
+
+def test_compiling_leaves_the_locale_alone() -> None:
+    """NVRTC does not, and files would be opened as ASCII ever after."""
+    before = locale.nl_langinfo(locale.CODESET)
+    assert before.upper() == "UTF-8"
+    compile_source(cuda.PRELUDE, "sm_53")
+    assert locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_nvrtc_at_hand_is_the_pinned_one() -> None:
