@@ -196,7 +196,7 @@ def excess(workload: Workload, config: dict[str, int], seed: int) -> float:
 
 @pytest.mark.slow
 @settings(
-    max_examples=24,
+    max_examples=16,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
