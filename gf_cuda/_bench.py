@@ -145,7 +145,7 @@ def _measure(kernel: Kernel, pooling: Optional[Kernel], setting: Setting) -> Tup
         "max_rel_error": worst,
         "repeats": {"baseline": times[best].repeats, "gf_tvm": times["gf_tvm"].repeats},
         "layers": [],
-        "baselines": _columns(times, failures),
+        "baselines": exact.columns(times, failures),
         "input_sets": 1,
         "host_bound": [name for name, values in watched.items() if values["host_bound"]],
     }
@@ -231,17 +231,6 @@ def _watch(call: Callable[[], Any], times: Timing, setting: Setting) -> Dict[str
         joules, _ = energy.joules_a_step(setting.meter, call, setting.gpu.synchronize, seconds, ENERGY_SECONDS)
     peak = setting.gpu.peak_bytes(call)
     return {"peak_bytes": peak, "joules": joules, "host_us": times.host_us, "host_bound": times.host_bound}
-
-
-def _columns(times: Dict[str, Timing], failures: Dict[str, str]) -> Dict[str, Dict[str, Any]]:
-    columns: Dict[str, Dict[str, Any]] = {}
-    for way in exact.WAYS:
-        if way.name in times:
-            t = times[way.name]
-            columns[way.name] = {"ms": t.median, "ms_quartiles": t.quartiles, "repeats": t.repeats}
-        else:
-            columns[way.name] = {"ms": None, "reason": failures[way.name]}
-    return columns
 
 
 def _conditions(bundle: Bundle, setting: Setting, idle: Optional[float]) -> Dict[str, Any]:

@@ -1,7 +1,7 @@
 """The exact backward pass of a convolution on a GPU, in every form that a user of PyTorch can choose."""
 
 import math
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .bundle import Convolution
 from .errors import GfCudaError
+from .timing import Timing
 
 #: Relative errors of cuDNN that are not those of a sum in float32: its Winograd algorithms lose digits, TF32 has ten
 #: bits of mantissa.
@@ -134,3 +135,15 @@ def check(tensors: List[Tensor], at: Convolution, way: Way, key: str) -> None:
                 f"{key}: {name} of the exact backward pass ({way.name}) is wrong, so it was not timed: relative error "
                 f"{error:.3g} against float64, rounding explains {allowed:.3g}"
             )
+
+
+def columns(times: Dict[str, Timing], failures: Dict[str, str]) -> Dict[str, Dict[str, Any]]:
+    """Times, or the reason why there are none, of every exact backward pass, for JSON."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for way in WAYS:
+        if way.name in times:
+            t = times[way.name]
+            found[way.name] = {"ms": t.median, "ms_quartiles": t.quartiles, "repeats": t.repeats}
+        else:
+            found[way.name] = {"ms": None, "reason": failures[way.name]}
+    return found

@@ -218,17 +218,29 @@ def measure(
     for name, sampler in samplers.items():
         least = MIN_REPEATS_SLOW if sampler.seconds > SLOW_SECONDS else MIN_REPEATS
         repeats_of[name] = max(least, min(repeats, int(seconds / len(calls) / max(sampler.cost, 1e-6))))
-    samples: Dict[str, List[float]] = {name: [] for name in calls}
-    rounds, order, shuffler = max(repeats_of.values()), list(calls), random.Random(0)
+    samples = interleaved(repeats_of, lambda name: samplers[name].sample(), progress)
+    return {name: _timing(samples[name], sampler) for name, sampler in samplers.items()}
+
+
+def interleaved(
+    repeats_of: Dict[str, int], sample: Callable[[str], float], progress: Optional[Callable[[float], None]] = None
+) -> Dict[str, List[float]]:
+    """Samples of several things, each as often as asked for, spread over the whole run.
+
+    The order is shuffled in every round, with a fixed seed: in a fixed cyclic order each would always find the caches
+    as the same other one left them.
+    """
+    samples: Dict[str, List[float]] = {name: [] for name in repeats_of}
+    rounds, order, shuffler = max(repeats_of.values()), list(repeats_of), random.Random(0)
     for index in range(rounds):
         shuffler.shuffle(order)
         for name in order:
             count = repeats_of[name]
             if (index + 1) * count // rounds > index * count // rounds:
-                samples[name].append(samplers[name].sample())
+                samples[name].append(sample(name))
         if progress is not None:
             progress((index + 1) / rounds)
-    return {name: _timing(samples[name], sampler) for name, sampler in samplers.items()}
+    return samples
 
 
 def _timing(values: Sequence[float], sampler: _Sampler) -> Timing:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,9 @@ from .errors import BuildError
 STACK_BYTES = 8192
 
 
-def _bytes(buffer: Any) -> int:
-    size = tvm.DataType(str(buffer.ty.dtype)).itemsize if hasattr(buffer, "ty") else 4
-    for extent in buffer.ty.shape:
-        size *= int(extent)
-    return int(size)
+def buffer_bytes(buffer: Any) -> int:
+    """Size of a TIR buffer whose shape is constant."""
+    return int(tvm.DataType(str(buffer.ty.dtype)).itemsize) * prod(int(extent) for extent in buffer.ty.shape)
 
 
 def _keep_small_on_stack(stmt: Any) -> Any:
@@ -43,7 +42,7 @@ def _keep_small_on_stack(stmt: Any) -> Any:
     if isinstance(stmt, tirx.IfThenElse):
         otherwise = None if stmt.else_case is None else visit(stmt.else_case)
         return tirx.IfThenElse(stmt.condition, visit(stmt.then_case), otherwise)
-    if isinstance(stmt, tirx.AllocBuffer) and _bytes(stmt.buffer) <= STACK_BYTES:
+    if isinstance(stmt, tirx.AllocBuffer) and buffer_bytes(stmt.buffer) <= STACK_BYTES:
         return tirx.AllocBuffer(stmt.buffer, {"disable_lower_builtin": tirx.IntImm("int32", 1)})
     return stmt
 

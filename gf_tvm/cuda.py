@@ -21,10 +21,13 @@ from tvm.ir.instrument import pass_instrument
 from tvm.tirx.build import split_host_device_mods
 
 from gf_cuda import GfCudaError, Program, compile_source
+from gf_cuda.program import PROGRAM_SCHEMA
 
+from .compile import buffer_bytes
 from .cubin import Resources, read_resources
 from .devices import DeviceProfile
 from .errors import BuildError
+from .geometry import ceil_div, pad
 
 #: Offsets into the scratch memory: enough for every vector load, and for the DMA units' preferred alignment.
 _SCRATCH_ALIGNMENT = 256
@@ -130,7 +133,7 @@ def generate(module: Any, profile: DeviceProfile, symbol: str = "main") -> tuple
     """The program and its source, not compiled. Raises BuildError."""
     assert profile.gpu is not None
     launches, source = lower(module, json.loads(profile.target), symbol)
-    values = {"schema": 1, "arch": profile.gpu.arch, **launches}
+    values = {"schema": PROGRAM_SCHEMA, "arch": profile.gpu.arch, **launches}
     return Program.from_dict(values), PRELUDE + _as_cpp14(_kernels_of(source))
 
 
@@ -196,8 +199,7 @@ def _read_host(module: Any, symbol: str, outputs: set[str]) -> dict[str, Any]:
                 visit(child)
         elif isinstance(stmt, tirx.AllocBuffer):
             places[stmt.buffer] = ("scratch", scratch)
-            size = _bytes(stmt.buffer)
-            scratch += -(-size // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+            scratch += pad(buffer_bytes(stmt.buffer), _SCRATCH_ALIGNMENT)
         elif isinstance(stmt, tirx.DeclBuffer):
             places[stmt.buffer] = places[buffer_of(stmt.data)]
         elif isinstance(stmt, tirx.AttrStmt):
@@ -252,10 +254,6 @@ def _shape(buffer: Any) -> dict[str, Any]:
     return {"dtype": str(buffer.ty.dtype), "shape": [int(extent) for extent in buffer.ty.shape]}
 
 
-def _bytes(buffer: Any) -> int:
-    return int(tvm.DataType(str(buffer.ty.dtype)).itemsize) * prod(int(extent) for extent in buffer.ty.shape)
-
-
 def _kernels_of(source: str) -> str:
     """The kernels alone, without TVM's prelude."""
     return source[source.index('extern "C" __global__') :]
@@ -291,8 +289,7 @@ def check_resources(program: Program, resources: dict[str, Resources], profile: 
         needs = resources.get(launch.function)
         if needs is None:
             continue
-        warps = -(-prod(launch.block) // _WARP)
-        registers = warps * (-(-needs.registers * _WARP // _REGISTER_PIECE) * _REGISTER_PIECE)
+        registers = ceil_div(prod(launch.block), _WARP) * pad(needs.registers * _WARP, _REGISTER_PIECE)
         shared = needs.shared_bytes + launch.shared
         for what, wanted, there in (
             ("registers", registers, gpu.registers),

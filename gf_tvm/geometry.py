@@ -35,6 +35,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def pad(size: int, piece: int) -> int:
+    """The smallest multiple of ``piece`` that is at least ``size``."""
+    return ceil_div(size, piece) * piece
+
+
 @dataclass(frozen=True)
 class Axis:
     """Rows (or columns) of one filtered convolution: sizes in pixels, offsets in pixels, patches counted."""

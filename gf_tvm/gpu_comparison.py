@@ -15,7 +15,7 @@ import torch
 
 import gf_cuda
 from gf_cuda import board, energy, timing
-from gf_cuda.exact import NO_TF32, WAYS, out_of_memory, ways
+from gf_cuda.exact import NO_TF32, WAYS, columns, out_of_memory, ways
 from gf_cuda.timing import Gpu, Rotation
 
 from . import machine
@@ -128,7 +128,7 @@ class Cuda(Backend):
         best = min((way.name for way in WAYS if way.name in measured), key=lambda name: measured[name].median)
         calls["baseline"], measured["baseline"] = calls[best], measured[best]
         shared = {
-            "baselines": self._columns(measured, failures),
+            "baselines": columns(measured, failures),
             "input_sets": count,
         }
         watched = self._watch(calls["baseline"], measured["baseline"])
@@ -202,17 +202,6 @@ class Cuda(Backend):
             raise ComparisonError(f"case {case.name}: the exact backward pass does not fit into the GPU's memory")
         failures.update({way.name: NO_TF32 for way in WAYS if way not in possible})
         return calls, failures
-
-    def _columns(self, measured: dict[str, timing.Timing], failures: dict[str, str]) -> dict[str, dict[str, Any]]:
-        """Times, or the reason why there are none, of every exact backward pass."""
-        columns: dict[str, dict[str, Any]] = {}
-        for way in WAYS:
-            if way.name in measured:
-                t = measured[way.name]
-                columns[way.name] = {"ms": t.median, "ms_quartiles": t.quartiles, "repeats": t.repeats}
-            else:
-                columns[way.name] = {"ms": None, "reason": failures[way.name]}
-        return columns
 
     def _watch(self, call: Call, times: timing.Timing) -> dict[str, Any]:
         """Memory, energy and the host's part of one variant."""

@@ -6,7 +6,6 @@ The same random inputs go to all of them. Nothing here knows about devices, limi
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from gf_cuda.timing import interleaved
 
 from . import machine, reference
 from .errors import GfTvmError
@@ -315,15 +316,7 @@ def measure(
             elapsed = min(elapsed, *(_seconds(call) for _ in range(2)))
         least = MIN_REPEATS_SLOW if elapsed > SLOW_SECONDS else MIN_REPEATS
         repeats_of[name] = max(least, min(repeats, int(seconds / len(calls) / elapsed)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    rounds, order, shuffler = max(repeats_of.values()), list(calls), random.Random(0)
-    for index in range(rounds):
-        shuffler.shuffle(order)
-        for name in order:
-            count = repeats_of[name]
-            if (index + 1) * count // rounds > index * count // rounds:
-                samples[name].append(_seconds(calls[name]))
-        progress((index + 1) / rounds)
+    samples = interleaved(repeats_of, lambda name: _seconds(calls[name]), progress)
     return {name: _timing(values) for name, values in samples.items()}
 
 

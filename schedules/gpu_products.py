@@ -12,7 +12,7 @@ from typing import Any
 from tvm import s_tir, tirx
 
 from gf_tvm.devices import DeviceProfile
-from gf_tvm.geometry import Geometry, ceil_div
+from gf_tvm.geometry import Geometry, ceil_div, pad
 from gf_tvm.kernels import gpu_fused
 from gf_tvm.kernels.gpu import Tiles
 from gf_tvm.workload import Workload
@@ -104,7 +104,7 @@ def products(workload: Workload, profile: DeviceProfile, define: Any) -> Space:
     def build(config: Config) -> s_tir.Schedule:
         if config.get("fuse"):
             return _build_fused(workload, config)
-        return _build_products(workload, define, config, (needs_x, needs_w))
+        return _build_products(workload, define, config)
 
     return Space(knobs, _default(knobs, rule, geometry, profile), build, rule)
 
@@ -171,13 +171,9 @@ def _cost(
     per_step = tx * ty + 2 * reads + 8 * (x + y) / threads + 8 / step
     # Fewer than 128 threads leave some of the multiprocessor's cores without work.
     idle = max(1.0, 128 / (threads * min(resident, ceil_div(blocks, profile.gpu.multiprocessors or 64))))
-    steps = _padded(ceil_div(length, splits), step)
+    steps = pad(ceil_div(length, splits), step)
     partial = 4.0 * rows * columns * groups * splits / (profile.gpu.multiprocessors or 64) if splits > 1 else 0.0
     return rounds * resident * threads * steps * per_step * idle + partial
-
-
-def _padded(size: int, tile: int) -> int:
-    return ceil_div(size, tile) * tile
 
 
 def _build_fused(workload: Workload, config: Config) -> s_tir.Schedule:
@@ -244,7 +240,7 @@ def _weight_product(sch: s_tir.Schedule, geometry: Geometry, config: Config) -> 
     _sum_parts(sch)
 
 
-def _build_products(workload: Workload, define: Any, config: Config, needs: tuple[bool, bool]) -> s_tir.Schedule:
+def _build_products(workload: Workload, define: Any, config: Config) -> s_tir.Schedule:
     geometry = workload.geometry
     sch = new_schedule(define(workload, _tiles(config)))
     pools = workload.kernel.startswith("backward")
@@ -252,7 +248,7 @@ def _build_products(workload: Workload, define: Any, config: Config, needs: tupl
         g = sch.get_sblock("g")
         map_of_sums(sch, g, 3)
         pool(sch, sch.get_sblock("pixels"), g, mean_vector(geometry))
-    if needs[0]:
+    if "m" in config:
         taps = sch.get_sblock("taps")
         _ = map_blocks(sch, taps, 4) if geometry.dilated else map_of_sums(sch, taps, 4)
         out = sch.get_sblock("grad_x" if pools else "grad_x_grid")
@@ -267,7 +263,7 @@ def _build_products(workload: Workload, define: Any, config: Config, needs: tupl
         )
         if pools:
             store_patch(sch, out, geometry)
-    if needs[1]:
+    if "wo" in config:
         _weight_product(sch, geometry, config)
     if pools:
         channel_sum(sch, "bias", "grad_b", 1)

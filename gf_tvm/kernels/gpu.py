@@ -17,7 +17,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from ..geometry import Geometry, ceil_div
+from ..geometry import Geometry, ceil_div, pad
 from ..workload import Workload
 from . import stages as st
 from .rewrite import store_into
@@ -50,10 +50,6 @@ class Tiles:
     splits: int = 1
 
 
-def _pad(size: int, tile: int) -> int:
-    return ceil_div(size, tile) * tile
-
-
 class Shapes:
     """Sizes of one workload, padded to its tiles.
 
@@ -68,12 +64,12 @@ class Shapes:
     def __init__(self, geometry: Geometry, tiles: Tiles) -> None:
         self.patches = geometry.n * geometry.grid[0] * geometry.grid[1]
         # A part of the weight gradient's sum is whole steps, and the input gradient's tiles are whole as well.
-        self.split = _pad(ceil_div(self.patches, tiles.splits), tiles.wk)
-        self.m = _pad(max(self.patches, self.split * tiles.splits), tiles.m)
-        self.co = _pad(_pad(geometry.co_group, tiles.k), tiles.wo)
-        self.k = _pad(geometry.co_group, tiles.k)
-        self.ci = _pad(geometry.ci_group, tiles.ci)
-        self.wi = _pad(geometry.ci_group, tiles.wi)
+        self.split = pad(ceil_div(self.patches, tiles.splits), tiles.wk)
+        self.m = pad(max(self.patches, self.split * tiles.splits), tiles.m)
+        self.co = pad(pad(geometry.co_group, tiles.k), tiles.wo)
+        self.k = pad(geometry.co_group, tiles.k)
+        self.ci = pad(geometry.ci_group, tiles.ci)
+        self.wi = pad(geometry.ci_group, tiles.wi)
 
 
 def patch_of(geometry: Geometry, m: Any) -> tuple[Any, Any, Any]:
@@ -298,7 +294,7 @@ def weight_grad_of(geometry: Geometry, mean: Any, saved: Any, tiles: Tiles, shap
     o_tile = te.compute((tiles.splits, groups, length, shapes.co), means, name="o_tile")
     c_tile = te.compute((tiles.splits, groups, length, shapes.wi), channels, name="c_tile")
     m = te.reduce_axis((0, length), "rm")
-    wo = _pad(cog, tiles.wo)
+    wo = pad(cog, tiles.wo)
     part = te.compute(
         (tiles.splits, groups, wo, shapes.wi),
         lambda s, p, o, c: te.sum(o_tile[s, p, m, o] * c_tile[s, p, m, c], axis=m),

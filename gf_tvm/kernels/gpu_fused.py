@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import te
 
-from ..geometry import Geometry
+from ..geometry import Geometry, pad
 from ..workload import Workload
 from . import gpu
 from . import stages as st
@@ -31,8 +31,7 @@ def possible(workload: Workload) -> bool:
 
 def shared_bytes(geometry: Geometry, m: int, k: int, ci: int) -> int:
     """Shared memory of a block: its tile of g~, rows four floats longer, and a step of W~."""
-    co = -(-geometry.co_group // k) * k
-    return 4 * (co * (m + 4) + k * ci)
+    return 4 * (pad(geometry.co_group, k) * (m + 4) + k * ci)
 
 
 def backward(workload: Workload, tiles: Tiles) -> Any:
