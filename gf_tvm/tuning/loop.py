@@ -187,8 +187,9 @@ def tune(
     workloads = list(dict.fromkeys(workloads))
     tasks = [WorkloadTask(workload, profile.name) for workload in workloads]
     options = Options(threads=threads, builders=usable_cores(), cold=cold)
-    measurer = Measurer(options, gpu)
-    if farm is not None:
+    if farm is None:
+        measurer = Measurer(options, gpu)
+    else:
         from .remote import FarmMeasurer, reference_task
 
         arch = "" if profile.gpu is None else profile.gpu.arch
@@ -212,8 +213,6 @@ def _find_device(profile: DeviceProfile) -> GpuInfo | None:
     """Whether this machine is, or has, the device; tells what its GPU is. Raises DeviceError."""
     from ..devices import missing_flags, runs_here
 
-    lacking = missing_flags(profile)
-    reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
     # Of a board with a GPU only the GPU matters here: any machine can measure what its own GPU runs.
     if profile.gpu is not None:
         from ..farm.gpu import check_gpu
@@ -224,6 +223,9 @@ def _find_device(profile: DeviceProfile) -> GpuInfo | None:
             reason = str(error)
     elif runs_here(profile):
         return None
+    else:
+        lacking = missing_flags(profile)
+        reason = f"it lacks {', '.join(lacking)}" if lacking else f"it is not an {profile.arch} machine"
     raise DeviceError(
         f"device {profile.name!r} cannot be measured on this machine: {reason}; "
         "boards are measured through a tracker (--tracker HOST:PORT --key KEY)"
