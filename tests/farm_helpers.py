@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gf_tvm.compile import find_linker
-from gf_tvm.farm.protocol import Address, TrackerLost
-from gf_tvm.farm.tracker import Board, boards
+from gf_tvm.farm.protocol import Address, TrackerConnection, TrackerLost
+from gf_tvm.farm.tracker import Board, boards_of
 from gf_tvm.farm.virtual import VirtualPi
 from gf_tvm.geometry import Geometry
-from gf_tvm.tuning.task import Candidate, WorkloadTask
+from gf_tvm.tuning.search import ConfigSearch
+from gf_tvm.tuning.task import Candidate, Config, WorkloadTask
 from gf_tvm.workload import Workload
 
 CLI = [sys.executable, "-m", "gf_tvm.runners.cli"]
@@ -27,9 +30,15 @@ CLI = [sys.executable, "-m", "gf_tvm.runners.cli"]
 #: What a treacherous candidate does, by the status that it must get; as the body of a kernel that never returns well.
 ACTS = {
     "crash": "*(volatile int *)0 = 1;",
-    "timeout": "for (volatile int i = 0;; i = 1) {}",
+    "timeout": "for (;;) pause();",  # without taking time from others, so that limits can be generous
     "wrong": "",
 }
+
+
+def treacherous_source(act: str) -> str:
+    """A library in C++ whose kernel does one of ACTS."""
+    entry = "int __tvm_ffi_main(void *, void *, int, void *)"
+    return f'extern "C" int pause();\nextern "C" {entry} {{ {ACTS[act]} return 0; }}\n'
 
 
 def small_workload(**changes: Any) -> Workload:
@@ -39,15 +48,37 @@ def small_workload(**changes: Any) -> Workload:
 
 
 class TreacherousTask(WorkloadTask):
-    """Some of its candidates crash, hang or compute nothing; which ones, follows from their configurations."""
+    """Some of its candidates crash or compute nothing; which ones, follows from their configurations. One hangs."""
 
     _at_hand = "ok"
+
+    @functools.cached_property
+    def _hanging(self) -> Config:
+        """Only one: a limit that a slow machine does not exceed by chance is worth waiting for once."""
+        rng = random.Random(0)
+        while (config := self.space.sample(rng)) == self.space.default:
+            pass
+        return config
+
+    @property
+    def examples(self) -> list[Config]:
+        """One configuration for each of ACTS, so that a run meets them all; see :func:`suggesting`."""
+        found: dict[str, Config] = {"timeout": self._hanging}
+        rng = random.Random(1)
+        while len(found) < len(ACTS):
+            config = self.space.sample(rng)
+            act = self.act(Candidate.of_config(config).id)
+            if act != "ok":
+                found.setdefault(act, config)
+        return list(found.values())
 
     def act(self, candidate_id: str) -> str:
         """The status that a candidate deserves."""
         if candidate_id == Candidate.of_config(self.space.default).id:
             return "ok"
-        return {0: "crash", 1: "timeout", 2: "wrong"}.get(zlib.crc32(candidate_id.encode()) % 12, "ok")
+        if candidate_id == Candidate.of_config(self._hanging).id:
+            return "timeout"
+        return {0: "crash", 2: "wrong"}.get(zlib.crc32(candidate_id.encode()) % 12, "ok")
 
     def schedule(self, candidate: Candidate) -> Any:
         self._at_hand = self.act(candidate.id)
@@ -57,15 +88,25 @@ class TreacherousTask(WorkloadTask):
         if self._at_hand == "ok":
             super().export(schedule, path)
             return
-        source = f'extern "C" int __tvm_ffi_main(void *, void *, int, void *) {{ {ACTS[self._at_hand]} return 0; }}\n'
         compiler = find_linker(self.profile)
         command = [compiler] if isinstance(compiler, str) else list(compiler)
         subprocess.run(
             [*command, "-x", "c++", "-", "-O1", "-shared", "-fPIC", "-o", str(path)],
-            input=source.encode(),
+            input=treacherous_source(self._at_hand).encode(),
             check=True,
             capture_output=True,
         )
+
+
+def suggesting(configs: Sequence[Config]) -> type[ConfigSearch]:
+    """A search that proposes these first, to be put in place of the loop's; random ones may leave out any of them."""
+
+    class Suggesting(ConfigSearch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.suggest(configs)
+
+    return Suggesting
 
 
 def free_port() -> int:
@@ -103,15 +144,20 @@ class TrackerProcess:
     def text(self) -> str:
         return f"{self.address[0]}:{self.address[1]}"
 
-    def wait_for(self, count: int, seconds: float = 120.0) -> list[Board]:
+    def boards(self) -> list[Board]:
+        """The registered boards; a busy machine gets more time to answer than a user would wait."""
+        with TrackerConnection(self.address, 250.0) as connection:
+            return boards_of(connection.summary())
+
+    def wait_for(self, count: int, seconds: float = 250.0) -> list[Board]:
         """Wait until ``count`` boards are registered."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(TrackerLost):
-                if len(found := boards(self.address)) == count:
+                if len(found := self.boards()) == count:
                     return found
             time.sleep(0.1)
-        raise AssertionError(f"not {count} boards after {seconds:.0f} s: {boards(self.address)}")
+        raise AssertionError(f"not {count} boards after {seconds:.0f} s: {self.boards()}")
 
 
 class NativeBoard(VirtualPi):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from farm_helpers import ACTS, NativeBoard, TrackerProcess, native_farm, small_workload
+from farm_helpers import NativeBoard, TrackerProcess, native_farm, small_workload, treacherous_source
 
 from gf_tvm.compile import compile_module, export, find_linker
 from gf_tvm.devices import get_profile
@@ -23,7 +23,8 @@ from gf_tvm.verify import argument_specs
 
 pytest.importorskip("tvm.s_tir.meta_schedule")
 
-OPTIONS = Options(run_timeout=3.0)
+# Only the one that hangs may exceed this, however busy the machine is.
+OPTIONS = Options(max_seconds=60.0, run_timeout=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def treacherous(act: str, folder: Path) -> Path:
     """A kernel that does one of ACTS."""
     path = folder / f"{act}.so"
-    source = f'extern "C" int __tvm_ffi_main(void *, void *, int, void *) {{ {ACTS[act]} return 0; }}\n'
     command = [*find_linker(get_profile("host")), "-x", "c++", "-", "-shared", "-fPIC", "-o", str(path)]
-    subprocess.run(command, input=source, text=True, check=True)
+    subprocess.run(command, input=treacherous_source(act), text=True, check=True)
     return path
 
 
@@ -87,7 +87,7 @@ def test_each_candidate_gets_its_result(
     for number in (0, 1, 5, 6, 7):
         assert results[number].error_msg is None
         assert len(results[number].run_secs) == 3
-        assert 0 < max(float(seconds) for seconds in results[number].run_secs) < 1
+        assert 0 < max(float(seconds) for seconds in results[number].run_secs) < 20
     assert library.exists()  # it is MetaSchedule's to remove
     with pytest.raises(Exception, match="is closed"):
         runner.run([runner_input(library)])
@@ -111,7 +111,7 @@ def test_what_boards_cannot_take_is_refused(
 def test_tvms_own_runner_can_use_the_boards(farm: tuple[TrackerProcess, list[NativeBoard]], library: Path) -> None:
     from tvm.s_tir import meta_schedule as ms
 
-    rpc = ms.runner.RPCConfig(*farm[0].address, "here", session_timeout_sec=60)
+    rpc = ms.runner.RPCConfig(*farm[0].address, "here", session_timeout_sec=250)
     runner = ms.runner.RPCRunner(rpc, ms.runner.EvaluatorConfig(1, 2, 1))
     (result,) = [future.result() for future in runner.run([runner_input(library, device="cpu")])]
     assert result.error_msg is None

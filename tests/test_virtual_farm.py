@@ -13,19 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_helpers import BABBLE, CONT, STOP, TrackerProcess, TreacherousTask, babble, later, small_workload
+from farm_helpers import (
+    BABBLE,
+    CONT,
+    STOP,
+    TrackerProcess,
+    TreacherousTask,
+    babble,
+    later,
+    small_workload,
+    suggesting,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from strategies import geometries, kinds
-from test_farm_faults import QUICK, at_trial, check_trials, notes
+from test_farm_faults import QUICK, at_note, at_trial, check_trials, each, met, notes
 from tiny_network import tiny
 from virtual_pi import run_in
 
 from gf_tvm.bundle import build
-from gf_tvm.farm.tracker import boards
 from gf_tvm.farm.virtual import VirtualPi
 from gf_tvm.geometry import Geometry
 from gf_tvm.shapes import model_cases, workloads_of
-from gf_tvm.tuning import remote
+from gf_tvm.tuning import loop, remote
 from gf_tvm.tuning.log import log_path, read_log
 from gf_tvm.tuning.loop import Event, tune_tasks
 from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
@@ -48,7 +57,7 @@ def pis(virtual_root: Path, folder: Path) -> Iterator[tuple[TrackerProcess, list
         try:
             for pi in found:
                 pi.start()
-            tracker.wait_for(3, 240)
+            tracker.wait_for(3)
             yield tracker, found
         finally:
             for pi in found:
@@ -61,6 +70,8 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
     tracker, (first, second, third) = pis
     task = TreacherousTask(TUNED, "rpi4")
     events: list[Event] = []
+    farm = FarmOptions(tracker.address, "rpi4")
+    measurer = FarmMeasurer(QUICK, farm, "virtual Pi", remote.reference_task("rpi4"))
 
     def strangers_and_losses() -> None:
         for data in BABBLE:
@@ -69,7 +80,6 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
         first.kill()
         later(2.0, first.start)
         second.signal(STOP)
-        later(40.0, lambda: second.signal(CONT))
 
     def power_cut() -> None:
         """Everything is gone at once, and the tracker comes back last, after 90 seconds."""
@@ -79,19 +89,17 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
             pi.start()
         later(90.0, tracker.start)
 
-    at_six, at_twenty = at_trial(6, strangers_and_losses), at_trial(20, power_cut)
-
-    def progress(event: Event) -> None:
-        events.append(event)
-        at_six(event)
-        at_twenty(event)
-
-    farm = FarmOptions(tracker.address, "rpi4")
+    progress = each(
+        events.append,
+        at_trial(6, strangers_and_losses, met(measurer, "pi-1", "pi-2")),
+        at_note("pi-2: board lost", lambda: second.signal(CONT)),
+        at_trial(20, power_cut),
+    )
     patient = pytest.MonkeyPatch()
     patient.setattr(remote, "_SILENT_SECONDS", 20.0)
+    patient.setattr(loop, "ConfigSearch", suggesting(task.examples))
     begun = time.monotonic()
     try:
-        measurer = FarmMeasurer(QUICK, farm, "virtual Pi", remote.reference_task("rpi4"))
         summary = tune_tasks([task], logs=folder, trials=30, options=QUICK, measurer=measurer, progress=progress)
     finally:
         patient.undo()
@@ -107,7 +115,7 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
     told = notes(events)
     for line in ("pi-1: board lost", "pi-2: board lost", "cannot be reached", "the tracker is back"):
         assert line in told, told
-    assert len(boards(tracker.address)) == 3
+    assert len(tracker.boards()) == 3
     return folder
 
 
