@@ -58,8 +58,8 @@ def test_whatever_goes_wrong_in_a_probe_becomes_a_line() -> None:
 def test_a_hanging_probe_becomes_a_line() -> None:
     release = threading.Event()
     start = time.monotonic()
-    (check,) = guarded("disk", lambda: release.wait(60) and [], seconds=0.2)  # type: ignore[arg-type, return-value]
-    assert time.monotonic() - start < 10
+    (check,) = guarded("disk", lambda: release.wait(250) and [], seconds=0.2)  # type: ignore[arg-type, return-value]
+    assert time.monotonic() - start < 100
     assert str(check) == "unknown disk cannot be told: no answer in 0.2 s"
     release.set()
 
@@ -70,18 +70,18 @@ def test_a_hanging_probe_becomes_a_line() -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died of SIGSEGV"),
         ("raise ImportError('libcudart.so.13: cannot open')", "ImportError: libcudart.so.13: cannot open"),
         ("import sys; sys.exit(3)", "ended with exit code 3"),
-        ("import time; time.sleep(100)", "no answer in 1 s"),
+        ("import time; time.sleep(1000)", "no answer in 1 s"),
         ("print('not JSON')", "nothing of use"),
         ("", "nothing of use"),
     ],
 )
 def test_a_child_that_goes_wrong_is_a_reason(code: str, reason: str) -> None:
     with pytest.raises(doctor.ProbeError, match=reason):
-        in_child(code, seconds=1 if "sleep" in code else 30)
+        in_child(code, seconds=1 if "sleep" in code else 250)
 
 
 def test_a_childs_answer_is_its_last_line() -> None:
-    assert in_child("print('noise of a library'); print('[1, 2]')", seconds=30) == [1, 2]
+    assert in_child("print('noise of a library'); print('[1, 2]')", seconds=250) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -629,8 +629,9 @@ class _Child:
         )
 
     def messages(self, seconds: float) -> Iterator[dict[str, Any]]:
-        """The messages. Raises ProbeError after ``seconds`` without one."""
+        """The messages. Raises ProbeError after ``seconds`` without one; before the first it may import PyTorch."""
         assert self._process.stdout is not None
+        seconds, afterwards = IMPORT_SECONDS + seconds, seconds
         hung = threading.Event()
 
         def give_up() -> None:
@@ -651,6 +652,7 @@ class _Child:
                 self._process.wait()
                 return
             if line.startswith(self._MARK):
+                seconds = afterwards
                 yield json.loads(line[len(self._MARK) :])
 
     @classmethod
