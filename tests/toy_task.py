@@ -136,9 +136,9 @@ class ToyTask(Task):
         tvm.compile(schedule.mod, target="llvm").export_library(str(path))
 
     def load(self, path: Path) -> Callable[..., None]:
-        import tvm
+        import tvm_ffi  # the rest of TVM would be imported within the limit of a call
 
-        kernel = tvm.runtime.load_module(str(path))["main"]
+        kernel = tvm_ffi.load_module(str(path))["main"]
         if self._sneaky == "writes its input":
             return lambda a, b, c: (kernel(a, b, c), a.add_(1))  # type: ignore[return-value]
         if self._sneaky == "writes outside":
