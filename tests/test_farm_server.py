@@ -26,7 +26,7 @@ from toy_task import wait_until
 
 from gf_tvm.farm import protocol
 from gf_tvm.farm.protocol import Address, ClientHello, TrackerConnection, TrackerLost
-from gf_tvm.farm.tracker import Board, boards, boards_of
+from gf_tvm.farm.tracker import Board, boards_of
 
 MAGIC = struct.pack("<i", protocol.RPC_MAGIC)
 
@@ -85,6 +85,10 @@ def test_a_greeting_of_tvm() -> None:
 
 # --------------------------------------------------------------------------------------------------- odd trackers
 
+# What must not time out has LONG; what waits for more than comes gives up after less than a second, and surely before
+# PROMPT, in which a busy machine may have done other things.
+LONG, PROMPT = 250.0, 50.0
+
 Act = Callable[[socket.socket], object]
 
 
@@ -98,7 +102,7 @@ def peer(act: Act) -> Iterator[Address]:
             connection, _ = listener.accept()
             with connection:
                 act(connection)
-                over.wait(20)
+                over.wait(LONG)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
@@ -107,7 +111,7 @@ def peer(act: Act) -> Iterator[Address]:
             yield listener.getsockname()[:2]
         finally:
             over.set()
-            thread.join(20)
+            thread.join(LONG)
 
 
 def sends(*pieces: bytes, pause: float = 0.0) -> Act:
@@ -131,7 +135,7 @@ HELLO = struct.pack("<i", protocol.TRACKER_MAGIC)
     ("act", "reason"),
     [
         (sends(), "no answer in time"),
-        (sends(HELLO[:1], HELLO[1:2], HELLO[2:3], HELLO[3:], pause=0.15), "no answer in time"),
+        (sends(HELLO[:1], HELLO[1:2], HELLO[2:3], pause=0.15), "no answer in time"),
         (lambda connection: connection.shutdown(socket.SHUT_RDWR), "closed the connection|reset|[Bb]roken"),
         (sends(b"SSH-2.0-OpenSSH\r\n"), "but not a tracker of TVM"),
     ],
@@ -140,15 +144,15 @@ def test_no_tracker(act: Act, reason: str) -> None:
     with peer(act) as address:
         begun = time.monotonic()
         with pytest.raises(TrackerLost, match=reason):
-            TrackerConnection(address, 0.3)
-        assert time.monotonic() - begun < 2
+            TrackerConnection(address, 0.3 if "in time" in reason else LONG)
+        assert time.monotonic() - begun < PROMPT
 
 
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()[:2]
     with pytest.raises(TrackerLost, match=rf"127\.0\.0\.1:{address[1]} cannot be reached: Connection refused"):
-        TrackerConnection(address, 1.0)
+        TrackerConnection(address, LONG)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +173,12 @@ def test_nobody_listens() -> None:
     ],
 )
 def test_a_tracker_that_answers_nonsense(pieces: tuple[bytes, ...]) -> None:
-    with peer(sends(HELLO, *pieces)) as address, TrackerConnection(address, 0.3) as tracker:
+    with peer(sends(HELLO, *pieces)) as address, TrackerConnection(address, LONG) as tracker:
+        tracker.timeout = 0.3
         begun = time.monotonic()
         with pytest.raises(TrackerLost):
             tracker.summary()
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < PROMPT
         # What comes on a connection after that could be half of a message.
         assert tracker.fileno() == -1
         with pytest.raises(TrackerLost, match="the connection is closed"):
@@ -181,26 +186,27 @@ def test_a_tracker_that_answers_nonsense(pieces: tuple[bytes, ...]) -> None:
 
 
 def test_an_answer_that_trickles_does_not_extend_the_deadline() -> None:
-    answer = message(b'[0, {"queue_info": {}, "server_info": []}]')
+    answer = message(b'[0, {"queue_info": {}, "server_info": []}]'.ljust(10 * round(2 * PROMPT)))
     slow = sends(HELLO, *(answer[i : i + 1] for i in range(len(answer))), pause=0.1)
-    with peer(slow) as address, TrackerConnection(address, 0.4) as tracker:
+    with peer(slow) as address, TrackerConnection(address, LONG) as tracker:
+        tracker.timeout = 0.4
         begun = time.monotonic()
         with pytest.raises(TrackerLost, match="no answer in time"):
             tracker.summary()
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < PROMPT
 
 
 def test_a_request_that_is_not_granted() -> None:
-    with peer(sends(HELLO)) as address, TrackerConnection(address, 5) as tracker:
+    with peer(sends(HELLO)) as address, TrackerConnection(address, LONG) as tracker:
         assert tracker.request("rpi4", 0.2) is None
         assert tracker.fileno() == -1  # so that the tracker forgets it
     for answer in (b"[1, null]", b"[0, null]", b"17"):
         with (
             peer(sends(HELLO, message(answer))) as address,
-            TrackerConnection(address, 5) as tracker,
+            TrackerConnection(address, LONG) as tracker,
             pytest.raises(TrackerLost, match="did not grant a server for 'rpi4'"),
         ):
-            tracker.request("rpi4", 2)
+            tracker.request("rpi4", LONG)
 
 
 def test_entries_of_the_list_that_make_no_sense_are_left_out() -> None:
@@ -216,7 +222,9 @@ def test_entries_of_the_list_that_make_no_sense_are_left_out() -> None:
 # --------------------------------------------------------------------------------------------------------- the server
 
 
-QUICK = {"_TICK": 0.1, "_INFO_SECONDS": 0.5, "_PENDING_SECONDS": 0.2, "_GRACE_SECONDS": 0.5, "_HELLO_SECONDS": 2.0}
+# Quick where something is to be noticed. Clients of a busy machine get their time, as long as a test can wait for it.
+QUICK = {"_TICK": 0.1, "_INFO_SECONDS": 0.5, "_PENDING_SECONDS": 0.2, "_GRACE_SECONDS": 0.5}
+QUICK |= {"_HELLO_SECONDS": PROMPT, "_UNUSED_SECONDS": LONG}
 
 
 class QuickBoard(NativeBoard):
@@ -263,12 +271,12 @@ def shared(tracker: TrackerProcess, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def board(tracker: TrackerProcess, shared: QuickBoard) -> QuickBoard:
     """A board that is free, whatever the test before has done to it."""
-    assert wait_until(lambda: state(tracker, "quick") == "free", 30), shared.output
+    assert wait_until(lambda: state(tracker, "quick") == "free"), shared.output
     return shared
 
 
 def entry(tracker: TrackerProcess, key: str) -> Board | None:
-    return next((board for board in boards(tracker.address) if board.key == key), None)
+    return next((board for board in tracker.boards() if board.key == key), None)
 
 
 def state(tracker: TrackerProcess, key: str) -> object:
@@ -278,13 +286,13 @@ def state(tracker: TrackerProcess, key: str) -> object:
 
 def request(tracker: TrackerProcess, key: str) -> tuple[Address, str]:
     with TrackerConnection(tracker.address) as connection:
-        granted = connection.request(key, 20)
+        granted = connection.request(key, LONG)
     assert granted is not None
     return granted
 
 
 def greet(address: Address, words: str) -> socket.socket:
-    connection = socket.create_connection(address, 20)
+    connection = socket.create_connection(address, LONG)
     connection.sendall(MAGIC + message(f"client:{words}".encode()))
     return connection
 
@@ -329,7 +337,7 @@ def test_tvms_own_client(tracker: TrackerProcess, board: QuickBoard, tmp_path: P
     assert state(tracker, "quick") == "busy"
     del remote, there
     gc.collect()
-    assert wait_until(lambda: state(tracker, "quick") == "free", 20)
+    assert wait_until(lambda: state(tracker, "quick") == "free")
     assert board.left() == []
 
 
@@ -349,7 +357,7 @@ def test_a_match_key_admits_one_client(tracker: TrackerProcess, board: QuickBoar
     with greet(address, match_key) as connection, greet(address, match_key) as second:
         assert admitted(connection)
         assert not admitted(second)
-    assert wait_until(lambda: state(tracker, "quick") == "free", 20)
+    assert wait_until(lambda: state(tracker, "quick") == "free")
     with greet(address, match_key) as late:
         assert not admitted(late)
 
@@ -366,23 +374,24 @@ def test_strangers_do_not_block_a_client(tracker: TrackerProcess, board: QuickBo
         begun = time.monotonic()
         with greet(*request(tracker, "quick")) as client:
             assert admitted(client)
-            assert time.monotonic() - begun < 3
+            assert time.monotonic() - begun < PROMPT - 10  # before any of them is sent away
     assert "does not speak TVM's RPC protocol" in board.output
 
 
-def test_one_that_says_nothing_is_sent_away(board: QuickBoard) -> None:
-    with socket.create_connection(("127.0.0.1", board.port), 20) as connection:
-        connection.sendall(MAGIC)
-        assert closed(connection)
-    board.wait_for("said nothing for 2 s", 5)
+def test_one_that_says_nothing_is_sent_away(tracker: TrackerProcess, tmp_path: Path) -> None:
+    with QuickBoard("terse", tracker.address, "terse", tmp_path, _HELLO_SECONDS=1.0) as board:
+        with socket.create_connection(("127.0.0.1", board.port), LONG) as connection:
+            connection.sendall(MAGIC)
+            assert closed(connection)
+        board.wait_for("said nothing for 1 s")
 
 
 def test_a_client_that_goes_away_frees_the_board(tracker: TrackerProcess, board: QuickBoard) -> None:
     with greet(*request(tracker, "quick")) as connection:
         assert admitted(connection)
-        assert wait_until(lambda: state(tracker, "quick") == "busy", 10)
+        assert wait_until(lambda: state(tracker, "quick") == "busy")
         assert len(board.left()) == 1
-    assert wait_until(lambda: state(tracker, "quick") == "free", 10)
+    assert wait_until(lambda: state(tracker, "quick") == "free")
     assert board.left() == []
 
 
@@ -391,7 +400,7 @@ import sys
 from gf_tvm.tuning.link import Link
 link = Link()
 link.hello("link")
-assert link.connect((sys.argv[1], int(sys.argv[2])), sys.argv[3], 20.0)
+assert link.connect((sys.argv[1], int(sys.argv[2])), sys.argv[3], 250.0)
 print("connected", flush=True)
 link.call(sys.argv[4])
 """
@@ -408,22 +417,22 @@ def call(tracker: TrackerProcess, key: str, text: str) -> subprocess.Popen[str]:
 
 def test_a_session_that_hangs_is_ended_when_its_client_is(tracker: TrackerProcess, board: QuickBoard) -> None:
     with call(tracker, "quick", "hang") as client:
-        board.wait_for("hangs", 30)
-        assert wait_until(lambda: state(tracker, "quick") == "busy", 10)
+        board.wait_for("hangs")
+        assert wait_until(lambda: state(tracker, "quick") == "busy")
         client.kill()
-    board.wait_for("its client is gone", 30)
-    assert wait_until(lambda: state(tracker, "quick") == "free", 10)
+    board.wait_for("its client is gone")
+    assert wait_until(lambda: state(tracker, "quick") == "free")
 
 
 def test_a_session_that_crashes_leaves_the_server(tracker: TrackerProcess, board: QuickBoard) -> None:
     pid = board.pid
     with call(tracker, "quick", "crash") as client:
-        assert client.wait(30) != 0
-    assert wait_until(lambda: state(tracker, "quick") == "free", 10)
-    board.wait_for("crashed with SIGSEGV", 10)
+        assert client.wait(LONG) != 0
+    assert wait_until(lambda: state(tracker, "quick") == "free")
+    board.wait_for("crashed with SIGSEGV")
     with call(tracker, "quick", "count") as client:
-        assert client.wait(30) == 0
-    assert wait_until(lambda: (found := entry(tracker, "quick")) is not None and found.info["failed"] == 1, 10)
+        assert client.wait(LONG) == 0
+    assert wait_until(lambda: (found := entry(tracker, "quick")) is not None and found.info["failed"] == 1)
     found = entry(tracker, "quick")
     assert found is not None
     assert (found.info["crashed_sessions"], found.info["trials"]) == (1, 1)
@@ -434,33 +443,37 @@ def test_a_session_that_crashes_leaves_the_server(tracker: TrackerProcess, board
 
 def test_the_session_of_a_stock_client_lasts_as_long_as_it_asks_for(tracker: TrackerProcess, board: QuickBoard) -> None:
     address, match_key = request(tracker, "quick")
+    begun = time.monotonic()
     with greet(address, f"{match_key} -timeout=0.7") as connection:
         assert admitted(connection)
-        begun = time.monotonic()
         assert closed(connection)
-        assert 0.4 < time.monotonic() - begun < 5
-    board.wait_for("its 1 s are over", 5)
-    assert wait_until(lambda: state(tracker, "quick") == "free", 10)
+        assert 0.7 <= time.monotonic() - begun < PROMPT
+    board.wait_for("its 1 s are over")
+    assert wait_until(lambda: state(tracker, "quick") == "free")
 
 
-def test_idle_clients_and_unused_offers(tracker: TrackerProcess, tmp_path: Path) -> None:
+def test_idle_clients(tracker: TrackerProcess, tmp_path: Path) -> None:
     """A client may keep a board for as long as it works, not for as long as it likes."""
-    with QuickBoard("idle", tracker.address, "idle", tmp_path, "--idle-seconds", "1", _UNUSED_SECONDS=0.5) as board:
+    with QuickBoard("idle", tracker.address, "idle", tmp_path, "--idle-seconds", "4") as board:
+        begun = time.monotonic()
         with greet(*request(tracker, "idle")) as connection:
             assert admitted(connection)
-            begun = time.monotonic()
             assert closed(connection)
-            assert 0.8 < time.monotonic() - begun < 10
-        board.wait_for("its client did nothing for 1 s", 5)
+            assert 4 <= time.monotonic() - begun < 4 + PROMPT
+        board.wait_for("its client did nothing for 4 s")
         # A request that is worked on is no idleness, though the session uses no processor time.
         with call(tracker, "idle", "hang") as client:
-            board.wait_for("hangs", 30)
-            time.sleep(1.6)
+            board.wait_for("hangs")
+            time.sleep(4.6)
             assert state(tracker, "idle") == "busy"
             client.kill()
-        # One takes the offer and does not come; the next one gets another.
-        address, first = request(tracker, "idle")
-        again, second = request(tracker, "idle")
+
+
+def test_unused_offers(tracker: TrackerProcess, tmp_path: Path) -> None:
+    """One takes the offer and does not come; the next one gets another."""
+    with QuickBoard("offer", tracker.address, "offer", tmp_path, _UNUSED_SECONDS=4.0):
+        address, first = request(tracker, "offer")
+        again, second = request(tracker, "offer")
         assert (address, first) != (again, second)
         with greet(address, first) as late, greet(again, second) as client_of_the_second:
             assert not admitted(late)
@@ -482,24 +495,24 @@ def test_the_end(tracker: TrackerProcess, tmp_path: Path, how: str) -> None:
     with QuickBoard("end", tracker.address, "end", tmp_path) as board:
         with greet(*request(tracker, "end")) as connection:
             assert admitted(connection)
-            assert wait_until(lambda: children(board.pid), 10)
+            assert wait_until(lambda: children(board.pid))
             (session,) = children(board.pid)
             assert len(board.left()) == 1
             board.stop() if how == "SIGTERM" else board.unplug()
-            assert wait_until(lambda: not board.alive, 10)
+            assert wait_until(lambda: not board.alive)
             assert board.exit_code == 0
             assert closed(connection)
         assert not Path(f"/proc/{session}").exists()
         assert board.left() == []
         assert "Traceback" not in board.output
-    assert wait_until(lambda: entry(tracker, "end") is None, 10)
+    assert wait_until(lambda: entry(tracker, "end") is None)
 
 
 def test_a_session_dies_with_a_server_that_is_killed(tracker: TrackerProcess, tmp_path: Path) -> None:
     with QuickBoard("killed", tracker.address, "killed", tmp_path) as board:
         connection = greet(*request(tracker, "killed"))
         assert admitted(connection)
-        assert wait_until(lambda: children(board.pid), 10)
+        assert wait_until(lambda: children(board.pid))
         os.kill(board.pid, signal.SIGKILL)
         assert closed(connection)
         connection.close()
@@ -513,4 +526,4 @@ def test_what_a_board_tells(tracker: TrackerProcess, board: QuickBoard) -> None:
     assert found.info["name"] == "quick"
     assert found.info["cores"] == len(os.sched_getaffinity(0))
     assert {"gf-tvm", "apache-tvm", "apache-tvm-ffi", "python"} <= set(found.info["versions"])
-    assert abs(time.time() - found.info["updated"]) < 30
+    assert abs(time.time() - found.info["updated"]) < PROMPT
