@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,18 +294,21 @@ def test_measure_interleaves_and_varies_the_order() -> None:
     assert len(set(rounds)) == 6
 
 
-def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run() -> None:
+def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(variants, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    def slow() -> None:
-        time.sleep(0.02)
-        log.append("slow")
+    def call(name: str, seconds: float) -> None:
+        clock[0] += seconds
+        log.append(name)
 
     parts: list[float] = []
-    times = measure({"slow": slow, "fast": lambda: log.append("fast")}, 100, 0.4, parts.append)
+    calls = {"slow": lambda: call("slow", 0.02), "fast": lambda: call("fast", 1e-6)}
+    times = measure(calls, 100, 0.4, parts.append)
     assert times["fast"].repeats == 100
     assert 5 <= times["slow"].repeats <= 10
-    assert times["slow"].median >= 20
+    assert times["slow"].median == pytest.approx(20)
     timed = log[6:]
     slow_at = [i for i, name in enumerate(timed) if name == "slow"]
     assert max(b - a for a, b in zip([0, *slow_at], [*slow_at, len(timed)], strict=True)) < 40

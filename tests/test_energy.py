@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from toy_task import wait_until
 
 from gf_cuda import energy
 from gf_cuda.energy import EnergyMeter, Meter, NotMeasured, PowerMeter, find_meter, integrate, joules_a_step
@@ -38,7 +39,7 @@ def hwmon(sysfs: Path, rails: dict[str, tuple[str, str]], device: str = "1-0040"
 NANO = {"POM_5V_IN": "4000", "POM_5V_GPU": "1500", "POM_5V_CPU": "500"}
 
 
-def test_the_total_of_a_nano_is_its_input_rail(tmp_path: Path) -> None:
+def test_the_total_of_a_nano_is_its_input_rail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = iio(tmp_path, {"POM_5V_GPU": "1500", "POM_5V_IN": "4000", "POM_5V_CPU": "500"})  # order is no promise
     meter = find_meter(sysfs=str(tmp_path), nvml="no such library")
     assert meter.name == "INA3221 POM_5V_IN"
@@ -47,9 +48,18 @@ def test_the_total_of_a_nano_is_its_input_rail(tmp_path: Path) -> None:
 
     (folder / "in_power1_input").write_text("7000\n")
     (folder / "in_power0_input").write_text("3500\n")
-    found = meter.measure(lambda: time.sleep(0.2))
-    assert found.samples >= 5
-    assert found.seconds == pytest.approx(0.2, rel=0.5)
+    assert isinstance(meter, PowerMeter)
+    sample, moments = meter._sample, []
+
+    def noted() -> tuple[float, energy.Watts]:
+        found = sample()
+        moments.append(found[0])
+        return found
+
+    monkeypatch.setattr(meter, "_sample", noted)
+    found = meter.measure(lambda: wait_until(lambda: len(moments) >= 5))
+    assert found.samples == len(moments) >= 6
+    assert found.seconds == moments[-1] - moments[0] > 0
     assert found.joules == pytest.approx(3.0 * found.seconds)  # the parts are not added
     assert found.total_joules == pytest.approx(7.0 * found.seconds)
     assert found.parts == pytest.approx({"POM_5V_GPU": 2.0 * found.seconds, "POM_5V_CPU": 0.0}, abs=1e-9)
@@ -120,17 +130,22 @@ def test_trapezoidal_rule() -> None:
     assert integrate(samples) == {"a": 3.5, "b": 1.5}
 
 
-def test_a_counter_is_read_when_it_moves() -> None:
+def test_a_counter_is_read_when_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A counter that moves every 50 ms, by 2 W: a shorter run is found all the same."""
-    start = time.perf_counter()
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
 
     def joules() -> float:
-        return 2.0 * 0.05 * int((time.perf_counter() - start) / 0.05)
+        return 2.0 * 0.05 * int(clock[0] / 0.05)
+
+    monkeypatch.setattr(energy, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
 
     meter = EnergyMeter("counter", "gpu", joules)
     meter.idle_watts = {"gpu": 0.5}
-    found = meter.measure(lambda: time.sleep(0.02))
-    assert found.total_joules / found.seconds == pytest.approx(2.0, rel=0.3)
+    found = meter.measure(lambda: sleep(0.02))
+    assert found.total_joules / found.seconds == pytest.approx(2.0, rel=0.05)
     assert found.joules == pytest.approx(found.total_joules - 0.5 * found.seconds)
     assert found.parts == {}
 

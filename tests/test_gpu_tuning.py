@@ -78,10 +78,10 @@ def test_a_right_kernel_is_right_and_is_timed(gpu: emulated_cuda.Emulated, tmp_p
         assert not complaint
     for cold in (False, True):
         gpu.forget_calls()
-        runs = worker.time("it", repeats=3, min_seconds=0.002, max_seconds=60.0, cold=cold)
+        runs = worker.time("it", repeats=3, min_seconds=0.1, max_seconds=60.0, cold=cold)
         calls = gpu.calls()
         assert len(runs) == 3
-        assert all(0 < seconds < 0.1 for seconds in runs)
+        assert all(0 < seconds < 10 for seconds in runs)
         # What is timed lies between two events, and each is waited for before it is read.
         assert calls.count("cuEventElapsedTime") == 2 * calls.count("cuEventSynchronize")
         launches = calls.count("cuLaunchKernel") / 2  # two launches a call
@@ -343,12 +343,12 @@ def test_tuning_on_a_board_with_a_gpu(
             words = r"no board .* 'nano' has a GPU of sm_72: nano-1 measures with Emulated Maxwell \(sm_53\)"
             with pytest.raises(FarmError, match=words), FarmMeasurer(OPTIONS, farm, "a Xavier", None, "sm_72"):
                 pass
-            options = replace(OPTIONS, final=1, run_timeout=3.0)
+            options = replace(OPTIONS, final=1)
             measurer = FarmMeasurer(options, farm, profile.description, None, "sm_53")
             trials = len(task.acts)
             tune_tasks([task], logs=tmp_path / "logs", trials=trials, options=options, measurer=measurer)
             # The server tells once the session is over.
-            assert wait_until(lambda: tracker.wait_for(1)[0].info["state"] == "free", 30)
+            assert wait_until(lambda: tracker.wait_for(1)[0].info["state"] == "free")
             served = tracker.wait_for(1)[0].info
     (path,) = (tmp_path / "logs" / "jetson-nano").glob("*.jsonl")
     log = read_log(path)

@@ -63,7 +63,7 @@ def test_an_interrupted_job_keeps_its_trials_and_the_same_command_continues(
         try:
             assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 3)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-            stdout, stderr = process.communicate(timeout=60)
+            stdout, stderr = process.communicate(timeout=250)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -420,7 +420,7 @@ def test_command_runs_boards_and_starts_them_again(virtual_root: Path, tmp_path:
             assert running(second)
             boards = virtual._tree(running_command.pid)[1:]
             running_command.send_signal(signal.SIGINT)
-            assert running_command.wait(60) == 130
+            assert running_command.wait(250) == 130
         finally:
             running_command.kill()
     for pid in boards:

@@ -33,7 +33,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pid: int, seconds: float = 20.0) -> None:
+def wait_until_gone(pid: int, seconds: float = 120.0) -> None:
     """Wait for the end of a process that need not be a child; fails the test if it takes longer."""
     end = time.monotonic() + seconds
     while running(pid):
