@@ -67,7 +67,9 @@ def checked(act: str, folder: Path) -> tuple[float, str]:
 # ---------------------------------------------------------------------------------------------------------- the worker
 
 
-def test_a_right_kernel_is_right_and_is_timed(gpu: emulated_cuda.Emulated, tmp_path: Path) -> None:
+def test_a_right_kernel_is_right_and_is_timed(
+    gpu: emulated_cuda.Emulated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     worker = prepared()
     worker.load("it", built("none", tmp_path))
     for seed in (0, 5):
@@ -76,12 +78,20 @@ def test_a_right_kernel_is_right_and_is_timed(gpu: emulated_cuda.Emulated, tmp_p
         excess, complaint = worker.check()
         assert excess <= 1
         assert not complaint
+    tried = worker._try
+
+    def steady(name: str, calls: int) -> tuple[float, float, float]:
+        # A call that a busy machine interrupts would seem to fill a repetition by itself.
+        lead, queueing, seconds = tried(name, calls)
+        return lead, queueing, min(seconds, calls * 3e-4)
+
+    monkeypatch.setattr(worker, "_try", steady)
     for cold in (False, True):
         gpu.forget_calls()
-        runs = worker.time("it", repeats=3, min_seconds=0.1, max_seconds=60.0, cold=cold)
+        runs = worker.time("it", repeats=3, min_seconds=0.002, max_seconds=1e6, cold=cold)
         calls = gpu.calls()
         assert len(runs) == 3
-        assert all(0 < seconds < 10 for seconds in runs)
+        assert all(0 < seconds <= 3e-4 for seconds in runs)
         # What is timed lies between two events, and each is waited for before it is read.
         assert calls.count("cuEventElapsedTime") == 2 * calls.count("cuEventSynchronize")
         launches = calls.count("cuLaunchKernel") / 2  # two launches a call
