@@ -8,7 +8,7 @@ import json
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.workload import Workload
 
-from . import cpu, gpu
+from . import cpu, cpu_dilated, gpu
 from .space import Space
 
 
@@ -18,6 +18,9 @@ def get_space(workload: Workload, profile: DeviceProfile) -> Space:
         return gpu.get_space(workload, profile)
     geometry = workload.geometry
     if workload.kernel.startswith("backward"):
+        # An empty batch has nothing to sweep over.
+        if geometry.dilated and workload.kernel != "backward_weight":
+            return cpu_dilated.backward(workload, profile)
         if geometry.depthwise:
             return cpu.depthwise_backward(workload, profile)
         return cpu.backward(workload, profile)
@@ -33,5 +36,5 @@ def definition_hash(workload: Workload, profile: DeviceProfile) -> str:
     changing the kernel does not.
     """
     space = get_space(workload, profile)
-    text = space.schedule(space.default).mod.script() + json.dumps({k: list(v) for k, v in space.knobs.items()})
+    text = space.module(space.default).script() + json.dumps({k: list(v) for k, v in space.knobs.items()})
     return hashlib.sha256(text.encode()).hexdigest()[:16]

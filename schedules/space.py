@@ -25,7 +25,7 @@ class Space:
     Attributes:
         knobs: name -> values to choose from; empty for a kernel without choices.
         default: runs well untuned; always a valid point.
-        build: config -> finished ``tvm.s_tir.Schedule``.
+        build: config -> finished ``tvm.s_tir.Schedule``, or an IRModule that needs no schedule.
         rule: config -> whether the combination makes sense (registers, divisibility).
     """
 
@@ -43,12 +43,17 @@ class Space:
         )
 
     def schedule(self, config: Mapping[str, int]) -> Any:
-        """The finished schedule, ready to compile. Raises BuildError if ``config`` is no point of this space."""
+        """What to compile: a schedule or an IRModule. Raises BuildError if ``config`` is no point of this space."""
         if not self.valid(config):
             raise BuildError(
                 f"{dict(config)} is no point of this space; knobs: { {k: list(v) for k, v in self.knobs.items()} }"
             )
         return self.build(dict(config))
+
+    def module(self, config: Mapping[str, int]) -> Any:
+        """The same as an IRModule."""
+        built = self.schedule(config)
+        return getattr(built, "mod", built)
 
     @cached_property
     def size(self) -> int:

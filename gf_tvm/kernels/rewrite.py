@@ -1,14 +1,13 @@
-"""Three small rewrites that turn what TE can say into what a fused kernel needs, before anything is scheduled.
+"""Two small rewrites that turn what TE can say into what a fused kernel needs, before anything is scheduled.
 
-TE computes every element of a tensor from its index, one loop nest a tensor. Three things cannot be said that way:
+TE computes every element of a tensor from its index, one loop nest a tensor. Two things cannot be said that way:
 
 * an expanded gradient is written patch by patch, and the patches at the edge stick out of the map
   (:func:`store_into`);
 * a chain of nests over the same blocks should be one loop over the blocks, although a later nest reads the first
-  one's result again (:func:`share_outer_loop`; ``compute_at`` refuses that, because not every reader is inside);
-* a stage that is computed in whole tiles should be so although its reader needs less (:func:`read_to_the_end`).
+  one's result again (:func:`share_outer_loop`; ``compute_at`` refuses that, because not every reader is inside).
 
-All work on the fresh output of ``te.create_prim_func``: a root block with one nest of plain loops a stage.
+Both work on the fresh output of ``te.create_prim_func``: a root block with one nest of plain loops a stage.
 """
 
 from __future__ import annotations
@@ -82,23 +81,6 @@ def store_into(
     params = [new if param.same_as(old) else param for param in func.params]
     func = _with_root_body(func, _sequence(nests))
     return tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
-
-
-def read_to_the_end(func: Any, stage: str, tensor: str) -> Any:
-    """Let ``stage`` say that it reads all of the last axis of ``tensor``, so that ``compute_at`` computes all of it."""
-
-    def block(realize: Any) -> Any:
-        inner, reads = realize.block, []
-        for read in inner.reads:
-            ranges = list(read.region)
-            if read.source.name == tensor:
-                ranges[-1] = tvm.ir.Range(0, read.source.ty.shape[-1])
-            reads.append(tvm.ir.TensorRegion(read.source, ranges, read.ty))
-        made = s_tir.SBlock(inner.iter_vars, reads, inner.writes, inner.name_hint, inner.body, inner.init)
-        return s_tir.SBlockRealize(realize.iter_values, realize.predicate, made)
-
-    nests = [_rebuild(nest, block) if _stage_name(nest) == stage else nest for nest in _nests(func)]
-    return _with_root_body(func, _sequence(nests))
 
 
 def share_outer_loop(func: Any, stages: Sequence[str], before: Sequence[str] = ()) -> Any:

@@ -1,0 +1,145 @@
+"""The backward pass of depthwise convolutions: no products over channels, so everything is done plane by plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from ..workload import Workload
+from . import emit, simd
+from .stages import ACC
+from .strips import pooling, spreading
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Choices.
+
+    Attributes:
+        stream: grad_x is written past the caches, where its rows are aligned well enough.
+        near: while a plane is pooled, the one that many images further on is prefetched; 0: none is.
+    """
+
+    stream: bool = False
+    near: int = 0
+
+
+def backward(workload: Workload, tiles: Tiles, lanes: int) -> Any:
+    """IRModule of ``backward``, ``backward_input`` or ``backward_weight`` for depthwise ones that are not dilated.
+
+    Threads share the channels; one goes through the planes of its channel in all images.
+    """
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
+        _Depthwise(workload, tiles, lanes).emit()
+    return tvm.IRModule({"main": builder.get()})
+
+
+class _Depthwise:
+    def __init__(self, workload: Workload, tiles: Tiles, lanes: int) -> None:
+        self.workload = workload
+        self.geometry, self.dtype, self.tiles, self.lanes = workload.geometry, workload.dtype, tiles, lanes
+        self.needs_x = workload.kernel != "backward_weight"
+        self.needs_w = workload.kernel != "backward_input"
+
+    def emit(self) -> None:
+        geometry, dtype = self.geometry, self.dtype
+        self.tensors = emit.arguments(self.workload)
+        self.scales = emit.patch_scales(geometry, 0)
+        self.stream = emit.can_stream_rows(self.tiles.stream and self.needs_x, geometry.w, dtype, self.lanes)
+        if self.stream:
+            with simd.streaming(dtype):
+                self._channels()
+        else:
+            self._channels()
+
+    def _channels(self) -> None:
+        geometry, lanes = self.geometry, self.lanes
+        ph, pw = geometry.grid
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        work = geometry.n * geometry.ci * geometry.rows.out * geometry.cols.out
+        with emit.loop(geometry.ci, parallel=work >= emit.PARALLEL_WORK) as c:
+            self.line = T.alloc_buffer((ph * pw + lanes,), ACC)
+            # Sums of a whole register, and of the patches that do not fill one.
+            sums = {name: T.alloc_buffer((lanes + 1,), ACC, scope="local") for name in ("bias", "weight")}
+            for buffer in sums.values():
+                simd.store(buffer, 0, simd.splat(0.0, lanes))
+                simd.store(buffer, lanes, simd.splat(0.0, 1))
+            if self.needs_x:
+                self.tap = T.alloc_buffer((1,), ACC, scope="local")
+                simd.store(self.tap, 0, simd.splat(0.0, 1))
+                with emit.loop(taps) as k:
+                    simd.store(self.tap, 0, simd.load(self.tap, 0, 1) + simd.load(self.tensors["weight"], c * taps + k, 1))
+            with emit.loop(geometry.n) as n:
+                plane = T.bind(n * geometry.ci + c)
+                self._pool(plane)
+                self._products(plane, sums)
+                if self.needs_x:
+                    self._spread(plane)
+            result = {name: emit.total(simd.load(s, 0, lanes)) + simd.load(s, lanes, 1) for name, s in sums.items()}
+            simd.store(self.tensors["grad_b"], c, result["bias"])
+            if self.needs_w:
+                value = T.bind(result["weight"])
+                with emit.loop(taps) as k:
+                    simd.store(self.tensors["grad_w"], c * taps + k, value)
+            if self.stream:
+                simd.fence()
+
+    def _pool(self, plane: Any) -> None:
+        geometry = self.geometry
+        ph, pw = geometry.grid
+        height, width = geometry.y_shape[2:]
+        ahead = self.tiles.near * geometry.co * height * width
+        plan = pooling(emit.out_ranges(geometry.cols), width, self.lanes)
+        with emit.loop(ph) as i:
+
+            def pooled(first: Any, count: int) -> None:
+                base = T.bind((plane * height + first) * width)
+                pixels = emit.pixel_rows(self.tensors["grad_y"], base, width, count, ahead)
+                emit.pool(plan, pixels, lambda patch, _, s: simd.store(self.line, i * pw + patch, s))
+
+            emit.by_row(emit.out_ranges(geometry.rows), i, pooled)
+
+    def _products(self, plane: Any, sums: dict[str, Any]) -> None:
+        """From sums of grad_y to grad_x~ in place; sums for grad_b and grad_W on the way."""
+        geometry, lanes = self.geometry, self.lanes
+        patches = geometry.grid[0] * geometry.grid[1]
+
+        def step(at: Any, width: int) -> None:
+            pixels = T.bind(simd.load(self.line, at, width))
+            means = T.bind(pixels * emit.mean_scale(geometry, self.scales, at, width))
+            parts = {"bias": pixels}
+            if self.needs_w:
+                parts["weight"] = means * simd.load(self.tensors["saved"], plane * patches + at, width)
+            for name, value in parts.items():
+                if width == lanes:
+                    simd.store(sums[name], 0, simd.load(sums[name], 0, lanes) + value)
+                else:
+                    simd.store(sums[name], lanes, simd.load(sums[name], lanes, 1) + emit.total(value))
+            if self.needs_x:
+                simd.store(self.line, at, means * simd.splat(simd.load(self.tap, 0, 1), width))
+
+        whole = patches // lanes
+        if whole:
+            emit.unrolled(whole, 2, lambda v, _: step(v * lanes, lanes))
+        for at, width in emit.pieces(patches - whole * lanes, lanes // 2 or 1):
+            step(whole * lanes + at, width)
+
+    def _spread(self, plane: Any) -> None:
+        geometry = self.geometry
+        ph, pw = geometry.grid
+        with emit.loop(ph) as i:
+
+            def rows(first: Any, count: int) -> None:
+                base = T.bind((plane * geometry.h + first) * geometry.w)
+                emit.spread_rows(
+                    geometry, self.lanes, self.line, i * pw, self.tensors["grad_x"], base, count, self.stream
+                )
+
+            emit.by_row(emit.in_ranges(geometry.rows), i, rows)

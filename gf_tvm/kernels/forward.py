@@ -1,0 +1,71 @@
+"""The forward pass' pooling, x to x~, as one sweep: rows are pooled as they lie, then turned to channels last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from ..workload import Workload
+from . import emit, simd
+from .stages import ACC
+from .strips import pooling
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the sweep.
+
+    Attributes:
+        rows: patch rows that are pooled together, of one channel after the other; divides n * ph.
+        near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
+    """
+
+    rows: int
+    near: int = 0
+
+
+def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
+    """IRModule of ``filter_input`` for convolutions that are not depthwise."""
+    geometry = workload.geometry
+    (ph, pw), ci, rows = geometry.grid, geometry.ci, tiles.rows
+    # A square of that many channels and patches is transposed in registers.
+    square = min(lanes, ci & -ci)
+    patches, plane = rows * pw, geometry.h * geometry.w
+    stride = patches + lanes
+    plan = pooling(emit.in_ranges(geometry.cols), geometry.w, lanes)
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
+        tensors = emit.arguments(workload)
+        x, saved = tensors["x"], tensors["filtered_x"]
+        work = geometry.n * ci * plane
+        with emit.loop(geometry.n * ph // rows, parallel=work >= emit.PARALLEL_WORK) as block:
+            sums = T.alloc_buffer((square * stride,), ACC)
+            with emit.loop(ci // square) as tile:
+                with emit.loop(square) as c, emit.loop(rows) as q:
+                    row = T.bind(block * rows + q)
+
+                    def pooled(first: Any, count: int, row: Any = row, c: Any = c, q: Any = q, tile: Any = tile) -> None:
+                        base = T.bind(((row // ph * ci + tile * square + c) * geometry.h + first) * geometry.w)
+                        pixels = emit.pixel_rows(x, base, geometry.w, count, tiles.near * plane)
+                        emit.pool(
+                            plan, pixels, lambda patch, _, s: simd.store(sums, c * stride + q * pw + patch, s)
+                        )
+
+                    emit.by_row(emit.in_ranges(geometry.rows), row % ph, pooled)
+
+                def turn(first: Any, count: int, block: Any = block, tile: Any = tile) -> None:
+                    columns = [T.bind(simd.load(sums, c * stride + first, square)) for c in range(square)]
+                    for p, channels in enumerate(emit.transposed(columns)[:count]):
+                        simd.store(saved, ((block * patches + first + p) * ci) + tile * square, channels)
+
+                if patches // square:
+                    with emit.loop(patches // square) as t:
+                        turn(t * square, square)
+                if patches % square:
+                    turn(patches // square * square, patches % square)
+    return tvm.IRModule({"main": builder.get()})
