@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,12 +28,15 @@ class Space:
         default: runs well untuned; always a valid point.
         build: config -> finished ``tvm.s_tir.Schedule``, or an IRModule that needs no schedule.
         rule: config -> whether the combination makes sense (registers, divisibility).
+        describe: config -> further numbers, as many for each point, that say more about its speed than the knobs do
+            one by one (products, waste, bytes); for the cost model. None if there are none.
     """
 
     knobs: Mapping[str, tuple[int, ...]]
     default: Config
     build: Callable[[Config], Any]
     rule: Callable[[Config], bool] = lambda config: True
+    describe: Callable[[Config], Sequence[float]] | None = None
 
     def valid(self, config: Mapping[str, int]) -> bool:
         """Whether ``config`` is a point of this space."""
@@ -54,6 +58,11 @@ class Space:
         """The same as an IRModule."""
         built = self.schedule(config)
         return getattr(built, "mod", built)
+
+    def features(self, config: Mapping[str, int]) -> list[float]:
+        """What a cost model sees of a point: log2 of every value (-1 for 0), then what ``describe`` adds."""
+        values = [math.log2(config[name]) if config[name] else -1.0 for name in self.knobs]
+        return values + [float(value) for value in (self.describe(dict(config)) if self.describe else ())]
 
     @cached_property
     def size(self) -> int:

@@ -70,6 +70,9 @@ class GpuToySpace:
     def sample(self, rng: random.Random) -> Config:
         return {name: rng.choice(values) for name, values in self.knobs.items()}
 
+    def features(self, config: Config) -> list[float]:
+        return [float(values.index(config[name])) for name, values in self.knobs.items()]
+
 
 def program(arch: str = "sm_53", threads: int = N) -> Program:
     """See SOURCE."""

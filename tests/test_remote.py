@@ -489,9 +489,6 @@ class FakeMeasurer(Measurer):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def features(self, task: Any, candidates: Sequence[Candidate]) -> list[Any]:
-        return [None] * len(candidates)
-
     def measure(self, task: Any, source: Any, best: Any, over: Any, say: Any) -> Iterator[Any]:  # type: ignore[override]
         while candidates := source(4):
             for candidate in candidates:

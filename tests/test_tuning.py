@@ -18,12 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_task import N, ToySpace, ToyTask, wait_until, workers_of
+from toy_task import N, TaskOf, ToySpace, ToyTask, indices, wait_until, workers_of
 
 from gf_tvm.devices import get_profile
 from gf_tvm.errors import DeviceError, LogError
@@ -34,7 +33,7 @@ from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
 from gf_tvm.tuning.measure import Measurer
 from gf_tvm.tuning.process import answer
 from gf_tvm.tuning.runner import Options, Result
-from gf_tvm.tuning.search import ConfigSearch, CostModel, MetaScheduleSearch
+from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 from gf_tvm.workload import Workload
 
@@ -92,11 +91,6 @@ def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
         ((_, rebuilt, failure),) = measurer.build(task, [config(2, 2)])
         assert rebuilt is not None
         assert failure is None
-        # Features of what cannot be scheduled are missing; a crash takes others of its chunk along, not the run.
-        features = measurer.features(task, [config(), config(act="refuse")])
-        assert features[0] is not None
-        assert features[0].shape[1] == 164
-        assert features[1] is None
         pids = workers_of(os.getpid())
         scratch = measurer._scratch.folder
         assert scratch.is_dir()
@@ -295,8 +289,6 @@ def test_the_kernels_of_the_package_are_tasks(tmp_path: Path, workload: Workload
     assert complaint == ""
     assert excess <= 1
     assert made.time("k", 2, 0.0, 1.0)
-    (rows,) = made.features([Candidate.of_config(task.space.default)])
-    assert rows is not None
     made._outputs[0].view(-1)[-1] += 1
     assert made.check()[1]
 
@@ -317,9 +309,6 @@ class FakeMeasurer(Measurer):
 
     def __exit__(self, *_: object) -> None:
         pass
-
-    def features(self, task: Task, candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
-        return [None] * len(candidates)
 
     def build(self, task: Task, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Path | None, Any]]:
         for candidate in candidates:
@@ -504,14 +493,6 @@ def test_nothing_to_tune_and_devices_that_are_not_here(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the search
 
 
-class TaskOf(ToyTask):
-    """A toy task with another space."""
-
-    def __init__(self, space: Any) -> None:
-        super().__init__()
-        self._space = space
-
-
 class BoxSpace:
     """Knobs with any number of values; points whose sum of indices is a multiple of ``every`` are invalid."""
 
@@ -530,6 +511,9 @@ class BoxSpace:
             if self.valid(config):
                 return config
 
+    def features(self, config: dict[str, Any]) -> list[float]:
+        return indices(self.knobs, config)
+
 
 @settings(deadline=None, max_examples=60)
 @given(
@@ -544,12 +528,12 @@ def test_every_valid_point_is_proposed_once_and_no_other(
 ) -> None:
     space = BoxSpace(sizes, every)
     task = TaskOf(space)
-    search = ConfigSearch(task, None, seed=rng.randrange(1000))
+    search = ConfigSearch(task, rng.randrange(1000), model=False)
     wanted = {Candidate.of_config(c).id for c in search._all() if space.valid(c)}
     records: list[Record] = []
     while True:
         if len(records) == restart:
-            search = ConfigSearch(task, None, seed=rng.randrange(1000))
+            search = ConfigSearch(task, rng.randrange(1000), model=False)
             search.resume(records)
         candidates = search.propose(batch)
         if not records and candidates:
@@ -566,7 +550,7 @@ def test_every_valid_point_is_proposed_once_and_no_other(
 
 
 def test_what_was_proposed_and_not_measured_is_not_proposed_again() -> None:
-    search = ConfigSearch(ToyTask(), None, seed=1)
+    search = ConfigSearch(ToyTask(), seed=1)
     first, second = search.propose(5), search.propose(5)
     assert len({candidate.id for candidate in (*first, *second)}) == 10
 
@@ -581,7 +565,7 @@ def test_good_configurations_are_varied(tmp_path: Path) -> None:
 
     ends = []
     for guided in (True, False):
-        search = ConfigSearch(TaskOf(space), None, seed=4)
+        search = ConfigSearch(TaskOf(space), 4, model=False)
         times = []
         for _ in range(20):
             candidates = search.propose(16)
@@ -590,69 +574,6 @@ def test_good_configurations_are_varied(tmp_path: Path) -> None:
         ends.append(min(times))
     assert ends[0] <= 4
     assert ends[0] < ends[1] / 2
-
-
-def fake_features(configs: Sequence[dict[str, Any]], stores: int) -> list[np.ndarray]:
-    """Like per-store features of a kernel whose stores all depend on the knobs."""
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(stores, 6, 164)).astype("float32")
-    values = np.array([[config[f"k{n}"] - 10 for n in range(6)] for config in configs], dtype="float32")
-    return [np.einsum("k,skf->sf", value, mixing).astype("float32") for value in values]
-
-
-@pytest.mark.parametrize("stores", [1, 14, 40])
-def test_the_cost_model_learns_what_is_fast(stores: int) -> None:
-    """Also for kernels of many stores, for which MetaSchedule's learning rate diverges."""
-    space, rng = BoxSpace([10] * 6, every=10**9), random.Random(1)
-    configs = [space.sample(rng) for _ in range(160)]
-    seconds = [1e-3 * (2 + (c["k0"] - 12) ** 2 + c["k1"]) for c in configs]
-    rows = fake_features(configs, stores)
-    model = CostModel(ToyTask(), seed=0)
-    model.update(rows[:96], [Result("ok", (s,)) for s in seconds[:96]])
-    scores = model.predict(rows[96:])
-    assert len(set(scores)) > 10
-    order = np.argsort(np.argsort(scores)), np.argsort(np.argsort([-s for s in seconds[96:]]))
-    assert np.corrcoef(*order)[0, 1] > 0.5
-
-
-def test_the_search_follows_the_cost_model_also_after_resuming() -> None:
-    space = BoxSpace([10] * 6, every=10**9)
-
-    def features(candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
-        return [*fake_features([c.config or {} for c in candidates], 3)]
-
-    def distance(candidates: Sequence[Candidate]) -> float:
-        return float(np.mean([abs((c.config or {})["k0"] - 17) for c in candidates]))
-
-    search = ConfigSearch(TaskOf(space), features, seed=1)
-    records = []
-    for _ in range(4):
-        candidates = search.propose(16)
-        results = [Result("ok", (1.0 + ((c.config or {})["k0"] - 17) ** 2,)) for c in candidates]
-        search.learn(candidates, results)
-        records += [loop._record("trial", c, r) for c, r in zip(candidates, results, strict=True)]
-    resumed = ConfigSearch(TaskOf(space), features, seed=2)
-    resumed.resume(records)
-    for each in (search, resumed):
-        random_ones = [Candidate.of_config(space.sample(random.Random(n))) for n in range(64)]
-        ranked = each._ranked(random_ones)
-        assert sorted(c.id for c in ranked) == sorted(c.id for c in random_ones)
-        assert distance(ranked[:16]) < 0.7 * distance(random_ones)
-        assert each.complaint == ""
-
-
-def test_a_cost_model_that_fails_is_given_up_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = ConfigSearch(ToyTask(), lambda cs: [None] * len(cs), seed=1)
-
-    def fail(*_: Any) -> None:
-        raise ValueError("broken")
-
-    monkeypatch.setattr(CostModel, "update", fail)
-    monkeypatch.setattr("gf_tvm.tuning.search.WARM_UP", 4)
-    candidates = search.propose(8)
-    search.learn(candidates, [Result("ok", (1.0,))] * 8)
-    assert len(search.propose(4)) == 4
-    assert search.complaint == "the cost model failed and is not used any more: ValueError: broken"
 
 
 def test_metaschedules_own_space_is_searched_logged_and_resumed() -> None:

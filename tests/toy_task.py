@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class ToySpace:
             if self.valid(config):
                 return config
 
+    def features(self, config: Config) -> list[float]:
+        return indices(self.knobs, config)
+
     def schedule(self, config: Config) -> Any:
         from tvm.s_tir import Schedule
 
@@ -63,6 +66,11 @@ class ToySpace:
         _, inner = schedule.split(i, [None, config["i"]])
         schedule.vectorize(schedule.split(j, [None, config["j"]])[1]) if act == "none" else schedule.unroll(inner)
         return schedule
+
+
+def indices(knobs: Mapping[str, tuple[Any, ...]], config: Config) -> list[float]:
+    """Features of a point: the place of each value among those of its knob."""
+    return [float(values.index(config[name])) for name, values in knobs.items()]
 
 
 def definition(act: str) -> Any:
@@ -160,6 +168,14 @@ class ToyTask(Task):
     def excess(self, outputs: list[torch.Tensor], expected: torch.Tensor) -> float:
         error = float((outputs[0].double() - expected).abs().max() / expected.abs().max()) / 1e-4
         return error if error == error else float("inf")
+
+
+class TaskOf(ToyTask):
+    """A toy task with another space."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__()
+        self._space = space
 
 
 def workers_of(parent: int) -> list[int]:

@@ -27,8 +27,6 @@ from .runner import Options, Result, Runner
 from .task import Candidate, Task, TuningError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..farm.gpu import GpuInfo
 
 _SCRATCH = "gf_tvm-tune-"
@@ -254,16 +252,6 @@ class Measurer:
         return None
 
     # ------------------------------------------------------------------------------------------------------ building
-
-    def features(self, task: Task, candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
-        """What the cost model sees of each candidate, float32 (stores, features); None for what has no features."""
-        chunks = [candidates[i : i + 8] for i in range(0, len(candidates), 8)]
-        jobs = [{"candidates": chunk} for chunk in chunks]
-        found: list[list[np.ndarray | None]] = [[None] * len(chunk) for chunk in chunks]
-        for index, value, failure in self._map(task, "features", jobs):
-            if failure is None:
-                found[index] = value
-        return [item for chunk in found for item in chunk]
 
     def build(
         self, task: Task, candidates: Sequence[Candidate]

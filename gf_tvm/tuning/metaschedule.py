@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .task import TuningError
+from .task import import_tool
 
 _INTRINSICS = "tvm.s_tir.tensor_intrin"
 # The intrinsics that its rules for CPUs look up by name.
@@ -18,12 +18,9 @@ _OF_CPU = {"x86_64": "x86", "aarch64": "arm_cpu"}
 
 def metaschedule() -> Any:
     """The module ``tvm.s_tir.meta_schedule``. Raises TuningError if it or its cost model is not installed."""
-    try:
-        # MetaSchedule itself imports xgboost when it is too late to say anything.
-        import_module("xgboost")
-        return import_module("tvm.s_tir.meta_schedule")
-    except ImportError as error:
-        raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+    # MetaSchedule itself imports xgboost when it is too late to say anything.
+    import_tool("xgboost")
+    return import_tool("tvm.s_tir.meta_schedule")
 
 
 def tune_context(module: Any, target: Any, **options: Any) -> Any:

@@ -6,38 +6,31 @@ import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from .cost_model import CostModel
 from .log import Record, config_id, fits_space
 from .metaschedule import metaschedule, tune_context
 from .process import describe
 from .runner import Result
 from .task import Candidate, Config, Space, Task, TuningError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-#: Finds what the cost model sees of candidates; see :meth:`gf_tvm.tuning.measure.Measurer.features`.
-Features = Callable[[Sequence[Candidate]], "list[np.ndarray | None]"]
-
 #: Trials before the cost model is asked.
-WARM_UP = 16
+WARM_UP = 8
 #: Part of each batch that is drawn at random, whatever the model says.
 EPSILON = 0.1
 # Candidates that are ranked for each one that is chosen.
-_CHOICE = 4
+_CHOICE = 16
 # The fastest trials, whose configurations are varied.
 _PARENTS = 8
-# Trials of earlier runs that the cost model is fitted to again; each costs a schedule and its features.
+# Trials of earlier runs that MetaSchedule's search learns from; each has to be scheduled anew.
 _REPLAYED = 256
 # Larger spaces are not enumerated to find out whether anything is left.
 _ENUMERABLE = 1 << 15
 _DRAWS = 400
-# Learning rate times rows of a candidate: what one tree takes off its error if it cannot tell its rows apart.
-_STEP = 0.7
-# Length of MetaSchedule's per-store features with its default settings.
-_FEATURES = 164
+# Trials before MetaSchedule's search asks its cost model.
+_MS_WARM_UP = 16
 # No limit on the trials of MetaSchedule's search, which the loop counts itself.
 _MANY = 1 << 30
 # Rounds without anything new after which MetaSchedule's space counts as exhausted.
@@ -67,81 +60,24 @@ class Search(ABC):
         """Learn from measured candidates."""
 
 
-class CostModel:
-    """MetaSchedule's XGBoost model of how fast a candidate is, for candidates whose features are made elsewhere.
-
-    MetaSchedule's extractor would schedule every candidate in this process; here workers do that, on all cores and
-    where a crash does no harm. A candidate's features have a row for each store of its loop nest.
-
-    The model adds up what its trees say of each row, but every tree is fitted as if its row alone had to make good
-    for the whole error: with 14 rows and the learning rate of 0.2 that MetaSchedule sets, each tree overshoots by
-    1.8 times and the model diverges. So the rate is chosen by the number of rows here.
-    """
-
-    def __init__(self, task: Task, seed: int) -> None:
-        ms = metaschedule()
-        import tvm
-        from tvm.ir.utils import derived_object
-
-        rows: dict[int, np.ndarray] = {}
-
-        @derived_object
-        class Known(ms.feature_extractor.PyFeatureExtractor):  # type: ignore[misc, name-defined]
-            def extract_from(self, context: Any, candidates: Any) -> list[Any]:
-                return [tvm.runtime.tensor(rows[hash(candidate)]) for candidate in candidates]
-
-        self._rows = rows
-        self._ms = ms
-        self._schedule = tvm.s_tir.Schedule(task.module())
-        self._context = tune_context(task.module(), task.target(), num_threads=1)
-        # One thread: a few hundred samples give a second one less to do than waiting for it costs.
-        self._model = ms.cost_model.XGBModel(
-            extractor=Known(),
-            config=ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31)),
-            num_warmup_samples=1,
-            num_tuning_cores=1,
-            verbose_eval=0,
-        )
-
-    def update(self, rows: Sequence[np.ndarray], results: Sequence[Result]) -> None:
-        """Fit to further trials; ``rows`` are their features."""
-        rate = min(self._model.config.eta, _STEP / max(len(row) for row in rows))
-        self._model.config = self._model.config._replace(eta=rate)
-        outcomes = [_runner_result(self._ms, result) for result in results]
-        self._model.update(self._context, self._stand_ins(rows), outcomes)
-
-    def predict(self, rows: Sequence[np.ndarray]) -> list[float]:
-        """The higher, the faster."""
-        return [float(score) for score in self._model.predict(self._context, self._stand_ins(rows))]
-
-    def _stand_ins(self, rows: Sequence[np.ndarray]) -> list[Any]:
-        """Objects that the model takes for candidates, and its extractor knows again."""
-        self._rows.clear()
-        candidates = [self._ms.MeasureCandidate(self._schedule, []) for _ in rows]
-        self._rows.update((hash(candidate), row) for candidate, row in zip(candidates, rows, strict=True))
-        return candidates
-
-
 class ConfigSearch(Search):
     """Searches a space of ours: mutations and crossings of the fastest configurations, and random ones.
 
     Args:
         task: what to tune.
-        features: of candidates, for the cost model; None does without a model.
         seed: of all random choices.
+        model: whether a cost model ranks candidates.
     """
 
-    def __init__(self, task: Task, features: Features | None, seed: int = 0) -> None:
+    def __init__(self, task: Task, seed: int = 0, model: bool = True) -> None:
         self._space: Space = task.space
-        self._features = features
         self._rng = random.Random(seed)
         self._known: set[str] = set()
         self._times: list[tuple[float, Config]] = []
         self._trials = 0
-        self._model = CostModel(task, seed) if features is not None else None
+        self._model = CostModel(seed) if model else None
         self._suggested: list[Config] = []
         self._unfitted: list[tuple[Candidate, Result]] = []
-        self._rows: dict[str, np.ndarray] = {}
 
     def suggest(self, configs: Sequence[Config]) -> None:
         """Propose these before others; what is not in the space is left out."""
@@ -156,7 +92,6 @@ class ConfigSearch(Search):
             candidates.append(Candidate.of_record(record))
             results.append(Result(record.status, record.runs, record.excess, record.message))
         self.learn(candidates, results)
-        self._unfitted = [self._unfitted[i] for i in _worth_replaying(results)]
 
     def learn(self, candidates: Sequence[Candidate], results: Sequence[Result]) -> None:
         """Learn from measured candidates."""
@@ -165,9 +100,6 @@ class ConfigSearch(Search):
         for candidate, result in zip(candidates, results, strict=True):
             self._known.add(candidate.id)
             self._trials += 1
-            if result.status in ("build", "crash", "timeout"):
-                # Scheduling it once more for its features could do the same harm again.
-                self._rows[candidate.id] = _no_features()
             if result.seconds is not None and candidate.config is not None:
                 self._times.append((result.seconds, candidate.config))
         self._times.sort(key=lambda item: item[0])
@@ -258,9 +190,9 @@ class ConfigSearch(Search):
         try:
             if self._unfitted:
                 candidates, results = zip(*self._unfitted, strict=True)
-                self._model.update(self._feature_rows(candidates), results)
+                self._model.update(self._features(candidates), results)
                 self._unfitted = []
-            scores = self._model.predict(self._feature_rows(population))
+            scores = self._model.predict(self._features(population))
         except TuningError:
             raise
         except Exception as error:
@@ -274,19 +206,8 @@ class ConfigSearch(Search):
         self._model = None
         self.complaint = f"the cost model failed and is not used any more: {describe(error)}"
 
-    def _feature_rows(self, candidates: Sequence[Candidate]) -> list[np.ndarray]:
-        assert self._features is not None
-        new = [candidate for candidate in candidates if candidate.id not in self._rows]
-        for candidate, found in zip(new, self._features(new) if new else (), strict=True):
-            self._rows[candidate.id] = _no_features() if found is None else found
-        return [self._rows[candidate.id] for candidate in candidates]
-
-
-def _no_features() -> np.ndarray:
-    """What the model sees of a candidate that cannot be scheduled."""
-    import numpy as np
-
-    return np.zeros((1, _FEATURES), dtype="float32")
+    def _features(self, candidates: Sequence[Candidate]) -> list[Sequence[float]]:
+        return [self._space.features(candidate.config or {}) for candidate in candidates]
 
 
 class MetaScheduleSearch(Search):
@@ -325,7 +246,7 @@ class MetaScheduleSearch(Search):
         self._workload = self._database.commit_workload(module)
         config = ms.cost_model.xgb_model.XGBConfig(seed=seed % (1 << 31))
         self._model = ms.cost_model.XGBModel(
-            config=config, num_warmup_samples=WARM_UP, num_tuning_cores=1, verbose_eval=0
+            config=config, num_warmup_samples=_MS_WARM_UP, num_tuning_cores=1, verbose_eval=0
         )
         self._context.pre_tuning(_MANY, batch, database=self._database, cost_model=self._model)
         self._known: set[str] = set()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +29,14 @@ class TuningError(GfTvmError):
     """Tuning cannot start or go on: a bad option, a broken tool chain, a machine without room."""
 
 
+def import_tool(name: str) -> Any:
+    """Import a module that only tuning needs. Raises TuningError if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
+
+
 class Space(Protocol):
     """A space of schedules, as :func:`gf_tvm.schedules.get_space` gives it."""
 
@@ -47,6 +56,9 @@ class Space(Protocol):
 
     def sample(self, rng: random.Random) -> Config:
         """A random valid configuration."""
+
+    def features(self, config: Config) -> Sequence[float]:
+        """What the cost model sees of a valid configuration; equally many numbers for each."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +242,9 @@ class WorkloadTask(Task):
 
     def poison(self, outputs: list[torch.Tensor]) -> None:
         """NaN, but zeros where the caller has to write them: in the rows of grad_x that no patch covers."""
-        from ..verify import poisoned_outputs
+        from ..verify import poison
 
-        for output, poisoned in zip(outputs, poisoned_outputs(self.workload), strict=True):
-            output.copy_(poisoned)
+        poison(self.workload, outputs)
 
 
 #: (dtype, shape) of each argument of a function, in call order.

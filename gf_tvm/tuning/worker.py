@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime import start_runtime, without_torch
-from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Task
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 # Elements of NaN (or of the largest integer) before and after each output: a kernel that writes there is wrong. A
@@ -44,22 +42,6 @@ class Worker:
         self._sweep: torch.Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------------ building
-
-    def features(self, candidates: Sequence[Candidate]) -> list[np.ndarray | None]:
-        """MetaSchedule's per-store features of each candidate, float32 (stores, 164); None for what has none."""
-        ms = metaschedule()
-        context = tune_context(self.task.module(), self.task.target(), num_threads=1)
-        extractor = ms.feature_extractor.PerStoreFeature()
-        found: list[np.ndarray | None] = []
-        for candidate in candidates:
-            try:
-                measured = ms.MeasureCandidate(self.task.schedule(candidate), [])
-                (tensor,) = extractor.extract_from(context, [measured])
-                rows = tensor.numpy().astype("float32")
-                found.append(rows if rows.size else None)
-            except Exception:  # the schedule's fault, which building it will report
-                found.append(None)
-        return found
 
     def build(self, candidate: Candidate, path: Path) -> None:
         """Compile one candidate."""
@@ -207,8 +189,11 @@ def _checksum(tensor: torch.Tensor) -> int:
     """Changes with (nearly) every change of a bit in the tensor's memory."""
     import torch
 
-    words = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    return int(words.sum())
+    flat = tensor.view(-1)
+    # Words of the size of the sum: others are converted one by one, which takes ten times as long.
+    whole = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
+    rest = flat[whole:].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    return int(flat[:whole].view(torch.int64).sum()) + int(rest.sum())
 
 
 class Greeter:
