@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gf_cuda.timing import Rotation
 
 from . import machine
+from .rows import Row
 from .shapes import Case
 from .variants import (
     MIN_REPEATS,
@@ -30,6 +31,9 @@ from .variants import (
     measure,
 )
 
+if TYPE_CHECKING:
+    from .library import Library
+
 Call = Callable[[], Any]
 
 
@@ -40,7 +44,7 @@ class Times:
     Attributes:
         times: "baseline", and "reference i", "filter_input i", "gf_tvm i", "kernel i" of the patch with index i.
         baseline: which implementation of the exact backward pass that is.
-        more: for each patch, further fields of its row.
+        more: for each patch, what :meth:`Backend.row` needs besides.
     """
 
     times: dict[str, Timing]
@@ -50,6 +54,9 @@ class Times:
 
 class Backend(ABC):
     """One kind of device."""
+
+    #: Sets of results that are held at once while they are compared with float64.
+    results = 2
 
     @abstractmethod
     def available_bytes(self) -> int | None:
@@ -72,6 +79,14 @@ class Backend(ABC):
     @abstractmethod
     def check_baseline(self, case: Case, data: Data) -> None:
         """Compare the exact backward pass with float64. Raises ComparisonError."""
+
+    def variants(self, case: Case, data: Data, library: Library | None) -> Variants:
+        """What is timed of one case."""
+        return Variants(case, data, library)
+
+    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
+        """A row with what else the backend measured: ``more`` is the patch's part of :attr:`Times.more`."""
+        return row
 
     @abstractmethod
     def time(
@@ -110,10 +125,14 @@ class Host(Backend):
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
     ) -> Times:
+        times = measure(self.calls(data, variants), *effort, progress)
+        return Times(times, baseline_name(data, variants[0].case.geometry))
+
+    def calls(self, data: Data, variants: Sequence[Variants]) -> dict[str, Call]:
+        """What is timed, interleaved."""
         geometry = variants[0].case.geometry
         calls: dict[str, Call] = {"baseline": lambda: exact_backward(data.grad_y, data.x, data.weight, geometry)}
-        calls.update(variant_calls([variants]))
-        return Times(measure(calls, *effort, progress), baseline_name(data, geometry))
+        return {**calls, **variant_calls([variants])}
 
     def conditions(self) -> dict[str, Any]:
         return {
@@ -146,6 +165,12 @@ def variant_calls(sets: Sequence[Sequence[Variants]]) -> dict[str, Call]:
             calls[f"kernel {index}"] = _rotate(
                 [partial(variant.kernel_backward, into) for variant, into in zip(own, outputs, strict=True)]
             )
+        for name in own[0].others:
+            others = [variant.others[name] for variant in own]
+            calls[f"{name} {index}"] = _rotate([other.backward for other in others])
+            pools = [other.filter_input for other in others if other.filter_input]
+            if pools:
+                calls[f"{name} filter_input {index}"] = _rotate(pools)
     return calls
 
 

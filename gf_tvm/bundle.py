@@ -59,6 +59,7 @@ def build(
     logs: Sequence[str | os.PathLike[str]] = (),
     out: str | os.PathLike[str] = "host.gfb",
     progress: Callable[[int, int, BuiltKernel], None] | None = None,
+    shipped: bool = True,
 ) -> BuildReport:
     """Compile ``workloads`` for a device and write the bundle ``out``, whole or not at all.
 
@@ -68,6 +69,8 @@ def build(
         logs: folders of tuning logs, searched before the logs that are shipped with gf_tvm.
         out: the file; replaced if it exists.
         progress: called after each kernel with (done, of, kernel).
+        shipped: whether the logs that are shipped with gf_tvm count. Without them and without ``logs`` every kernel
+            gets its default schedule.
 
     Raises:
         BuildError: nothing to build, a dtype that the device has no kernels of, a kernel that does not compile, or
@@ -75,6 +78,8 @@ def build(
         LogError: a tuning log is damaged.
         OSError: ``out`` cannot be written.
     """
+    from .tuning.log import shipped_logs
+
     if isinstance(profile, str):
         profile = get_profile(profile)
     workloads = list(dict.fromkeys(workloads))
@@ -88,10 +93,13 @@ def build(
     if out.exists() and not out.is_file():
         raise BuildError(f"{out} is not a regular file; a bundle would replace it")
     kernels: list[BuiltKernel] = []
+    folders = [Path(log) for log in logs]
+    if shipped and (own := shipped_logs()) is not None:
+        folders.append(own)
 
     def scheduled() -> Iterator[tuple[BuiltKernel, Any]]:
         for workload in workloads:
-            yield _schedule(workload, profile, [Path(log) for log in logs])
+            yield _schedule(workload, profile, folders)
 
     def done(built: BuiltKernel) -> None:
         kernels.append(built)
@@ -213,12 +221,11 @@ def _complete(manifest: dict[str, Any], files: dict[str, bytes], entries: list[d
 
 
 def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> tuple[BuiltKernel, Any]:
-    from .tuning.log import find_best, shipped_logs
+    from .tuning.log import find_best
     from .tuning.task import Candidate, WorkloadTask
 
     task = WorkloadTask(workload, profile.name)
-    shipped = shipped_logs()
-    record, reasons = find_best(workload, profile, [*logs, *([shipped] if shipped else [])])
+    record, reasons = find_best(workload, profile, logs)
     if record is None:
         reason = "; ".join(reasons) or "no log has this workload"
         default = dict(task.space.default)

@@ -27,7 +27,7 @@ from . import devices, machine, reference
 from .backends import Backend, Host, Times
 from .errors import DeviceError
 from .geometry import Geometry
-from .rows import GpuRow, Row, geometric_means
+from .rows import Row, geometric_means
 from .shapes import Case
 from .variants import MIN_REPEATS, ComparisonError, Data, Variants, itemsize, schedule_of, torch_dtype
 
@@ -86,6 +86,7 @@ def compare(
     seconds: float = 5.0,
     progress: Progress | None = None,
     energy: bool | None = None,
+    backend: Backend | None = None,
 ) -> Comparison:
     """Check and measure cases.
 
@@ -100,13 +101,15 @@ def compare(
             made (3 where a call takes over a second).
         progress: told how far the work is.
         energy: measure joules on a GPU; None: where there is a meter.
+        backend: how to measure; None: as usual on such a device (:class:`gf_tvm.host_comparison.LimitedHost` finds
+            out more about kernels on a CPU).
 
     Raises:
         DeviceError: unknown device, one that is not this machine, a PyTorch without CUDA for a GPU, energy asked for
             where it cannot be measured, or fewer than 1 thread.
         ComparisonError: no cases, a wrong result (nothing of that convolution was timed), or too little memory.
     """
-    profile, backend = _check_request(cases, device, threads, repeats, seconds, energy)
+    profile, backend = _check_request(cases, device, threads, repeats, seconds, energy, backend)
     loaded = _load(library)
     groups = [list(group) for _, group in groupby(cases, key=_without_patch)]
     work = [_estimated_seconds(group, seconds) for group in groups]
@@ -127,7 +130,7 @@ def compare(
             times = backend.time(data, variants, (repeats, seconds), timing)
             for i, (variant, error) in enumerate(zip(variants, errors, strict=True)):
                 schedules = (schedule_of(variant.backward), schedule_of(variant.pooling))
-                pending.append(partial(_row, variant.case, schedules, profile.name, error, times, i))
+                pending.append(partial(_row, variant.case, schedules, profile.name, error, times, i, backend))
             del data, variants, variant  # the next convolution may need the memory
         # Again at the end: a limit is the best that was seen, and a busy moment must not pass for one.
         limits.append(backend.limits())
@@ -169,7 +172,13 @@ def check_request(
 
 
 def _check_request(
-    cases: Sequence[Case], device: str, threads: int | None, repeats: int, seconds: float, energy: bool | None
+    cases: Sequence[Case],
+    device: str,
+    threads: int | None,
+    repeats: int,
+    seconds: float,
+    energy: bool | None,
+    backend: Backend | None = None,
 ) -> tuple[devices.DeviceProfile, Backend]:
     if not cases:
         raise ComparisonError("there is nothing to compare: no cases")
@@ -180,9 +189,10 @@ def _check_request(
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
     profile = devices.get_profile(device)
-    backend = _backend(profile, energy)
+    usual = _backend(profile, energy)
+    backend = backend or usual
     for case in cases:
-        _check_memory(case, backend.available_bytes())
+        _check_memory(case, backend)
     return profile, backend
 
 
@@ -225,14 +235,18 @@ def roofline(geometry: Geometry, dtype: str, peak_gflops: float, bandwidth_gbs: 
     Counted once each: grad_y, x~ and W read, grad_x and grad_W written; two floating-point operations for each
     multiply-add of the two matrix products. Sums are made in float32 for every storage dtype, hence one peak.
     """
-    size = itemsize(dtype)
-    elements = math.prod(geometry.y_shape) + math.prod(geometry.x_shape) + 2 * math.prod(geometry.weight_shape)
-    moved = size * elements + _saved_bytes(geometry, dtype)
-    product = 2 * geometry.n * math.prod(geometry.grid) * geometry.co * geometry.ci_group
-    taps = math.prod(geometry.kernel) if geometry.dilated else 1
-    times = {"bandwidth": moved / bandwidth_gbs / 1e6, "arithmetic": product * (1 + taps) / peak_gflops / 1e6}
+    moved, operations = traffic(geometry, dtype)
+    times = {"bandwidth": moved / bandwidth_gbs / 1e6, "arithmetic": operations / peak_gflops / 1e6}
     limit = max(times, key=times.__getitem__)
     return times[limit], limit
+
+
+def traffic(geometry: Geometry, dtype: str) -> tuple[int, int]:
+    """Bytes that a filtered backward pass moves at least, and its floating-point operations; see :func:`roofline`."""
+    elements = math.prod(geometry.y_shape) + math.prod(geometry.x_shape) + 2 * math.prod(geometry.weight_shape)
+    product = 2 * geometry.n * math.prod(geometry.grid) * geometry.co * geometry.ci_group
+    taps = math.prod(geometry.kernel) if geometry.dilated else 1
+    return itemsize(dtype) * elements + _saved_bytes(geometry, dtype), product * (1 + taps)
 
 
 def _saved_bytes(geometry: Geometry, dtype: str) -> int:
@@ -252,11 +266,11 @@ def _estimated_seconds(group: Sequence[Case], seconds: float) -> float:
     return seconds + 4 * _exact_operations(geometry) / 7e10 + len(group) * elements / 5e7
 
 
-def _check_memory(case: Case, available: int | None) -> None:
-    geometry = case.geometry
+def _check_memory(case: Case, backend: Backend) -> None:
+    geometry, available = case.geometry, backend.available_bytes()
     elements = math.prod(geometry.x_shape) + math.prod(geometry.y_shape)
-    # Inputs, two sets of results held for the check, and the framework's reordered copies.
-    needed = 4 * elements * itemsize(case.dtype)
+    # Inputs, the results held for the check, and the framework's reordered copies.
+    needed = (2 + backend.results) * elements * itemsize(case.dtype)
     if available is not None and needed > available:
         raise ComparisonError(
             f"case {case.name} needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
@@ -269,7 +283,7 @@ def _check_group(
     """Inputs, variants and errors of one convolution with all of its patches. Raises ComparisonError."""
     data = backend.data(group[0])
     backend.check_baseline(group[0], data)
-    variants = [Variants(case, data, library) for case in group]
+    variants = [backend.variants(case, data, library) for case in group]
     return data, variants, [variant.check() for variant in variants]
 
 
@@ -280,6 +294,7 @@ def _row(
     error: float,
     measured: Times,
     index: int,
+    backend: Backend,
     limits: tuple[float, float],
 ) -> Row:
     geometry, times = case.geometry, measured.times
@@ -311,7 +326,4 @@ def _row(
         repeats={"baseline": exact.repeats, "reference": plain.repeats, "gf_tvm": own.repeats},
         layers=case.layers,
     )
-    if not measured.more:
-        return row
-    pooled = (row.saved_bytes_baseline + row.saved_bytes_gf_tvm) / limits[1] / 1e6
-    return GpuRow(**vars(row), **measured.more[index], filter_input_roofline_ms=pooled)
+    return backend.row(row, measured.more[index], limits) if measured.more else row

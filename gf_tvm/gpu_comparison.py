@@ -5,7 +5,7 @@ See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.energy` for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from .backends import Backend, Call, Times, variant_calls
 from .devices import DeviceProfile
 from .errors import DeviceError
 from .geometry import Geometry
+from .rows import GpuRow, Row
 from .shapes import Case
 from .variants import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
 
@@ -135,6 +136,10 @@ class Cuda(Backend):
         more = tuple(self._more(shared, watched, calls, measured, index) for index in range(len(variants)))
         times = {name: Timing(t.median, t.quartiles, t.repeats) for name, t in measured.items()}
         return Times(times, f"{baseline_name(data, case.geometry)} {best}", more)
+
+    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
+        pooled = (row.saved_bytes_baseline + row.saved_bytes_gf_tvm) / limits[1] / 1e6
+        return GpuRow(**vars(row), **more, filter_input_roofline_ms=pooled)
 
     def machine(self) -> dict[str, Any]:
         return {**machine.describe(), "gpu": self._graphics.description}

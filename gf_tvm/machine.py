@@ -18,6 +18,10 @@ import torch
 from .errors import DeviceError
 
 _PACKAGES = ("gf-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+
+#: Rows of the largest matrices whose product is timed: larger ones are no faster.
+SGEMM_SIZE = 2048
+
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 
 
@@ -141,6 +145,12 @@ def copy_bandwidth(seconds: float = 0.5) -> float:
     The best of the copies made in ``seconds``, with PyTorch's present number of threads: a limit is the best that
     was seen, not the usual.
     """
+    copy, gigabytes = copy_call()
+    return gigabytes / _best_seconds(copy, seconds)
+
+
+def copy_call() -> tuple[Callable[[], Any], float]:
+    """A copy between buffers far larger than the cache, and how many GB (1e9 bytes) it reads and writes together."""
     cache = last_level_cache_bytes() or 32 << 20
     size = min(max(4 * cache, 64 << 20), 512 << 20)
     available = available_bytes()
@@ -148,8 +158,7 @@ def copy_bandwidth(seconds: float = 0.5) -> float:
         size = min(size, available // 8)
     source = torch.ones(max(size // 4, 1 << 18), dtype=torch.float32)
     target = torch.zeros_like(source)  # written, so that its pages exist before the first copy
-    best = _best_seconds(lambda: target.copy_(source), seconds)
-    return 2 * source.numel() * source.element_size() / best / 1e9
+    return lambda: target.copy_(source), 2 * source.numel() * source.element_size() / 1e9
 
 
 def sgemm_peak(seconds: float = 1.0) -> float:
@@ -158,14 +167,21 @@ def sgemm_peak(seconds: float = 1.0) -> float:
     The matrices grow to 2048 x 2048, on slow machines to what one call can do in ``seconds``.
     """
     size, peak = 256, 0.0
-    generator = torch.Generator().manual_seed(0)  # not zeros or ones: some CPUs run those at a higher clock
     while True:
-        a, b, c = (torch.rand(size, size, generator=generator) for _ in range(3))
-        best = _best_seconds(partial(torch.mm, a, b, out=c), seconds / 4)
-        peak = max(peak, 2 * size**3 / best / 1e9)
-        if size == 2048 or 8 * best > seconds:
+        product, gflop = sgemm_call(size)
+        best = _best_seconds(product, seconds / 4)
+        peak = max(peak, gflop / best)
+        if size == SGEMM_SIZE or 8 * best > seconds:
             return peak
         size *= 2
+
+
+def sgemm_call(size: int | None = None) -> tuple[Callable[[], Any], float]:
+    """A product of square float32 matrices (None: of :data:`SGEMM_SIZE`), and how many GFLOP it is."""
+    size = size or SGEMM_SIZE
+    generator = torch.Generator().manual_seed(0)  # not zeros or ones: some CPUs run those at a higher clock
+    a, b, c = (torch.rand(size, size, generator=generator) for _ in range(3))
+    return partial(torch.mm, a, b, out=c), 2 * size**3 / 1e9
 
 
 def _best_seconds(call: Callable[[], Any], seconds: float) -> float:

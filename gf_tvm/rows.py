@@ -91,6 +91,41 @@ class GpuRow(Row):
     filter_input_roofline_ms: float
 
 
+@dataclass(frozen=True)
+class LimitedHostRow(Row):
+    """One case on a CPU, with the machine's limits as they were in the rounds in which the case was timed.
+
+    ``peak_gflops`` and ``bandwidth_gbs`` have ``median``, ``quartiles`` (lower, upper) and ``best`` of this case's
+    rounds; ``best_ms`` is the fastest call of each variant. ``limit_ms`` follows from the medians of both,
+    ``limit_best_ms`` from their bests, and ``limit`` says which of the two it is ("bandwidth", "arithmetic"). The
+    fractions are limit / time, median over median and best over best: ``fraction_of_limit`` of ``gf_tvm_ms``, outputs
+    allocated; ``kernel_fraction_of_limit`` of ``gf_tvm_kernel_ms``, into existing ones, as the limit's copies are;
+    None where there is no kernel. ``filter_input_fraction_of_limit`` is that of the pooling, whose limit is copying.
+    ``operations`` (floating-point) and ``moved_bytes`` are what the limit counts.
+
+    ``others``: further implementations by name, without those that cannot compute the case. Each has ``ms``,
+    ``ms_quartiles``, ``best_ms``, ``repeats``, ``schedule``, ``max_rel_error``, and of the pooling in the forward pass
+    ``filter_input_ms`` and its quartiles (None: not timed).
+    """
+
+    operations: int
+    moved_bytes: int
+    peak_gflops: dict[str, Any]
+    bandwidth_gbs: dict[str, Any]
+    limit: str
+    limit_ms: float
+    limit_best_ms: float
+    best_ms: dict[str, float]
+    gf_tvm_kernel_ms_quartiles: Quartiles | None
+    fraction_of_limit: float
+    fraction_of_limit_best: float
+    kernel_fraction_of_limit: float | None
+    kernel_fraction_of_limit_best: float | None
+    filter_input_limit_ms: float
+    filter_input_fraction_of_limit: float
+    others: dict[str, dict[str, Any]]
+
+
 def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches.
 

@@ -40,11 +40,12 @@ class ComparisonError(GfTvmError):
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, lower and upper quartile; and how many calls were timed."""
+    """Milliseconds of one call: median, lower and upper quartile; how many calls were timed; the fastest of them."""
 
     median: float
     quartiles: Quartiles
     repeats: int
+    best: float | None = None
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -145,11 +146,36 @@ def baseline_name(data: Data, geometry: Geometry) -> str:
     return "onednn" if "Mkldnn" in backend else "cudnn" if "Cudnn" in backend else "torch"
 
 
-class Variants:
-    """The calls to time for one case: plain operators and, where the library has them, kernels."""
+@dataclass(frozen=True)
+class Other:
+    """One more implementation of a filtered backward pass, to be timed beside those of :class:`Variants`.
 
-    def __init__(self, case: Case, data: Data, library: Library | None) -> None:
+    Attributes:
+        backward: computes the gradients, into memory that it allocates.
+        results: computes what is compared with float64: x~ (n, ci, ph, pw), grad_x, grad_W and grad_b, as far as it
+            has them, by these names. Into memory full of NaN, so that what is left out shows.
+        filter_input: the forward pass's pooling, if that is to be timed too.
+        schedule: as in :func:`schedule_of`.
+    """
+
+    backward: Callable[[], Any]
+    results: Callable[[], dict[str, Tensor]]
+    filter_input: Callable[[], Any] | None = None
+    schedule: str = "torch"
+
+
+class Variants:
+    """The calls to time for one case: plain operators and, where the library has them, kernels.
+
+    ``others``: further implementations by name; :meth:`check` leaves their errors in ``errors``.
+    """
+
+    def __init__(
+        self, case: Case, data: Data, library: Library | None, others: Mapping[str, Other] | None = None
+    ) -> None:
         self.case, self.data, self.library, geometry = case, data, library, case.geometry
+        self.others = dict(others or {})
+        self.errors: dict[str, float] = {}
         self.backward = library.find("backward", geometry, case.dtype) if library else None
         self.pooling = library.find("filter_input", geometry, case.dtype) if library else None
         self.plain_saved = reference.filter_input(data.x, geometry)
@@ -191,12 +217,29 @@ class Variants:
         self.backward(self.data.grad_y, self.saved, self.data.weight, *outputs)
         return outputs
 
+    def kernel_results(self) -> dict[str, Tensor]:
+        """What the library's kernels compute, by name, x~ as (n, ci, ph, pw); outputs were full of NaN before."""
+        found = {}
+        if self.pooling:
+            found["x~"] = from_saved(self.saved, self.case.geometry)
+        if self.backward:
+            outputs = self.kernel_backward(tuple(self._poisoned("backward")))
+            found.update(zip(("grad_x", "grad_W", "grad_b"), outputs, strict=True))
+        return found
+
+    def as_other(self) -> Other | None:
+        """This library's kernels beside those of another one; None if it has no backward kernel of this case."""
+        if self.backward is None:
+            return None
+        pooling = self.filter_input if self.pooling else None
+        return Other(self.kernel_backward, self.kernel_results, pooling, schedule_of(self.backward))
+
     def _poisoned(self, kernel: str) -> list[Tensor]:
         outputs = poisoned_outputs(Workload(kernel, self.case.geometry, self.case.dtype))
         return [output.to(self.data.x.device) for output in outputs]
 
     def check(self) -> float:
-        """Compare both implementations with float64 and return the library's error (else the plain operators').
+        """Compare all implementations with float64 and return the library's error (else the plain operators').
 
         Raises:
             ComparisonError: an error is larger than rounding explains.
@@ -206,11 +249,9 @@ class Variants:
         assert plain_x is not None
         assert plain_w is not None
         found["reference"] = {"x~": self.plain_saved, "grad_x": plain_x, "grad_W": plain_w}
-        if self.pooling:
-            found["gf_tvm"] = {"x~": from_saved(self.saved, self.case.geometry)}
-        if self.backward:
-            grad_x, grad_w, grad_b = self.kernel_backward(tuple(self._poisoned("backward")))
-            found.setdefault("gf_tvm", {}).update({"grad_x": grad_x, "grad_W": grad_w, "grad_b": grad_b})
+        if own := self.kernel_results():
+            found["gf_tvm"] = own
+        found.update({name: other.results() for name, other in self.others.items()})
         errors = _errors(found, self.data, self.case.geometry)
         lengths = _sum_lengths(self.case.geometry)
         for variant, by_output in errors.items():
@@ -223,8 +264,11 @@ class Variants:
                         f"case {self.case.name} {patch}: {output} of {variant} is wrong, so it was not timed: "
                         f"relative error {error:.3g} against float64, rounding explains {allowed:.3g}"
                     )
-        own = errors["gf_tvm" if self.backward else "reference"]
-        return max(error for output, error in own.items() if output != "x~")
+        self.errors = {
+            variant: max((error for output, error in by_output.items() if output != "x~"), default=0.0)
+            for variant, by_output in errors.items()
+        }
+        return self.errors["gf_tvm" if self.backward else "reference"]
 
 
 def _sum_lengths(geometry: Geometry) -> dict[str, int]:
@@ -331,7 +375,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _timing(seconds: Sequence[float]) -> Timing:
     milliseconds = [1e3 * value for value in seconds]
     lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return Timing(median, (lower, upper), len(milliseconds))
+    return Timing(median, (lower, upper), len(milliseconds), min(milliseconds))
 
 
 def schedule_of(kernel: Kernel | None) -> str:
