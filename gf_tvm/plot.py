@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from .comparison import Comparison
 from .errors import GfTvmError
@@ -16,7 +17,7 @@ from .shapes import format_patch
 ENDINGS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's palette: told apart by people with any colour vision.
-_PLAIN, _KERNEL = "#999999", "#0072B2"
+PLAIN_COLOR, KERNEL_COLOR = "#999999", "#0072B2"
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -40,7 +41,6 @@ def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    path = Path(path)
     patches = list(dict.fromkeys(row.patch for row in comparison.rows))
     panels = [[row for row in comparison.rows if row.patch == patch] for patch in patches]
     height = sum(0.9 + 0.42 * len(rows) for rows in panels) + 1.2
@@ -64,6 +64,12 @@ def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         f"{comparison.peak_gflops:.0f} GFLOP/s",
         fontsize=11,
     )
+    save(figure, path)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a matplotlib figure, whole or not at all. Raises GfTvmError."""
+    path = Path(path)
     part = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         figure.savefig(part, dpi=150)
@@ -89,8 +95,8 @@ def _panel(axes: object, rows: list[Row], limits: tuple[float, float]) -> None:
     low, high = limits
     # A bar on a logarithmic axis starts at 1: as fast as the exact pass.
     for shift, values, color, label in (
-        (-bar / 2, plain, _PLAIN, "filtered, plain PyTorch operators"),
-        (bar / 2, kernel, _KERNEL, "filtered, gf_tvm"),
+        (-bar / 2, plain, PLAIN_COLOR, "filtered, plain PyTorch operators"),
+        (bar / 2, kernel, KERNEL_COLOR, "filtered, gf_tvm"),
     ):
         at = [position + shift for position in positions]
         axes.barh(at, [value - 1 for value in values], bar, left=1, color=color, label=label)
@@ -105,7 +111,7 @@ def _panel(axes: object, rows: list[Row], limits: tuple[float, float]) -> None:
                 textcoords="offset points",
                 va="center",
                 ha="right" if inside else "left",
-                color="white" if inside and color == _KERNEL else "black",
+                color="white" if inside and color == KERNEL_COLOR else "black",
                 fontsize=8,
             )
     axes.scatter(limit, list(positions), marker="|", s=300, color="black", label="limit of this machine", zorder=3)

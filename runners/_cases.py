@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from ..shapes import Case
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --shapes or --model with --input and --last, --patch, --dtype and --cases."""
+def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --device, --shapes or --model with --input and --last, --patch, --dtype and --cases.
+
+    ``required``: whether one of --shapes and --model has to be given.
+    """
     parser.add_argument(
         "--device", default="host", metavar="D", help="device profile (default: host; see gf-tvm devices)"
     )
     source = parser.add_argument_group("convolutions")
-    either = source.add_mutually_exclusive_group(required=True)
+    either = source.add_mutually_exclusive_group(required=required)
     either.add_argument(
         "--shapes", metavar="paper|FILE", help="the paper's seven cases, or a JSON file of the form of paper_cases.json"
     )

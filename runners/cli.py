@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front, and takes options only by their full names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="gf-tvm",
         description="Gradient filtering for training CNNs on the device: tunes, builds, uses and measures backward "
         "kernels of convolutions.",
@@ -51,30 +51,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    return run_command("gf-tvm", lambda: _run(argv))
+
+
+def run_command(name: str, command: Callable[[], int]) -> int:
+    """Call ``command`` and return its exit code; what goes wrong is said in one line that begins with ``name``."""
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"{name}: warning: {message}\n"
+
+    def fail(message: str) -> int:
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        return EXIT_ERROR
+
     formatwarning = warnings.formatwarning
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = format_warning
     try:
-        code = _run(argv)
+        code = command()
         sys.stdout.flush()  # here, where a full disk or a reader that went away can still be reported
         return code
     except BrokenPipeError:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
-        print("gf-tvm: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except _expected_errors() as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
         _discard_stdout()
-        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+        return fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
     finally:
         warnings.formatwarning = formatwarning
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    return run_parsed(build_parser(), argv)
+
+
+def run_parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse the arguments and call their ``run``, which the parser's defaults name."""
     try:
-        args = build_parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse's way to end after --help, --version and its errors
         return stop.code if isinstance(stop.code, int) else 0
     code: int = args.run(args)
@@ -85,17 +105,6 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """What is said in one line. gf_cuda is not imported for it: that takes longer than all of --help."""
     gpu = sys.modules.get("gf_cuda.errors")
     return (GfTvmError,) if gpu is None else (GfTvmError, gpu.GfCudaError)
-
-
-def _fail(message: str) -> int:
-    print(f"gf-tvm: error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_ERROR
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"gf-tvm: warning: {message}\n"
 
 
 def _discard_stdout() -> None:

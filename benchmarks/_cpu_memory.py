@@ -1,0 +1,78 @@
+"""How much memory a backward kernel takes at most beyond its inputs and outputs.
+
+In a process of its own, because TVM keeps the scratch memory of earlier calls: inputs and outputs are made and
+written, the process's peak of resident memory is set back to what it holds, and the first call is made. What the peak
+then lies above is the kernel's, besides a few hundred kB for starting threads. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gf_tvm.library import load
+from gf_tvm.workload import Workload
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_TIMEOUT = 300
+
+
+def extra_bytes(library: Path, workload: Workload, threads: int) -> dict[str, Any]:
+    """``extra_bytes`` of a kernel's first call and of the second one; or why they are unknown, in ``reason``."""
+    request = json.dumps({"library": str(library), "workload": workload.to_dict(), "threads": threads})
+    command = [sys.executable, str(Path(__file__).resolve()), request]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"extra_bytes": None, "reason": f"no result after {_TIMEOUT} s"}
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"extra_bytes": None, "reason": said[-1]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def _measure(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from gf_tvm.verify import argument_specs
+
+    torch.set_num_threads(request["threads"])
+    workload = Workload.from_dict(request["workload"])
+    library = load(request["library"])
+    kernel = library.find(workload.kernel, workload.geometry, workload.dtype)
+    if kernel is None:
+        return {"extra_bytes": None, "reason": "the bundle lacks this kernel"}
+    # Written, so that their pages are there before.
+    tensors = [torch.full(spec.shape, 0.5, dtype=spec.dtype) for spec in argument_specs(workload)]
+    outputs = [spec.output for spec in argument_specs(workload)]
+    calls = []
+    for _ in range(2):
+        try:
+            _CLEAR.write_text("5")  # sets the peak (VmHWM) back to what is resident now
+        except OSError as error:
+            return {"extra_bytes": None, "reason": f"{_CLEAR}: {error.strerror}"}
+        before = _kilobytes("VmHWM")
+        kernel(*tensors)
+        calls.append((_kilobytes("VmHWM") - before) << 10)
+    return {
+        "extra_bytes": calls[0],
+        "extra_bytes_second_call": calls[1],
+        "argument_bytes": sum(t.nbytes for t in tensors),
+        "output_bytes": sum(t.nbytes for t, output in zip(tensors, outputs, strict=True) if output),
+    }
+
+
+def _kilobytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), flags=re.MULTILINE)
+    assert match is not None, field
+    return int(match[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))
