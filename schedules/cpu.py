@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from tvm import s_tir
@@ -20,8 +19,6 @@ from .space import Config, Space
 STREAM_BYTES = 8 << 20
 #: Distances, in channels, at which pooling may prefetch.
 NEAR = (0, 2, 4, 8)
-#: Patches of a block that the space offers, roughly; the divisors of the batch's patch rows decide.
-BLOCKS = (32, 64, 96, 128, 192, 256, 384, 512)
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -51,13 +48,22 @@ def plain(workload: Workload, profile: DeviceProfile) -> Space:
 def filter_input(workload: Workload, profile: DeviceProfile) -> Space:
     """x -> x~ with channels last. ``rows``: patch rows pooled together; ``near``: how far ahead is prefetched."""
     geometry = workload.geometry
-    rows = _rows(geometry, [patches for patches in BLOCKS if patches <= 256])
+    rows = _rows(geometry, 16, 256)
 
     def build(config: Config) -> Any:
         return forward.filter_input(workload, forward.Tiles(config["rows"], config["near"]), profile.lanes)
 
     default = {"rows": min(rows, key=lambda r: abs(r * geometry.grid[1] - 64)), "near": 4}
     return Space({"rows": rows, "near": NEAR}, default, build)
+
+
+def depthwise_filter_input(workload: Workload, profile: DeviceProfile) -> Space:
+    """Plane by plane. ``near``: how many planes ahead is prefetched."""
+
+    def build(config: Config) -> Any:
+        return depthwise.filter_input(workload, depthwise.Tiles(near=config["near"]), profile.lanes)
+
+    return Space({"near": NEAR}, {"near": 4}, build)
 
 
 def depthwise_backward(workload: Workload, profile: DeviceProfile) -> Space:
@@ -79,11 +85,13 @@ def _streams(workload: Workload) -> int:
     return int(size > STREAM_BYTES)
 
 
-def _rows(geometry: Geometry, wanted: Sequence[int]) -> tuple[int, ...]:
-    """Patch rows of a block: for every wanted number of patches the divisor of all patch rows that comes closest."""
-    (ph, pw), found = geometry.grid, divisors(max(1, geometry.n * geometry.grid[0]))
-    del ph
-    return tuple(sorted({min(found, key=lambda rows: abs(math.log(rows * pw / patches))) for patches in wanted}))
+def _rows(geometry: Geometry, least: int, most: int) -> tuple[int, ...]:
+    """Patch rows of a block: parts of an image, or whole images, with about ``least`` to ``most`` patches."""
+    ph, pw = geometry.grid
+    found = [*divisors(ph), *(ph * images for images in divisors(max(1, geometry.n))[1:])]
+    usable = [rows for rows in found if least <= rows * pw <= most]
+    middle = math.sqrt(least * most)
+    return tuple(usable or [min(found, key=lambda rows: abs(math.log(rows * pw / middle)))])
 
 
 # --- backward, dense and grouped -------------------------------------------------------------------------------------
@@ -97,28 +105,24 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog = geometry.ci_group, geometry.co_group
     needs_x, needs_w = workload.kernel != "backward_weight", workload.kernel != "backward_input"
-    most = max(profile.l2_share // (8 * geometry.co), 2 * lanes)
-    by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 4 * profile.l2_bytes
-    rows = _rows(geometry, [patches for patches in BLOCKS if patches <= max(most, BLOCKS[0])])
+    # Panels of a block should stay in L2; where all of the batch's do, threads may share channels instead.
+    most = max(profile.l2_share // (4 * geometry.co), 4 * lanes)
+    by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 2 * profile.l2_bytes
+    rows = _rows(geometry, 2 * lanes, most)
     knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4)}
-    knobs["m"] = (1, 2, 3, 4)
+    knobs["stream"], knobs["m"] = (0, 1), (1, 2, 3, 4)
     if needs_x:
         knobs["ci"] = _heights(cig)
-        knobs["together"] = tuple(t for t in (32, 64, 128, 256) if t < cig) + ((cig,) if cig <= 256 else ())
-        knobs["stream"] = (0, 1)
-        knobs["ahead"] = (0, 1)
+        knobs["together"] = tuple(t for t in (32, 64, 128) if t < cig) + ((cig,) if cig <= 128 else ())
     if needs_w:
-        widest = ceil_div(cig, lanes)
-        knobs["cv"] = tuple(v for v in (1, 2, 3, 4) if v <= max(widest, 1))
+        knobs["cv"] = tuple(v for v in (1, 2, 3, 4) if v <= ceil_div(cig, lanes))
         knobs["co"] = _heights(cog)
 
     def rule(config: Config) -> bool:
         for wide, high in (("m", "ci"), ("cv", "co")):
-            if high in config and not _fits(config[wide], config[high], profile.registers):
+            if high in config and not _fits(config[wide], config[high], profile.registers, max(knobs[high])):
                 return False
-        if config.get("ahead") and (config["near"] or not config["rows"] or geometry.groups > 1):
-            return False
-        return "together" not in config or config["together"] >= min(config["ci"], cig)
+        return "together" not in config or config["together"] >= config["ci"]
 
     def build(config: Config) -> Any:
         return sweep.backward(workload, tiles_of(config, geometry, profile), lanes)
@@ -129,13 +133,17 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
 
 
 def _heights(channels: int) -> tuple[int, ...]:
-    """Channels in a tile of sums: up to 14 rows of registers."""
-    return tuple(sorted({min(high, channels) for high in (1, 2, 4, 6, 8, 10, 12, 14)}))
+    """Channels in a tile of sums."""
+    return tuple(sorted({min(high, channels) for high in (2, 4, 6, 8, 10, 12, 14)}))
 
 
-def _fits(wide: int, high: int, registers: int) -> bool:
-    """Whether a tile of sums, what it is made of, and a spare register fit into the register file, and use half of it."""
-    return wide * high + wide + 1 <= registers
+def _fits(wide: int, high: int, registers: int, highest: int) -> bool:
+    """Whether a tile of sums and what it is made of fit into the register file.
+
+    Fewer than eight sums wait for each other: an FMA takes four cycles, and two can start in each. So tiles are no
+    smaller, unless the highest one is.
+    """
+    return wide * high + wide + 1 <= registers and (wide * high >= 8 or high == highest)
 
 
 def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> sweep.Tiles:
@@ -153,7 +161,6 @@ def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> swee
         together=config.get("together", 1),
         depth=depth,
         stream=bool(config.get("stream")),
-        ahead=bool(config.get("ahead")),
         near=config["near"],
         by_channels=not config["rows"],
     )
@@ -164,11 +171,11 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog, pw = geometry.ci_group, geometry.co_group, geometry.grid[1]
     patch_rows = geometry.n * geometry.grid[0]
-    config = {"near": 4, "m": 2 if patch_rows * pw > lanes else 1}
+    config = {"near": 4, "stream": _streams(workload), "m": 2 if patch_rows * pw > lanes else 1}
 
     def high(wide: int, values: tuple[int, ...], channels: int) -> int:
-        """The tile that wastes least: of registers' time in the last, smaller tile, then of what is loaded for a product."""
-        usable = [v for v in values if _fits(wide, v, profile.registers)]
+        """The tile that wastes least: time in the last, smaller one, then what is loaded for a product."""
+        usable = [v for v in values if _fits(wide, v, profile.registers, max(values))]
 
         def cost(v: int) -> float:
             # A tile of few sums waits for them: an FMA takes four cycles, and two can start in each.
@@ -179,22 +186,20 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     if "ci" in knobs:
         config["ci"] = high(config["m"], knobs["ci"], cig)
         config["together"] = min(knobs["together"], key=lambda t: abs(t - 64))
-        config["stream"], config["ahead"] = _streams(workload), 0
     if "co" in knobs:
         config["cv"] = min(2, max(knobs["cv"]))
         config["co"] = high(config["cv"], knobs["co"], cog)
     threads = profile.threads or 4
-    m = config["m"] * lanes
 
     def cost_of(rows: int) -> float:
         if not rows:
             # Every thread reads all of g~ for each of its channels, but nothing of the weights twice.
-            return 1.15
+            return 1.3
         patches, blocks = rows * pw, patch_rows // rows
-        padded = pad(patches, m) / patches if "ci" in knobs else 1.0
+        padded = pad(patches, lanes) / patches if "ci" in knobs else 1.0
         busy = ceil_div(blocks, threads) * threads / blocks
         # Weights are read, and their sums read and written, once a block; each part's sums once more at the end.
-        weights = (48.0 / patches) + threads * 16.0 / (patch_rows * pw)
+        weights = 8.0 / patches + threads * 8.0 / (patch_rows * pw)
         return padded * busy * (1 + weights)
 
     config["rows"] = min(knobs["rows"], key=lambda rows: (round(cost_of(rows), 2), rows))

@@ -71,7 +71,7 @@ def _parallel_outer(sch: s_tir.Schedule, block: Any, count: int) -> None:
 
 
 def backward(workload: Workload, profile: DeviceProfile) -> Space:
-    """``backward`` and ``backward_input``. Knobs: the tiles of :class:`gf_tvm.kernels.dilated.Tiles`, chunks, unrolling."""
+    """``backward`` and ``backward_input``; knobs: :class:`gf_tvm.kernels.dilated.Tiles`, chunks, unrolling."""
     geometry, lanes = workload.geometry, profile.lanes
     if geometry.depthwise:
         return Space({}, {}, lambda _: _depthwise_schedule(workload))

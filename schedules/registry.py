@@ -18,14 +18,13 @@ def get_space(workload: Workload, profile: DeviceProfile) -> Space:
         return gpu.get_space(workload, profile)
     geometry = workload.geometry
     if workload.kernel.startswith("backward"):
-        # An empty batch has nothing to sweep over.
         if geometry.dilated and workload.kernel != "backward_weight":
             return cpu_dilated.backward(workload, profile)
         if geometry.depthwise:
             return cpu.depthwise_backward(workload, profile)
         return cpu.backward(workload, profile)
-    if workload.kernel == "filter_input" and not geometry.depthwise:
-        return cpu.filter_input(workload, profile)
+    if workload.kernel == "filter_input":
+        return (cpu.depthwise_filter_input if geometry.depthwise else cpu.filter_input)(workload, profile)
     return cpu.plain(workload, profile)
 
 

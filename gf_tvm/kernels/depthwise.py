@@ -1,4 +1,4 @@
-"""The backward pass of depthwise convolutions: no products over channels, so everything is done plane by plane."""
+"""Depthwise convolutions: no products over channels, so everything is done plane by plane."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
 from . import emit, simd
 from .stages import ACC
-from .strips import pooling, spreading
+from .strips import pooling
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,36 @@ def backward(workload: Workload, tiles: Tiles, lanes: int) -> Any:
         T.func_name("main")
         T.func_attr({"tirx.noalias": True})
         _Depthwise(workload, tiles, lanes).emit()
+    return tvm.IRModule({"main": builder.get()})
+
+
+def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
+    """IRModule of ``filter_input`` for depthwise convolutions: x~ has the order of x."""
+    geometry = workload.geometry
+    (ph, pw), plane = geometry.grid, geometry.h * geometry.w
+    plan = pooling(emit.in_ranges(geometry.cols), geometry.w, lanes)
+    planes = geometry.n * geometry.ci
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
+        tensors = emit.arguments(workload)
+        with emit.loop(planes, parallel=planes * plane >= emit.PARALLEL_WORK) as k:
+            line = T.alloc_buffer((ph * pw + lanes,), ACC)
+            with emit.loop(ph) as i:
+
+                def pooled(first: Any, count: int) -> None:
+                    base = T.bind((k * geometry.h + first) * geometry.w)
+                    pixels = emit.pixel_rows(tensors["x"], base, geometry.w, count, tiles.near * plane)
+                    emit.pool(plan, pixels, lambda patch, _, sums: simd.store(line, i * pw + patch, sums))
+
+                emit.by_row(emit.in_ranges(geometry.rows), i, pooled)
+            # Vectors of a row's last patches reach beyond them; x~ has no room for that.
+            whole = ph * pw // lanes
+            if whole:
+                with emit.loop(whole) as v:
+                    emit.copy(tensors["filtered_x"], k * (ph * pw) + v * lanes, line, v * lanes, lanes, lanes)
+            rest = ph * pw - whole * lanes
+            emit.copy(tensors["filtered_x"], k * (ph * pw) + whole * lanes, line, whole * lanes, rest, lanes)
     return tvm.IRModule({"main": builder.get()})
 
 
@@ -75,7 +104,9 @@ class _Depthwise:
                 self.tap = T.alloc_buffer((1,), ACC, scope="local")
                 simd.store(self.tap, 0, simd.splat(0.0, 1))
                 with emit.loop(taps) as k:
-                    simd.store(self.tap, 0, simd.load(self.tap, 0, 1) + simd.load(self.tensors["weight"], c * taps + k, 1))
+                    simd.store(
+                        self.tap, 0, simd.load(self.tap, 0, 1) + simd.load(self.tensors["weight"], c * taps + k, 1)
+                    )
             with emit.loop(geometry.n) as n:
                 plane = T.bind(n * geometry.ci + c)
                 self._pool(plane)
@@ -127,7 +158,7 @@ class _Depthwise:
 
         whole = patches // lanes
         if whole:
-            emit.unrolled(whole, 2, lambda v, _: step(v * lanes, lanes))
+            emit.unrolled(whole, 2, lambda v: step(v * lanes, lanes))
         for at, width in emit.pieces(patches - whole * lanes, lanes // 2 or 1):
             step(whole * lanes + at, width)
 

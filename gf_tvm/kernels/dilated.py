@@ -1,7 +1,7 @@
 """The backward pass of dilated convolutions, in TE: grad_x~ is itself a small convolution on the patch grid.
 
-Everything of an image is done while its g~ is in the caches; the weight gradient follows image by image from the g~ that
-the first part left behind. Others: :mod:`gf_tvm.kernels.sweep`, :mod:`gf_tvm.kernels.depthwise`.
+Everything of an image is done while its g~ is in the caches; the weight gradient follows image by image from the g~
+that the first part left behind. Others: :mod:`gf_tvm.kernels.sweep`, :mod:`gf_tvm.kernels.depthwise`.
 
 Layouts inside (float32): g~ (image, co, ph, pw); panels are as wide as one micro-kernel tile.
 """

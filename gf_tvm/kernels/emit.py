@@ -13,7 +13,7 @@ from ..geometry import Axis, Geometry
 from ..workload import Workload
 from . import simd
 from .stages import ACC
-from .strips import Pooling, Run, Spreading, power_of_two, runs, spreading
+from .strips import PlaneVector, Pooling, Run, Spreading, pooling, power_of_two, runs, spreading
 
 #: Work (multiplications, or elements moved) below which a loop is done before a sleeping thread has woken up to help.
 PARALLEL_WORK = 16384
@@ -44,6 +44,10 @@ def by_row(rows: Sequence[range], i: Any, emit: Callable[[Any, int], None]) -> N
         return len(rows[k]) == len(inner) and (not rows[k] or rows[k].start == step * k + offset)
 
     special = [k for k in range(len(rows)) if not regular(k)]
+
+    if isinstance(i, int):
+        emit(rows[i].start, len(rows[i]))
+        return
 
     def rest(special: list[int]) -> None:
         if not special:
@@ -161,9 +165,7 @@ class Products:
         start: (row, register) -> what the sums begin with; None: zero.
     """
 
-    def __init__(
-        self, rows: int, vectors: int, lanes: int, start: Callable[[int, int], Any] | None = None
-    ) -> None:
+    def __init__(self, rows: int, vectors: int, lanes: int, start: Callable[[int, int], Any] | None = None) -> None:
         self.rows, self.vectors, self.lanes = rows, vectors, lanes
         self._sums = T.alloc_buffer((rows * vectors * lanes,), ACC, scope="local")
         for row in range(rows):
@@ -173,25 +175,10 @@ class Products:
     def _at(self, row: int, v: int) -> int:
         return (row * self.vectors + v) * self.lanes
 
-    def add(
-        self,
-        steps: int,
-        scalars: Callable[[Any, int], Any],
-        registers: Callable[[Any, int], Any],
-        aside: Callable[[Any], None] | None = None,
-        spacing: int = 1,
-    ) -> None:
-        """Add scalars(step, row) * registers(step, v) to every sum, for every step.
+    def add(self, steps: int, scalars: Callable[[Any, int], Any], registers: Callable[[Any, int], Any]) -> None:
+        """Add scalars(step, row) * registers(step, v) to every sum, for every step."""
 
-        Args:
-            steps, scalars, registers: see above.
-            aside: something else to do with every ``spacing``-th step.
-            spacing: see above; a power of two.
-        """
-
-        def step(k: Any, place: int) -> None:
-            if aside is not None and place % spacing == 0:
-                aside(k)
+        def step(k: Any) -> None:
             loaded = [T.bind(registers(k, v)) for v in range(self.vectors)]
             for row in range(self.rows):
                 scalar = simd.splat(scalars(k, row), self.lanes)
@@ -200,8 +187,7 @@ class Products:
                     simd.store(self._sums, self._at(row, v), old + scalar * loaded[v])
 
         # Tiles of few sums get several steps in one turn of the loop, so that its own instructions do not count.
-        turn = power_of_two(max(1, _PRODUCTS_A_TURN // (self.rows * self.vectors)))
-        unrolled(steps, max(turn, spacing if aside else 1), step)
+        unrolled(steps, power_of_two(max(1, _PRODUCTS_A_TURN // (self.rows * self.vectors))), step)
 
     def sums(self) -> Iterator[tuple[int, int, Any]]:
         """(row, register, sums), in order."""
@@ -210,28 +196,26 @@ class Products:
                 yield row, v, simd.load(self._sums, self._at(row, v), self.lanes)
 
 
-def unrolled(extent: int, times: int, emit: Callable[[Any, int], None]) -> None:
-    """A loop whose body is written out ``times`` times; what does not divide comes after it.
-
-    ``emit`` takes the step and its place in the body.
-    """
+def unrolled(extent: int, times: int, emit: Callable[[Any], None]) -> None:
+    """A loop whose body is written out ``times`` times; what does not divide comes after it."""
     times = min(times, extent)
     if extent // times:
         with loop(extent // times) as outer:
             for place in range(times):
-                emit(outer * times + place, place)
+                emit(outer * times + place)
     for k in range(extent // times * times, extent):
-        emit(k, k % times)
+        emit(k)
 
 
 def arguments(workload: Workload) -> dict[str, Any]:
     """The function's parameters, in the order in which kernels take them, as flat memory."""
     geometry, dtype, kernel = workload.geometry, workload.dtype, workload.kernel
+    found: list[tuple[str, tuple[int, ...], str]] = []
     if kernel == "filter_input":
-        found = [("x", geometry.x_shape, dtype), ("filtered_x", geometry.saved_shape, ACC)]
+        found += [("x", geometry.x_shape, dtype), ("filtered_x", geometry.saved_shape, ACC)]
     else:
         with_x, with_w = kernel != "backward_weight", kernel != "backward_input"
-        found = [("grad_y", geometry.y_shape, dtype)]
+        found += [("grad_y", geometry.y_shape, dtype)]
         found += [("saved", geometry.saved_shape, ACC)] if with_w else []
         found += [("weight", geometry.weight_shape, dtype)] if with_x else []
         found += [("grad_x", geometry.x_shape, dtype)] if with_x else []
@@ -310,6 +294,23 @@ def can_stream_rows(wanted: bool, width: int, dtype: str, lanes: int) -> bool:
     return wanted and simd.can_stream(dtype, min(width & -width, lanes))
 
 
+def spread_planes(
+    vectors: Sequence[PlaneVector], patches: Callable[[int, Any, int], Any], grad_x: Any, base: Any, stream: bool
+) -> None:
+    """Write whole planes of grad_x.
+
+    Args:
+        vectors: see :func:`strips.spreading_planes`.
+        patches: (plane, first patch, lanes) -> their values.
+        grad_x, base: the map, and where the first plane begins.
+        stream: past the caches; ``base`` is a multiple of the registers then.
+    """
+    write = simd.stream if stream and simd.can_stream(simd.kind_of(grad_x), len(vectors[0].picks)) else simd.store
+    for plan in vectors:
+        loaded = [T.bind(patches(plane, patch, plan.width)) for plane, patch in plan.loads]
+        write(grad_x, base + plan.pixel, simd.pick(loaded, plan.picks))
+
+
 def spread_rows(
     geometry: Geometry, lanes: int, patches: Any, at: Any, grad_x: Any, base: Any, count: int, stream: bool
 ) -> None:
@@ -329,6 +330,62 @@ def spread_rows(
         (simd.stream if streams else simd.store)(grad_x, base + (row * width + pixel), value)
 
     spread(plan, lambda patch, width: simd.load(patches, at + patch, width), count, sink)
+
+
+def pool_windows(
+    weight: Any, base: Any, channels: int, kernel: tuple[int, int], lanes: int, sink: Callable[[Any, Any], None]
+) -> None:
+    """Sums of W over its window, for channels that follow each other: first over its columns, then over its rows.
+
+    Args:
+        weight, base: W, and where the first channel's window begins.
+        channels, kernel: how many windows, and their size.
+        sink: takes the first channel and the sums.
+    """
+    (height, width), source, at = kernel, weight, base
+    if width > 1 and height > 1:
+        count = channels * height
+        source, at = T.alloc_buffer((count + lanes,), ACC), 0
+        plan = pooling(_windows(count, width), count * width, lanes)
+        pool(plan, pixel_rows(weight, base, 0, 1), lambda first, _, sums: simd.store(source, first, sums))
+    size = height if width > 1 and height > 1 else height * width
+    plan = pooling(_windows(channels, size), channels * size, lanes)
+    pool(plan, pixel_rows(source, at, 0, 1), lambda first, _, sums: sink(first, sums))
+
+
+def _windows(count: int, size: int) -> list[range]:
+    return [range(k * size, (k + 1) * size) for k in range(count)]
+
+
+def spread_windows(
+    sums: Any, at: Any, channels: int, taps: int, lanes: int, grad_w: Any, base: Any, aligned: int | None
+) -> None:
+    """Write each channel's sum to all taps of its window, for channels that follow each other.
+
+    Args:
+        sums, at: where the sums are; up to ``lanes`` elements behind them are read.
+        channels, taps: how many windows, and their size.
+        grad_w, base: grad_W, and where the first window begins in it.
+        aligned: elements that ``base`` is a multiple of, to write past the caches; None: through them.
+    """
+    dtype = simd.kind_of(grad_w)
+
+    def some(first: Any, count: int) -> None:
+        plan = spreading(_windows(count, taps), lanes, aligned)
+
+        def sink(_: int, pixel: Any, value: Any) -> None:
+            streams = aligned is not None and simd.can_stream(dtype, simd.lanes_of(value))
+            (simd.stream if streams else simd.store)(grad_w, base + (first * taps + pixel), value)
+
+        spread(plan, lambda channel, width: simd.load(sums, at + first + channel, width), 1, sink)
+
+    # A register of channels fills as many registers as there are taps.
+    whole, rest = divmod(channels, lanes)
+    if whole:
+        with loop(whole) as k:
+            some(k * lanes, lanes)
+    if rest:
+        some(whole * lanes, rest)
 
 
 def transposed(columns: Sequence[Any]) -> list[Any]:

@@ -20,7 +20,7 @@ class Tiles:
     """Sizes of the sweep.
 
     Attributes:
-        rows: patch rows that are pooled together, of one channel after the other; divides n * ph.
+        rows: patch rows that are pooled together, of one channel after the other: a divisor of n * ph.
         near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
     """
 
@@ -49,12 +49,12 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                 with emit.loop(square) as c, emit.loop(rows) as q:
                     row = T.bind(block * rows + q)
 
-                    def pooled(first: Any, count: int, row: Any = row, c: Any = c, q: Any = q, tile: Any = tile) -> None:
+                    def pooled(
+                        first: Any, count: int, row: Any = row, c: Any = c, q: Any = q, tile: Any = tile
+                    ) -> None:
                         base = T.bind(((row // ph * ci + tile * square + c) * geometry.h + first) * geometry.w)
                         pixels = emit.pixel_rows(x, base, geometry.w, count, tiles.near * plane)
-                        emit.pool(
-                            plan, pixels, lambda patch, _, s: simd.store(sums, c * stride + q * pw + patch, s)
-                        )
+                        emit.pool(plan, pixels, lambda patch, _, s: simd.store(sums, c * stride + q * pw + patch, s))
 
                     emit.by_row(emit.in_ranges(geometry.rows), row % ph, pooled)
 

@@ -1,7 +1,7 @@
 """Vectors of float32 lanes in TVM's IR: loads, stores, picks, and what the compiler has to be told in LLVM's words.
 
-Used inside of an :class:`tvm.script.ir_builder.IRBuilder`. Buffers are flat; tensors of 16 bits are converted as they are
-loaded and stored. Only powers of two: TVM takes other vectors apart lane by lane.
+Used inside of an :class:`tvm.script.ir_builder.IRBuilder`. Buffers are flat; tensors of 16 bits are converted as they
+are loaded and stored. Only powers of two: TVM takes other vectors apart lane by lane.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def vector(kind: str, lanes: int) -> str:
     return kind if lanes == 1 else f"{kind}x{lanes}"
 
 
-#: Storage dtypes by the type of the elements that loads and stores see. TVM 0.27 converts vectors of bfloat16 as if they
-#: were integers, so their bits are handled here.
+#: Storage dtypes by the type of the elements that loads and stores see. TVM 0.27 converts vectors of bfloat16 as if
+#: they were integers, so their bits are handled here.
 _STORAGE = {"bfloat16": "uint16"}
 
 

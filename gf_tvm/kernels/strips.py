@@ -62,6 +62,23 @@ class Spreading:
 
 
 @dataclass(frozen=True)
+class PlaneVector:
+    """One vector of pixels of some whole planes that lie one after the other, each a copy of its patch.
+
+    Attributes:
+        pixel: the first pixel, counted through the planes.
+        loads: (plane, first patch) of the vectors to load.
+        width: patches of each load, a power of two; they may reach beyond the plane's last patch.
+        picks: for every pixel the lane to take, counted through the loads.
+    """
+
+    pixel: int
+    loads: tuple[tuple[int, int], ...]
+    width: int
+    picks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """``times`` vectors alike: each ``pixels`` and ``patches`` further on than the one before."""
 
@@ -73,7 +90,9 @@ class Run:
 
 def pooling(patches: Sequence[range], size: int, lanes: int) -> list[Pooling]:
     """Vectors of at most ``lanes`` patches for a row of ``size`` pixels; ``patches`` gives the pixels of each."""
-    return [_pool(patches, start, min(lanes, len(patches) - start), size, lanes) for start in range(0, len(patches), lanes)]
+    return [
+        _pool(patches, start, min(lanes, len(patches) - start), size, lanes) for start in range(0, len(patches), lanes)
+    ]
 
 
 def _pool(patches: Sequence[range], start: int, count: int, size: int, lanes: int) -> Pooling:
@@ -83,7 +102,7 @@ def _pool(patches: Sequence[range], start: int, count: int, size: int, lanes: in
         return Pooling(start, count, power_of_two(count, up=True), (), 1, ())
     first, end = min(p.start for p in filled), max(p.stop for p in filled)
     width = min(lanes, power_of_two(size), power_of_two(end - first, up=True))
-    loads = []
+    loads: list[int] = []
     while not loads or loads[-1] + width < end:
         loads.append(min(loads[-1] + width if loads else first, size - width))
     # A pixel that two loads hold is taken from the later one; any would do.
@@ -125,6 +144,48 @@ def spreading(patches: Sequence[range], lanes: int, aligned: int | None = None) 
         owners = [owner[pixel] for pixel in range(at, at + width)]
         load = power_of_two(max(owners) - min(owners) + 1, up=True)
         vectors.append(Spreading(at, min(owners), load, tuple(o - min(owners) for o in owners)))
+    return vectors
+
+
+def planes_together(size: int, lanes: int) -> int:
+    """How many planes of ``size`` pixels fill registers without a rest."""
+    planes = 1
+    while planes * size % lanes:
+        planes *= 2
+    return planes
+
+
+def spreading_planes(
+    rows: Sequence[range], columns: Sequence[range], planes: int, lanes: int
+) -> list[PlaneVector] | None:
+    """Vectors that write whole planes as one row of pixels; None if some pixel belongs to no patch.
+
+    Args:
+        rows, columns: pixels of each patch along both axes.
+        planes: as :func:`planes_together` says.
+        lanes: of the registers.
+    """
+    owners = []
+    for patches in (rows, columns):
+        owner = {pixel: patch for patch, pixels in enumerate(patches) for pixel in pixels}
+        if set(owner) != set(range(len(owner))) or not owner:
+            return None
+        owners.append([owner[pixel] for pixel in range(len(owner))])
+    sources = [(plane, i * len(columns) + j) for plane in range(planes) for i in owners[0] for j in owners[1]]
+    if len(sources) % lanes:
+        return None
+    vectors = []
+    for pixel in range(0, len(sources), lanes):
+        own = sources[pixel : pixel + lanes]
+        loads: list[tuple[int, int]] = []
+        for plane, patch in sorted(set(own)):
+            if not loads or loads[-1][0] != plane or patch >= loads[-1][1] + lanes:
+                loads.append((plane, patch))
+        place = [max(k for k, load in enumerate(loads) if load <= source) for source in own]
+        inner = [patch - loads[k][1] for k, (_, patch) in zip(place, own, strict=True)]
+        width = power_of_two(max(inner) + 1, up=True)
+        picks = tuple(k * width + lane for k, lane in zip(place, inner, strict=True))
+        vectors.append(PlaneVector(pixel, tuple(loads), width, picks))
     return vectors
 
 

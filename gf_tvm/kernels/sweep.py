@@ -1,10 +1,10 @@
 """The backward pass of dense and grouped convolutions as one sweep over the batch.
 
-A *block* is ``rows`` consecutive patch rows, counted through the batch (patch row q = n * ph + i), so that small maps of
-several images and a strip of a large map are the same thing. For every block, while its data are in the caches: grad_y
-is pooled into panels of g~, grad_x~ is computed a tile of channels at a time and spread over grad_x at once, and
-the block's part of grad_W is added to sums that each *part* of the batch keeps for itself. A last small loop adds the parts up.
-Nothing of the size of a map is kept: a part needs the panels of one block and one matrix of weight sums.
+A *block* is some patch rows of one image, or all of those of several images, so that a strip of a large map and small
+maps together are the same thing. For every block, while its data are in the caches: grad_y is pooled into panels of g~,
+grad_x~ is computed for some channels at a time and spread over grad_x at once, and the block's part of grad_W is added
+to sums that each *part* of the batch keeps for itself. A last small loop adds the parts up. Nothing of the size of a
+map is kept: a part needs the panels of one block and one matrix of weight sums.
 
 Written in TVM's IR, not as TE stages: the loads, picks and stores of whole registers are the point of it, and TE has no
 words for them. :mod:`gf_tvm.kernels.definitions` says the same in TE, as plainly as possible.
@@ -13,6 +13,7 @@ words for them. :mod:`gf_tvm.kernels.definitions` says the same in TE, as plainl
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +25,14 @@ from tvm.script.ir_builder import tirx as T
 from ..geometry import Geometry, ceil_div, pad
 from ..workload import Workload
 from . import emit, simd
+from .emit import Products
 from .stages import ACC
-from .strips import pooling, power_of_two, spreading
+from .strips import planes_together, pooling, power_of_two, spreading_planes
+
+#: Maps of at most that many rows of patches are pooled without a loop over them.
+UNROLLED_ROWS = 8
+#: Planes are spread as one row of pixels where that takes no more vectors than this.
+UNROLLED_VECTORS = 64
 #: Threads that share a sweep at most.
 MOST_PARTS = 32
 
@@ -35,7 +42,7 @@ class Tiles:
     """Sizes of a sweep, in elements; those along vectors are multiples of the register's lanes.
 
     Attributes:
-        rows: patch rows in a block; divides n * ph.
+        rows: patch rows in a block: a divisor of ph, or ph times a divisor of n.
         m: patches in a tile of grad_x~ (its vector axis); panels of g~ are as wide.
         ci: input channels in that tile.
         co: output channels in a tile of grad_W.
@@ -43,7 +50,6 @@ class Tiles:
         together: input channels whose products with one piece of g~'s panel follow each other; a multiple of ``ci``.
         depth: output channels in such a piece, at most: it should fit into L1.
         stream: grad_x is written past the caches, where its rows are aligned well enough.
-        ahead: the first product prefetches the next block's grad_y.
         near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
         by_channels: threads share channels, see :class:`ByChannels`, not blocks; then there is one block.
     """
@@ -56,7 +62,6 @@ class Tiles:
     together: int = 64
     depth: int = 128
     stream: bool = False
-    ahead: bool = False
     near: int = 0
     by_channels: bool = False
 
@@ -77,15 +82,17 @@ class Sweep:
         self.workload = workload
         self.geometry: Geometry = workload.geometry
         self.dtype, self.lanes = workload.dtype, lanes
-        self.tiles = replace(
-            tiles, ci=min(tiles.ci, self.geometry.ci_group), co=min(tiles.co, self.geometry.co_group)
-        )
+        self.tiles = replace(tiles, ci=min(tiles.ci, self.geometry.ci_group), co=min(tiles.co, self.geometry.co_group))
         self.needs_x = workload.kernel != "backward_weight"
         self.needs_w = workload.kernel != "backward_input"
         ph, pw = self.geometry.grid
         self.patches = tiles.rows * pw
-        self.padded = pad(self.patches, tiles.m)
-        self.blocks = self.geometry.n * ph // tiles.rows
+        self.padded = pad(self.patches, lanes)
+        # (patches, first, number) of the tiles of a block: those of full width, and one for the rest.
+        self.columns = split(self.padded, tiles.m)
+        self.blocks, rest = divmod(self.geometry.n * ph, tiles.rows)
+        assert not rest, f"{tiles.rows} rows do not divide {self.geometry.n * ph}"
+        assert tiles.rows % ph == 0 or ph % tiles.rows == 0, f"{tiles.rows} rows are no part or multiple of {ph}"
         self.together = min(tiles.together // self.tiles.ci * self.tiles.ci or self.tiles.ci, self.geometry.ci_group)
         # Tiles of grad_W are as wide as the group has channels, where that is less than a tile.
         cig = self.geometry.ci_group
@@ -107,13 +114,10 @@ class Sweep:
         if self.needs_x:
             self._sum_taps()
         self.scales = emit.patch_scales(geometry, self.padded)
-        self.stream = emit.can_stream_rows(self.tiles.stream and self.needs_x, geometry.w, self.dtype, lanes)
-        if self.stream:
-            with simd.streaming(self.dtype):
-                self._sweep()
-        else:
+        self.stream = self.tiles.stream
+        with simd.streaming(self.dtype) if self.stream else nullcontext():
             self._sweep()
-        self._add_up()
+            self._add_up()
 
     # --- before the sweep ------------------------------------------------------------------------------------------
 
@@ -123,15 +127,12 @@ class Sweep:
         cig, cog = geometry.ci_group, geometry.co_group
         taps = geometry.kernel[0] * geometry.kernel[1]
         self.taps = T.alloc_buffer((geometry.co * cig,), ACC)
-        plan = pooling([range(c * taps, (c + 1) * taps) for c in range(cig)], cig * taps, lanes)
-        work = geometry.co * cig * taps
-        with emit.loop(geometry.co, parallel=work >= emit.PARALLEL_WORK) as o:
-            line = T.alloc_buffer((cig + lanes,), ACC, scope="local")
-
-            def pixels(at: Any, width: int) -> Any:
-                return simd.load(self.tensors["weight"], o * (cig * taps) + at, width)
-
-            emit.pool(plan, pixels, lambda patch, _, sums: simd.store(line, patch, sums))
+        with emit.loop(geometry.co, parallel=geometry.co * cig * taps >= emit.PARALLEL_WORK) as o:
+            line = T.alloc_buffer((cig + lanes,), ACC)
+            emit.pool_windows(
+                *(self.tensors["weight"], o * (cig * taps), cig, geometry.kernel, lanes),
+                lambda channel, sums: simd.store(line, channel, sums),
+            )
             group, inner = o // cog, o % cog
             for rows, first, count in split(cig, tile):
                 with emit.loop(count) as t:
@@ -141,7 +142,7 @@ class Sweep:
     # --- the sweep -------------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        geometry, tiles, lanes = self.geometry, self.tiles, self.lanes
+        geometry, lanes = self.geometry, self.lanes
         with T.parallel(0, self.parts) as part:
             self.panel = T.alloc_buffer((geometry.co * self.padded,), ACC)
             self.line = T.alloc_buffer((self.padded + lanes,), ACC)
@@ -155,17 +156,26 @@ class Sweep:
             with T.serial(first, end) as block:
                 self._pool(part, block)
                 if self.needs_x:
-                    self._input_grad(block, tirx.min(block + 1, end - 1))
+                    self._input_grad(block)
                 if self.needs_w:
                     self._weight_grad(part, block, block == first)
             if self.stream:
                 simd.fence()
 
-    def _row(self, block: Any, q: Any) -> tuple[Any, Any]:
-        """Image and patch row of row ``q`` of a block."""
-        ph = self.geometry.grid[0]
-        row = T.bind(block * self.tiles.rows + q)
-        return row // ph, row % ph
+    def _each_row(self, block: Any, visit: Callable[[Any, Any, Any], None]) -> None:
+        """``visit(image, patch row, row of the block)`` for every row of a block, with as few divisions as it takes."""
+        ph, rows = self.geometry.grid[0], self.tiles.rows
+        if rows % ph == 0:
+            with emit.loop(rows // ph) as image:
+                if ph <= UNROLLED_ROWS:
+                    for i in range(ph):
+                        visit(block * (rows // ph) + image, i, image * ph + i)
+                else:
+                    with emit.loop(ph) as i:
+                        visit(block * (rows // ph) + image, i, image * ph + i)
+        else:
+            with emit.loop(rows) as q:
+                visit(block // (ph // rows), block % (ph // rows) * rows + q, q)
 
     def _pool(self, part: Any, block: Any) -> None:
         """grad_y into panels of g~ (tile of patches, co, patches), and into sums for grad_b."""
@@ -176,72 +186,70 @@ class Sweep:
 
     def _pool_channel(self, block: Any, o: Any) -> Any:
         """One output channel's part of the panels; returns the sums of its pixels, lane by lane."""
-        geometry, lanes, m = self.geometry, self.lanes, self.tiles.m
+        geometry, lanes = self.geometry, self.lanes
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
         plan = pooling(emit.out_ranges(geometry.cols), width, lanes)
         ahead = self.tiles.near * height * width
-        with emit.loop(self.tiles.rows) as q:
-            n, i = self._row(block, q)
 
+        def row(n: Any, i: Any, q: Any) -> None:
             def pooled(start: Any, count: int) -> None:
                 base = T.bind(((n * geometry.co + o) * height + start) * width)
                 pixels = emit.pixel_rows(self.tensors["grad_y"], base, width, count, ahead)
                 emit.pool(plan, pixels, lambda patch, _, sums: simd.store(self.line, q * pw + patch, sums))
 
             emit.by_row(emit.out_ranges(geometry.rows), i, pooled)
+
+        self._each_row(block, row)
         first = T.bind((block * self.tiles.rows) % ph * pw)
         bias = T.alloc_buffer((lanes,), ACC, scope="local")
         simd.store(bias, 0, simd.splat(0.0, lanes))
 
-        def pack(tile: Any, inner: int) -> None:
-            at = tile * m + inner
-            sums = simd.load(self.line, at, lanes)
-            if isinstance(at, int) and at + lanes > self.patches:
-                valid = self.patches - at
-                sums = simd.pick([sums], [lane if lane < valid else None for lane in range(lanes)])
-            sums = T.bind(sums)
-            simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
-            means = sums * emit.mean_scale(geometry, self.scales, first + at, lanes)
-            simd.store(self.panel, tile * (geometry.co * m) + o * m + inner, means)
+        def pack(start: Any, width: int) -> None:
+            for inner in range(0, width, lanes):
+                at = start + inner
+                sums = simd.load(self.line, at, lanes)
+                if isinstance(at, int) and at + lanes > self.patches:
+                    sums = simd.pick([sums], [k if at + k < self.patches else None for k in range(lanes)])
+                sums = T.bind(sums)
+                simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
+                means = sums * emit.mean_scale(geometry, self.scales, first + at, lanes)
+                simd.store(self.panel, start * geometry.co + o * width + inner, means)
 
-        whole = self.patches // m
-        if whole:
-            with emit.loop(whole) as tile:
-                for inner in range(0, m, lanes):
-                    pack(tile, inner)
-        if self.patches % m:
-            for inner in range(0, m, lanes):
-                pack(whole, inner)
+        for width, start, count in self.columns:
+            # The last vector of a block may end in lanes of no patch.
+            loops = count if (start + count * width) <= self.patches else count - 1
+            if loops:
+                with emit.loop(loops) as t:
+                    pack(start + t * width, width)
+            if loops < count:
+                pack(start + loops * width, width)
         return simd.load(bias, 0, lanes)
 
-    def _input_grad(self, block: Any, following: Any) -> None:
+    def _input_grad(self, block: Any) -> None:
         geometry = self.geometry
         cig, cog = geometry.ci_group, geometry.co_group
         with emit.loop(geometry.groups) as group:
             for channels, first, count in split(cig, self.together):
                 with emit.loop(count) as k:
                     start = first + k * channels
-                    self._input_channels(block, following, group, start, channels, (group * cig + start) * cog)
+                    self._input_channels(block, group, start, channels, (group * cig + start) * cog)
 
-    def _input_channels(
-        self, block: Any, following: Any, group: Any, start: Any, channels: int, taps: Any
-    ) -> None:
+    def _input_channels(self, block: Any, group: Any, start: Any, channels: int, taps: Any) -> None:
         """grad_x~ of some input channels, and their pixels of grad_x. ``taps``: where their W~ (tile, co, ci) begin.
 
         A tile of g~'s panel that fits into L1 meets all of the channels before the next one does.
         """
         geometry, tiles, lanes = self.geometry, self.tiles, self.lanes
-        cig, cog, m = geometry.ci_group, geometry.co_group, tiles.m
+        cig, cog = geometry.ci_group, geometry.co_group
         steps = ceil_div(cog, ceil_div(cog, tiles.depth))
-        m_tiles = self.padded // m
         if steps < cog:
             with emit.loop(channels * self.padded // lanes) as v:
                 simd.store(self.tile, v * lanes, simd.splat(0.0, lanes))
 
-        def tile_of(mt: Any, t: Any, rows: int, k_start: Any, k_count: int) -> None:
-            at = t * tiles.ci * self.padded + mt * m
-            panel = mt * (geometry.co * m) + (group * cog + k_start) * m
+        def tile_of(column: Any, width: int, t: Any, rows: int, k_start: Any, k_count: int) -> None:
+            at = t * tiles.ci * self.padded + column
+            panel = column * geometry.co + (group * cog + k_start) * width
             own_taps = taps + t * (tiles.ci * cog) + k_start * rows
 
             def place(c: int, v: int) -> Any:
@@ -250,61 +258,59 @@ class Sweep:
             def before(c: int, v: int) -> Any:
                 return simd.load(self.tile, place(c, v), lanes)
 
-            products = emit.Products(rows, m // lanes, lanes, before if steps < cog else None)
-            aside, spacing = self._prefetcher(following, ((start // tiles.ci) + t) * m_tiles + mt, k_start)
+            products = Products(rows, width // lanes, lanes, before if steps < cog else None)
 
             def scalars(k: Any, c: int) -> Any:
                 return simd.load(self.taps, own_taps + k * rows + c, 1)
 
             def registers(k: Any, v: int) -> Any:
-                return simd.load(self.panel, panel + k * m + v * lanes, lanes)
+                return simd.load(self.panel, panel + k * width + v * lanes, lanes)
 
-            products.add(k_count, scalars, registers, aside, spacing)
+            products.add(k_count, scalars, registers)
             for c, v, sums in products.sums():
                 simd.store(self.tile, place(c, v), sums)
 
-        with emit.loop(m_tiles) as mt:
-            for k_count, k_first, k_times in split(cog, steps):
-                with emit.loop(k_times) as kb:
-                    for rows, first, count in split(channels, tiles.ci):
-                        with emit.loop(count) as t:
-                            tile_of(mt, first // tiles.ci + t, rows, k_first + kb * k_count, k_count)
-        pw = geometry.grid[1]
-        with emit.loop(channels) as c, emit.loop(tiles.rows) as q:
-            n, i = self._row(block, q)
+        for width, first_m, times in self.columns:
+            with emit.loop(times) as mt:
+                for k_count, k_first, k_times in split(cog, steps):
+                    with emit.loop(k_times) as kb:
+                        for rows, first, count in split(channels, tiles.ci):
+                            with emit.loop(count) as t:
+                                column, k_start = first_m + mt * width, k_first + kb * k_count
+                                tile_of(column, width, first // tiles.ci + t, rows, k_start, k_count)
+        self._spread(block, group * cig + start, channels)
 
-            def rows(first: Any, count: int) -> None:
-                base = T.bind(((n * geometry.ci + group * cig + start + c) * geometry.h + first) * geometry.w)
-                at = c * self.padded + q * pw
-                emit.spread_rows(geometry, lanes, self.tile, at, self.tensors["grad_x"], base, count, self.stream)
+    def _spread(self, block: Any, first: Any, channels: int) -> None:
+        """Write the pixels of ``channels`` channels of grad_x, from channel ``first`` on."""
+        geometry, lanes, rows = self.geometry, self.lanes, self.tiles.rows
+        (ph, pw), plane = geometry.grid, geometry.h * geometry.w
+        together = planes_together(plane, lanes)
+        columns, grad_x = emit.in_ranges(geometry.cols), self.tensors["grad_x"]
+        whole = all(c % together == 0 for c in (channels, self.together, geometry.ci_group)) and rows % ph == 0
+        if whole and together * plane <= UNROLLED_VECTORS * lanes:
+            plan = spreading_planes(emit.in_ranges(geometry.rows), columns, together, lanes)
+            if plan is not None and max(len(vector.loads) for vector in plan) <= 4:
+                images = rows // ph
+                with emit.loop(channels // together) as c, emit.loop(images) as image:
+                    base = T.bind(((block * images + image) * geometry.ci + first + c * together) * plane)
 
-            emit.by_row(emit.in_ranges(geometry.rows), i, rows)
+                    def patches(k: int, patch: Any, width: int) -> Any:
+                        at = (c * together + k) * self.padded + image * (ph * pw) + patch
+                        return simd.load(self.tile, at, width)
 
-    def _prefetcher(self, following: Any, tile: Any, first: Any) -> tuple[Callable[[Any], None] | None, int]:
-        """What asks for the next block's grad_y during a product, and each how many of its steps it should.
+                    emit.spread_planes(plan, patches, grad_x, base, self.stream)
+                return
+        stream = self.stream and emit.can_stream_rows(True, geometry.w, self.dtype, lanes)
+        with emit.loop(channels) as c:
 
-        Step o of a tile asks for a line of channel o, so that addresses are cheap to compute; which line of that channel
-        the number of the tile says. Where there are more tiles than lines, several share the channels of a line.
-        """
-        geometry, tiles = self.geometry, self.tiles
-        if not tiles.ahead or geometry.groups > 1:
-            return None, 1
-        (ph, _), axis = geometry.grid, geometry.rows
-        height, width = geometry.y_shape[2:]
-        per_line = simd.LINE // simd.item_bytes(self.dtype)
-        per_row = ceil_div(axis.patch * width, per_line)
-        lines = tiles.rows * per_row
-        spacing = min(4, power_of_two(max(1, ceil_div(geometry.ci, tiles.ci) * (self.padded // tiles.m) // lines)))
-        line = T.bind(tile // spacing % lines)
-        row = T.bind(following * tiles.rows + line // per_row)
-        top = tirx.max(row % ph * axis.patch - axis.out_offset, 0)
-        channel = row // ph * geometry.co + first + tile % spacing
-        at = T.bind((channel * height + top) * width + line % per_row * per_line)
+            def row(n: Any, i: Any, q: Any) -> None:
+                def pixels(top: Any, count: int) -> None:
+                    base = T.bind(((n * geometry.ci + first + c) * geometry.h + top) * geometry.w)
+                    emit.spread_rows(geometry, lanes, self.tile, c * self.padded + q * pw, grad_x, base, count, stream)
 
-        def prefetch(k: Any) -> None:
-            simd.prefetch(self.tensors["grad_y"], at + k * (height * width))
+                emit.by_row(emit.in_ranges(geometry.rows), i, pixels)
 
-        return prefetch, spacing
+            self._each_row(block, row)
 
     def _weight_grad(self, part: Any, block: Any, is_first: Any) -> None:
         geometry = self.geometry
@@ -322,7 +328,9 @@ class Sweep:
         geometry = self.geometry
         source = block * (self.patches * geometry.ci) + group * geometry.ci_group + column * self.wide
         with emit.loop(self.patches) as p:
-            emit.copy(self.panel_x, p * self.wide, self.tensors["saved"], source + p * geometry.ci, channels, self.lanes)
+            emit.copy(
+                self.panel_x, p * self.wide, self.tensors["saved"], source + p * geometry.ci, channels, self.lanes
+            )
             for at, width in emit.pieces(self.wide - channels, self.lanes):
                 simd.store(self.panel_x, p * self.wide + channels + at, simd.splat(0.0, width))
 
@@ -345,25 +353,26 @@ class Sweep:
             with T.Else():
                 write(add=True)
 
-    def _weight_products(self, group: Any, start: Any, channels: int) -> emit.Products:
+    def _weight_products(self, group: Any, start: Any, channels: int) -> Products:
         """A block's sums over patches of g~ of some output channels of a group times the panel of x~."""
-        geometry, lanes, m = self.geometry, self.wide_lanes, self.tiles.m
-        products = emit.Products(channels, self.wide // lanes, lanes)
+        geometry, lanes = self.geometry, self.wide_lanes
+        products = Products(channels, self.wide // lanes, lanes)
 
-        def steps(tile: Any, count: int) -> None:
-            panel = tile * (geometry.co * m) + (group * geometry.co_group + start) * m
+        def steps(column: Any, width: int, count: int) -> None:
+            panel = column * geometry.co + (group * geometry.co_group + start) * width
             products.add(
                 count,
-                lambda k, o: simd.load(self.panel, panel + o * m + k, 1),
-                lambda k, v: simd.load(self.panel_x, (tile * m + k) * self.wide + v * lanes, lanes),
+                lambda k, o: simd.load(self.panel, panel + o * width + k, 1),
+                lambda k, v: simd.load(self.panel_x, (column + k) * self.wide + v * lanes, lanes),
             )
 
-        whole, rest = divmod(self.patches, m)
-        if whole:
-            with emit.loop(whole) as tile:
-                steps(tile, m)
-        if rest:
-            steps(whole, rest)
+        for width, first, count in self.columns:
+            whole = min(count, (self.patches - first) // width)
+            if whole:
+                with emit.loop(whole) as t:
+                    steps(first + t * width, width, width)
+            if whole < count:
+                steps(first + whole * width, width, self.patches - first - whole * width)
         return products
 
     # --- after the sweep -------------------------------------------------------------------------------------------
@@ -373,10 +382,9 @@ class Sweep:
         geometry, lanes = self.geometry, self.lanes
         cig, cog = geometry.ci_group, geometry.co_group
         taps = geometry.kernel[0] * geometry.kernel[1]
-        plan = spreading([range(c * taps, (c + 1) * taps) for c in range(cig)], lanes)
         work = geometry.co * (1 + taps) * (cig if self.needs_w else lanes)
         with emit.loop(geometry.co, parallel=work >= emit.PARALLEL_WORK) as o:
-            bias = self._over_parts(lanes, lambda part: simd.load(self.bias_parts, (part * geometry.co + o) * lanes, lanes))
+            bias = self._over_parts(self.bias_parts, geometry.co * lanes, o * lanes, lanes)
             simd.store(self.tensors["grad_b"], o, emit.total(bias))
             if self.needs_w:
                 line = T.alloc_buffer((self.wide_tiles * self.wide + lanes,), ACC, scope="local")
@@ -384,26 +392,19 @@ class Sweep:
                 with emit.loop(self.wide_tiles) as column:
                     row = ((group * self.wide_tiles + column) * cog + inner) * self.wide
                     for v in range(0, self.wide, self.wide_lanes):
-                        sums = self._over_parts(
-                            self.wide_lanes,
-                            lambda part: simd.load(
-                                self.weight_parts, part * self.weight_sums + row + v, self.wide_lanes
-                            ),
-                        )
+                        sums = self._over_parts(self.weight_parts, self.weight_sums, row + v, self.wide_lanes)
                         simd.store(line, column * self.wide + v, sums)
-                emit.spread(
-                    plan,
-                    lambda at, width: simd.load(line, at, width),
-                    1,
-                    lambda _, pixel, value: simd.store(self.tensors["grad_w"], o * (cig * taps) + pixel, value),
-                )
+                aligned = (cig * taps) & -(cig * taps) if self.stream else None
+                emit.spread_windows(line, 0, cig, taps, lanes, self.tensors["grad_w"], o * (cig * taps), aligned)
+                if self.stream:
+                    simd.fence()
 
-    def _over_parts(self, lanes: int, value: Callable[[Any], Any]) -> Any:
-        """Sum of vectors, one of each part."""
+    def _over_parts(self, buffer: Any, size: int, at: Any, lanes: int) -> Any:
+        """Sum over the parts, ``size`` elements apart, of what lies at ``at``."""
         sums = T.alloc_buffer((lanes,), ACC, scope="local")
-        simd.store(sums, 0, value(0))
+        simd.store(sums, 0, simd.load(buffer, at, lanes))
         with T.serial(1, self.parts) as part:
-            simd.store(sums, 0, simd.load(sums, 0, lanes) + value(part))
+            simd.store(sums, 0, simd.load(sums, 0, lanes) + simd.load(buffer, part * size + at, lanes))
         return simd.load(sums, 0, lanes)
 
 
@@ -418,20 +419,17 @@ class ByChannels(Sweep):
         self.tensors = emit.arguments(self.workload)
         geometry, tiles = self.geometry, self.tiles
         self.scales = emit.patch_scales(geometry, self.padded)
-        self.stream = emit.can_stream_rows(tiles.stream and self.needs_x, geometry.w, self.dtype, self.lanes)
+        self.stream = tiles.stream
         self.panel = T.alloc_buffer((geometry.co * self.padded,), ACC)
         pixels = geometry.n * geometry.rows.out * geometry.cols.out
         with emit.loop(geometry.co, parallel=pixels * geometry.co >= emit.PARALLEL_WORK) as o:
             self.line = T.alloc_buffer((self.padded + self.lanes,), ACC)
             simd.store(self.tensors["grad_b"], o, emit.total(self._pool_channel(0, o)))
-        if self.needs_x:
-            if self.stream:
-                with simd.streaming(self.dtype):
-                    self._share_input_channels()
-            else:
+        with simd.streaming(self.dtype) if self.stream else nullcontext():
+            if self.needs_x:
                 self._share_input_channels()
-        if self.needs_w:
-            self._share_weights()
+            if self.needs_w:
+                self._share_weights()
 
     def _share_input_channels(self) -> None:
         geometry = self.geometry
@@ -442,7 +440,7 @@ class ByChannels(Sweep):
                 self.tile = T.alloc_buffer((channels * self.padded + self.lanes,), ACC)
                 group, start = t // count, first + t % count * channels
                 self._sum_taps_of(group, start, channels)
-                self._input_channels(0, 0, group, start, channels, 0)
+                self._input_channels(0, group, start, channels, 0)
                 if self.stream:
                     simd.fence()
 
@@ -450,12 +448,13 @@ class ByChannels(Sweep):
         """W~ in panels (tile of ci, co, ci) of some input channels of a group."""
         geometry, tile = self.geometry, self.tiles.ci
         cig, cog, taps = geometry.ci_group, geometry.co_group, geometry.kernel[0] * geometry.kernel[1]
-        plan = pooling([range(c * taps, (c + 1) * taps) for c in range(channels)], channels * taps, self.lanes)
-        line = T.alloc_buffer((channels + self.lanes,), ACC, scope="local")
+        line = T.alloc_buffer((channels + self.lanes,), ACC)
         with emit.loop(cog) as o:
             base = T.bind(((group * cog + o) * cig + start) * taps)
-            pixels = emit.pixel_rows(self.tensors["weight"], base, 0, 1)
-            emit.pool(plan, pixels, lambda patch, _, sums: simd.store(line, patch, sums))
+            emit.pool_windows(
+                *(self.tensors["weight"], base, channels, geometry.kernel, self.lanes),
+                lambda channel, sums: simd.store(line, channel, sums),
+            )
             for rows, first, count in split(channels, tile):
                 with emit.loop(count) as t:
                     own = first + t * rows
@@ -473,23 +472,23 @@ class ByChannels(Sweep):
                 for rows, first_o, count_o in split(cog, self.tiles.co):
                     with emit.loop(count_o) as k:
                         self._write_weights(group, column, channels, first_o + k * rows, rows)
+                if self.stream:
+                    simd.fence()
 
     def _write_weights(self, group: Any, column: Any, channels: int, start: Any, count: int) -> None:
         """grad_W of ``count`` output channels from ``start`` on and ``channels`` input channels, at all taps."""
         geometry = self.geometry
         cig, cog, taps = geometry.ci_group, geometry.co_group, geometry.kernel[0] * geometry.kernel[1]
-        plan = spreading([range(c * taps, (c + 1) * taps) for c in range(channels)], self.lanes)
         lines = T.alloc_buffer((count * self.wide + self.lanes,), ACC, scope="local")
+        # Tiles of grad_W begin at multiples of the tile's width in a row, if the channels are such a multiple.
+        size = self.wide * taps
+        aligned = size & -size if self.stream and cig % self.wide == 0 else None
         for o, v, sums in self._weight_products(group, start, count).sums():
             simd.store(lines, o * self.wide + v * self.wide_lanes, sums)
         with emit.loop(count) as o:
             base = T.bind(((group * cog + start + o) * cig + column * self.wide) * taps)
-            emit.spread(
-                plan,
-                lambda at, width: simd.load(lines, o * self.wide + at, width),
-                1,
-                lambda _, pixel, value: simd.store(self.tensors["grad_w"], base + pixel, value),
-            )
+            at = o * self.wide
+            emit.spread_windows(lines, at, channels, taps, self.lanes, self.tensors["grad_w"], base, aligned)
 
 
 def split(size: int, piece: int) -> list[tuple[int, int, int]]:
