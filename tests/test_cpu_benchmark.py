@@ -33,6 +33,7 @@ except DeviceError as error:
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import _cpu_libraries
 import _cpu_memory
 import _cpu_report
 import _cpu_step
@@ -179,7 +180,7 @@ def test_memory_is_told_or_why_not(document: dict[str, Any]) -> None:
 
 
 def test_memory_of_a_kernel_that_keeps_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement sees 32 MB that a call takes and gives back."""
+    """The measurement sees 32 MB that a call takes and gives back, and not the larger peak before."""
 
     class Greedy:
         def find(self, *_: Any) -> Any:
@@ -187,6 +188,7 @@ def test_memory_of_a_kernel_that_keeps_a_map(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(_cpu_memory, "load", lambda path: Greedy())
     workload = workloads_of([Case("small", SMALL)])[1]
+    torch.ones(256 << 20, dtype=torch.uint8).sum()
     found = _cpu_memory._measure({"library": "", "workload": workload.to_dict(), "threads": torch.get_num_threads()})
     if found["extra_bytes"] is None:
         pytest.skip(found["reason"])
@@ -387,6 +389,27 @@ def test_a_library_of_the_user_is_measured(tmp_path: Path, capsys: pytest.Captur
     assert [row["schedule"] for row in document["rows"]] == ["default", "torch"]
     assert document["conditions"]["library"]["sha256"] == load("own.gfb").digest
     assert all("extra_bytes" not in row for row in document["rows"])
+
+
+def test_default_schedules_are_built_whatever_the_logs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gf_tvm.bundle import build
+
+    monkeypatch.setattr("gf_tvm.tuning.log.shipped_logs", lambda: pytest.fail("looked at the shipped logs"))
+    workload = workloads_of([Case("small", SMALL)])[0]
+    (kernel,) = build([workload], out="default.gfb", shipped=False).kernels
+    assert (kernel.schedule, kernel.log) == ("default", None)
+
+
+def test_what_stock_metaschedule_cannot_schedule_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not replaced by the default schedule of our space."""
+    monkeypatch.setattr(_cpu_libraries, "tune", lambda *_, **__: None)
+    workloads = workloads_of([Case("small", SMALL)])
+    profile = get_profile("host")
+    assert _cpu_libraries.stock(workloads, profile, 1, 1, Path("no logs"), Path("stock.gfb")) is None
+    assert f"found nothing that works for {workloads[0].key}" in capsys.readouterr().err
+    assert not Path("stock.gfb").exists()
 
 
 @pytest.mark.slow
