@@ -76,11 +76,14 @@ def depthwise_backward(workload: Workload, profile: DeviceProfile) -> Space:
     knobs: dict[str, tuple[int, ...]] = {"near": (0, 1)}
     default = {"near": 1}
     if workload.kernel != "backward_weight":
-        knobs["stream"], default["stream"] = (0, 1), _streams(workload)
+        knobs["stream"], default["stream"] = (0, 1), _streams(workload, profile)
     return Space(knobs, default, build)
 
 
-def _streams(workload: Workload) -> int:
+def _streams(workload: Workload, profile: DeviceProfile) -> int:
+    # Arm's cores notice by themselves that whole lines are written, and do not read them first.
+    if profile.arch != "x86_64":
+        return 0
     size = math.prod(workload.geometry.x_shape) * (4 if workload.dtype == "float32" else 2)
     return int(size > STREAM_BYTES)
 
@@ -134,16 +137,17 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
 
 def _heights(channels: int) -> tuple[int, ...]:
     """Channels in a tile of sums."""
-    return tuple(sorted({min(high, channels) for high in (2, 4, 6, 8, 10, 12, 14)}))
+    return tuple(sorted({min(high, channels) for high in (2, 4, 6, 8, 10, 12)}))
 
 
 def _fits(wide: int, high: int, registers: int, highest: int) -> bool:
     """Whether a tile of sums and what it is made of fit into the register file.
 
     Fewer than eight sums wait for each other: an FMA takes four cycles, and two can start in each. So tiles are no
-    smaller, unless the highest one is.
+    smaller, unless the highest one is. Where registers are plenty LLVM loads several scalars at once.
     """
-    return wide * high + wide + 1 <= registers and (wide * high >= 8 or high == highest)
+    scalars = 3 if registers > 16 else 1
+    return wide * high + wide + scalars <= registers and (wide * high >= 8 or high == highest)
 
 
 def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> sweep.Tiles:
@@ -171,7 +175,7 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog, pw = geometry.ci_group, geometry.co_group, geometry.grid[1]
     patch_rows = geometry.n * geometry.grid[0]
-    config = {"near": 4, "stream": _streams(workload), "m": 2 if patch_rows * pw > lanes else 1}
+    config = {"near": 4, "stream": _streams(workload, profile), "m": 2 if patch_rows * pw > lanes else 1}
 
     def high(wide: int, values: tuple[int, ...], channels: int) -> int:
         """The tile that wastes least: time in the last, smaller one, then what is loaded for a product."""
@@ -203,4 +207,8 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
         return padded * busy * (1 + weights)
 
     config["rows"] = min(knobs["rows"], key=lambda rows: (round(cost_of(rows), 2), rows))
+    if not config["rows"] and "together" in knobs:
+        # Threads share the groups of channels.
+        usable = [t for t in knobs["together"] if t >= config["ci"]]
+        config["together"] = max((t for t in usable if t * threads <= cig), default=min(usable))
     return config

@@ -220,15 +220,18 @@ def test_the_default_has_work_for_every_core() -> None:
         Geometry(32, 256, 256, 14, 14, 3, 4, padding=1),
     ):
         config = get_space(Workload("backward", geometry), RPI4).default
+        if not config["rows"]:
+            # By channels: each thread has some tiles of input channels.
+            assert -(-geometry.ci_group // config["together"]) >= 4, (geometry, config)
+            continue
         blocks = geometry.n * geometry.grid[0] // config["rows"]
         # Two of three rounds with four threads each would leave a third of the cores' time unused.
         assert blocks / (-(-blocks // 4) * 4) > 0.8, (geometry, config)
-        assert config["chunks"] % 4 == 0, (geometry, config)
 
 
 CASES = {
     "512 channels R2": Geometry(32, 512, 512, 14, 14, 3, 2, padding=1),
-    # 98 patches, which no tile of 8 divides: the last is computed in full.
+    # 98 patches, which no tile of 8 divides.
     "256 channels R2": Geometry(32, 256, 256, 14, 14, 3, 2, padding=1),
     "64 channels R4": Geometry(32, 64, 64, 56, 56, 3, 4, padding=1),
     "1x1": Geometry(8, 96, 576, 14, 14, 1, 2),
@@ -236,7 +239,7 @@ CASES = {
 
 
 def hot_loops(geometry: Geometry) -> list[list[str]]:
-    """The loops that do the products, as Cortex-A72 code: those with at least 32 multiply-adds on whole registers."""
+    """The loops that do the products, as Cortex-A72 code: those of full tiles, with at least 24 multiply-adds."""
     workload = Workload("backward", geometry)
     space = get_space(workload, RPI4)
     text = compile_module(space.schedule(space.default), RPI4).inspect_source("asm")
@@ -249,7 +252,7 @@ def hot_loops(geometry: Geometry) -> list[list[str]]:
             if label and re.search(rf"\s{re.escape(label)}$", body[-1]):
                 loops.append(body)
                 label, body = "", []
-    return [body for body in loops if sum(_multiplies(line) for line in body) >= 32]
+    return [body for body in loops if sum(_multiplies(line) for line in body) >= 24]
 
 
 def _multiplies(line: str) -> bool:
@@ -271,10 +274,10 @@ def test_products_stay_in_registers(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.skipif(shutil.which("llvm-mca") is None, reason="needs llvm-mca")
 def test_estimate_of_the_products_rate(case: str) -> None:
-    """llvm-mca's model of the core: at least 0.9 multiply-adds a cycle, where one is the most."""
+    """llvm-mca's model of the core: at least 0.95 multiply-adds a cycle, where one is the most."""
     for body in hot_loops(CASES[case]):
         command = ["llvm-mca", "-mtriple=aarch64", "-mcpu=cortex-a72", "-iterations=100"]
         done = subprocess.run(command, input="\n".join(body), capture_output=True, text=True, check=True)
         cycles = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
         assert cycles
-        assert sum(map(_multiplies, body)) / (int(cycles[1]) / 100) >= 0.9
+        assert sum(map(_multiplies, body)) / (int(cycles[1]) / 100) >= 0.95

@@ -156,24 +156,23 @@ def planes_together(size: int, lanes: int) -> int:
 
 
 def spreading_planes(
-    rows: Sequence[range], columns: Sequence[range], planes: int, lanes: int
+    rows: Sequence[range], columns: Sequence[range], size: tuple[int, int], planes: int, lanes: int
 ) -> list[PlaneVector] | None:
     """Vectors that write whole planes as one row of pixels; None if some pixel belongs to no patch.
 
     Args:
         rows, columns: pixels of each patch along both axes.
+        size: of a plane (height, width), in pixels.
         planes: as :func:`planes_together` says.
         lanes: of the registers.
     """
     owners = []
-    for patches in (rows, columns):
+    for patches, extent in zip((rows, columns), size, strict=True):
         owner = {pixel: patch for patch, pixels in enumerate(patches) for pixel in pixels}
-        if set(owner) != set(range(len(owner))) or not owner:
+        if len(owner) < extent:
             return None
-        owners.append([owner[pixel] for pixel in range(len(owner))])
+        owners.append([owner[pixel] for pixel in range(extent)])
     sources = [(plane, i * len(columns) + j) for plane in range(planes) for i in owners[0] for j in owners[1]]
-    if len(sources) % lanes:
-        return None
     vectors = []
     for pixel in range(0, len(sources), lanes):
         own = sources[pixel : pixel + lanes]

@@ -288,7 +288,7 @@ class Sweep:
         columns, grad_x = emit.in_ranges(geometry.cols), self.tensors["grad_x"]
         whole = all(c % together == 0 for c in (channels, self.together, geometry.ci_group)) and rows % ph == 0
         if whole and together * plane <= UNROLLED_VECTORS * lanes:
-            plan = spreading_planes(emit.in_ranges(geometry.rows), columns, together, lanes)
+            plan = spreading_planes(emit.in_ranges(geometry.rows), columns, (geometry.h, geometry.w), together, lanes)
             if plan is not None and max(len(vector.loads) for vector in plan) <= 4:
                 images = rows // ph
                 with emit.loop(channels // together) as c, emit.loop(images) as image:
