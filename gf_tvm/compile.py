@@ -19,6 +19,12 @@ from tvm.tirx.build import split_host_device_mods, tir_to_runtime
 from .devices import DeviceProfile
 from .errors import BuildError
 
+# For kernels whose loops are written out. LLVM's level 3 differs from 2 by what is meant for loops that nobody has looked
+# at (it makes variants of a loop for each outcome of its conditions), and TVM's pass shrinks buffers to the part that
+# stages of a schedule use. Both find nothing here: kernels are as fast without, and take half as long to compile.
+_WRITTEN_OUT = {"opt-level": 2}
+_NEEDLESS_PASSES = ("s_tir.CompactBufferAllocation",)
+
 #: Local tensors up to this size stay on the stack, where LLVM turns them into registers. TVM itself allows less than
 #: 1024 bytes, one byte short of the 8 x 32 accumulators of an AVX-512 micro-kernel.
 STACK_BYTES = 8192
@@ -56,12 +62,16 @@ def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") ->
     if isinstance(module, s_tir.Schedule):
         module = module.mod
     try:
-        target = tvm.target.Target(json.loads(profile.target))
-        target = target.with_host(target)
         func = module["main"].with_attr("global_symbol", symbol)
+        # What comes from TE, scheduled or not, is a block with blocks in it.
+        written_out = not isinstance(func.body, s_tir.SBlockRealize)
+        target = tvm.target.Target({**json.loads(profile.target), **(_WRITTEN_OUT if written_out else {})})
+        target = target.with_host(target)
         module = tirx.transform.BindTarget(target)(tvm.IRModule({symbol: func}))
         pipeline, finalize_host, _ = s_tir.pipeline.default_s_tir_pipeline()
-        host, _ = split_host_device_mods(pipeline(module))
+        with tvm.transform.PassContext(disabled_pass=list(_NEEDLESS_PASSES) if written_out else []):
+            module = pipeline(module)
+        host, _ = split_host_device_mods(module)
         host = tvm.IRModule(
             {
                 name: function.with_body(_keep_small_on_stack(function.body))
