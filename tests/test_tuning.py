@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_task import N, TaskOf, ToySpace, ToyTask, indices, wait_until, workers_of
 
+from gf_tvm import verify
 from gf_tvm.devices import get_profile
 from gf_tvm.errors import DeviceError, LogError
 from gf_tvm.geometry import Geometry
@@ -219,6 +220,29 @@ def test_what_a_kernel_must_not_do(tmp_path: Path, sneaky: str, complaint: str) 
     excess, found = made.check()
     assert found == complaint
     assert (excess <= 1) == (not complaint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_change_anywhere_in_an_input_is_seen(dtype: torch.dtype) -> None:
+    for count in range(1, 10):
+        tensor = torch.arange(1, count + 1).to(dtype)
+        known = worker._checksum(tensor)
+        for place in range(count):
+            changed = tensor.clone()
+            changed[place] *= -1
+            assert worker._checksum(changed) != known
+        assert worker._checksum(tensor.clone()) == known
+
+
+@pytest.mark.parametrize("place", [0, verify._PIECE - 1, verify._PIECE, 2 * verify._PIECE + 1])
+@pytest.mark.parametrize("value", [1.001, math.nan])
+def test_an_error_in_any_piece_of_a_large_output_is_seen(place: int, value: float) -> None:
+    exact = torch.ones(1, 2 * verify._PIECE + 2, dtype=torch.float64)
+    output = exact.float()
+    wanted = [verify.Expected(exact, exact, terms=1)]
+    assert verify.excess([output], wanted) == 0
+    output[0, place] = value
+    assert verify.excess([output], wanted) > 1
 
 
 def test_poison_of_the_last_candidate_does_not_pass_for_a_result(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 from .task import import_tool
 
-_INTRINSICS = "tvm.s_tir.tensor_intrin"
-# The intrinsics that its rules for CPUs look up by name.
-_OF_CPU = {"x86_64": "x86", "aarch64": "arm_cpu"}
+#: The package of all intrinsics; every ``TuneContext`` imports it.
+INTRINSICS = "tvm.s_tir.tensor_intrin"
+#: The intrinsics that its rules for CPUs look up by name.
+OF_CPU = {"x86_64": "x86", "aarch64": "arm_cpu"}
 
 
 def metaschedule() -> Any:
@@ -31,16 +32,16 @@ def tune_context(module: Any, target: Any, **options: Any) -> Any:
     those of this machine's CPU are imported here.
     """
     ms = metaschedule()
-    if _INTRINSICS in sys.modules:
+    if INTRINSICS in sys.modules:
         return ms.TuneContext(module, target=target, **options)
     folder = Path(import_module("tvm.s_tir").__file__ or "").parent / "tensor_intrin"
-    stand_in = ModuleType(_INTRINSICS)
+    stand_in = ModuleType(INTRINSICS)
     stand_in.__path__ = [str(folder)]
-    sys.modules[_INTRINSICS] = stand_in
+    sys.modules[INTRINSICS] = stand_in
     try:
         # A second import of what has registered itself would fail, so it stays when the stand-in goes.
-        if options.get("space_generator") is not None and platform.machine() in _OF_CPU:
-            import_module(f"{_INTRINSICS}.{_OF_CPU[platform.machine()]}")
+        if options.get("space_generator") is not None and platform.machine() in OF_CPU:
+            import_module(f"{INTRINSICS}.{OF_CPU[platform.machine()]}")
         return ms.TuneContext(module, target=target, **options)
     finally:
-        del sys.modules[_INTRINSICS]
+        del sys.modules[INTRINSICS]
