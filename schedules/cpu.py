@@ -53,7 +53,7 @@ def filter_input(workload: Workload, profile: DeviceProfile) -> Space:
     def build(config: Config) -> Any:
         return forward.filter_input(workload, forward.Tiles(config["rows"], config["near"]), profile.lanes)
 
-    default = {"rows": min(rows, key=lambda r: abs(r * geometry.grid[1] - 64)), "near": 4}
+    default = {"rows": min(rows, key=lambda r: abs(r * geometry.grid[1] - 32)), "near": 4}
     return Space({"rows": rows, "near": NEAR}, default, build)
 
 
