@@ -1,8 +1,8 @@
 """MetaSchedule's own loop, ``tune_tir``, with its defaults: in a process of its own, without PyTorch.
 
-The script reads a job as JSON from its input and writes what came of it as JSON to descriptor 3. One thing is left out in
-stock's favour, unless the job says otherwise: MetaSchedule imports the intrinsics of every device that TVM knows, in this
-process and anew in each builder of each batch, which took 45 to 75 s here, more than its builders' time limit of 30 s.
+The script reads a job as JSON from its input and writes what came of it as JSON to descriptor 3. One thing is left out
+in stock's favour, unless the job says otherwise: MetaSchedule imports the intrinsics of every device that TVM knows, in
+this process and anew in each builder of each batch, which took 45 to 75 s here, more than its builders' limit of 30 s.
 """
 
 from __future__ import annotations

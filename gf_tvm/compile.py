@@ -19,9 +19,9 @@ from tvm.tirx.build import split_host_device_mods, tir_to_runtime
 from .devices import DeviceProfile
 from .errors import BuildError
 
-# For kernels whose loops are written out. LLVM's level 3 differs from 2 by what is meant for loops that nobody has looked
-# at (it makes variants of a loop for each outcome of its conditions), and TVM's pass shrinks buffers to the part that
-# stages of a schedule use. Both find nothing here: kernels are as fast without, and take half as long to compile.
+# For kernels whose loops are written out. LLVM's level 3 differs from 2 by what is meant for loops that nobody has
+# looked at (it makes variants of a loop for each outcome of its conditions), and TVM's pass shrinks buffers to the part
+# that stages of a schedule use. Both find nothing here: kernels are as fast without, and take half as long to compile.
 _WRITTEN_OUT = {"opt-level": 2}
 _NEEDLESS_PASSES = ("s_tir.CompactBufferAllocation",)
 
