@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+from _usage import cpu_seconds
+
 from gf_tvm import compile as compiler
 from gf_tvm.tuning import loop, search
 from gf_tvm.tuning.log import read_log
@@ -134,7 +136,7 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     Process.start = clock.around("start the processes", kept[1])  # type: ignore[method-assign]
     search.ConfigSearch.propose = clock.around("propose (cost model)", kept[2])  # type: ignore[method-assign]
     loop._TaskRun._confirm = confirm  # type: ignore[method-assign]
-    begin = time.monotonic()
+    begin, busy = time.monotonic(), cpu_seconds()
     try:
         summary = tune_tasks(
             [task],
@@ -155,6 +157,7 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
         "trials": done.measured,
         "failed": done.failed,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds() - busy,
         "final_comparison_seconds": summary.seconds - seconds,
         "trials_per_minute": 60 * done.measured / seconds,
         "best_ms": None if done.seconds is None else done.seconds * 1e3,
