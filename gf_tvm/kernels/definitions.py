@@ -1,7 +1,8 @@
 """Every kernel as TE says it most plainly: one stage a quantity, no tiles, tensors in PyTorch's order.
 
 This is what MetaSchedule's own rules get (``gf-tvm tune --space metaschedule``) and what a simple schedule runs
-where no space of ours is worth its while. :mod:`gf_tvm.kernels.fused` holds the forms that our spaces schedule.
+where no space of ours is worth its while. What CPUs run otherwise is in
+:mod:`gf_tvm.kernels.sweep` and its neighbours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two small rewrites that turn what TE can say into what a fused kernel needs, before anything is scheduled.
+"""Two small rewrites that turn what TE can say into what the dilated kernels need, before anything is scheduled.
 
 TE computes every element of a tensor from its index, one loop nest a tensor. Two things cannot be said that way:
 
