@@ -59,7 +59,7 @@ def test_pooling_sums_each_patch_once_and_reads_nothing_else(geometry: Geometry,
     sums: dict[int, float] = {}
     for plan in plans:
         assert plan.lanes == power_of_two(plan.lanes) <= lanes
-        assert all(0 <= load and load + plan.width <= size for load in plan.loads)
+        assert all(load >= 0 and load + plan.width <= size for load in plan.loads)
         loaded = [row[load + k] for load in plan.loads for k in range(plan.width)]
         for lane in range(plan.count):
             sums[plan.patch + lane] = sum(loaded[tap[lane]] for tap in plan.taps if tap[lane] is not None)
