@@ -122,7 +122,7 @@ def test_builder_compiles_and_links_for_the_device() -> None:
     from gf_tvm.tuning import ms_runner
 
     task = WorkloadTask(small_workload(), "host")
-    module = task.schedule(Candidate.of_config(task.space.default)).mod
+    module = task.space.module(task.space.default)
     path = Path(ms_runner._export(ms_runner._build(module, None, None, "host"), "host"))
     assert callable(task.load(path))
     path.unlink()
