@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
 from . import emit, simd
 from .stages import ACC
-from .strips import pooling
 
 
 @dataclass(frozen=True)
@@ -33,33 +30,23 @@ def backward(workload: Workload, tiles: Tiles, lanes: int) -> Any:
 
     Threads share the channels; one goes through the planes of its channel in all images.
     """
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True})
+    with emit.function() as module:
         _Depthwise(workload, tiles, lanes).emit()
-    return tvm.IRModule({"main": builder.get()})
+    return module()
 
 
 def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     """IRModule of ``filter_input`` for depthwise convolutions: x~ has the order of x."""
     geometry = workload.geometry
     (ph, pw), plane = geometry.grid, geometry.h * geometry.w
-    plan = pooling(emit.in_ranges(geometry.cols), geometry.w, lanes)
+    axes, size = emit.in_axes(geometry), (geometry.h, geometry.w)
     planes = geometry.n * geometry.ci
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True})
+    with emit.function() as module:
         tensors = emit.arguments(workload)
         with emit.loop(planes, parallel=planes * plane >= emit.PARALLEL_WORK) as k:
             line = T.alloc_buffer((ph * pw + lanes,), ACC)
             with emit.loop(ph) as i:
-
-                def pooled(first: Any, count: int) -> None:
-                    base = T.bind((k * geometry.h + first) * geometry.w)
-                    pixels = emit.pixel_rows(tensors["x"], base, geometry.w, count, tiles.near * plane)
-                    emit.pool(plan, pixels, lambda patch, _, sums: simd.store(line, i * pw + patch, sums))
-
-                emit.by_row(emit.in_ranges(geometry.rows), i, pooled)
+                emit.pool_row(axes, tensors["x"], k, size, i, line, i * pw, lanes, tiles.near * plane)
             # Vectors of a row's last patches reach beyond them; x~ has no room for that.
             whole = ph * pw // lanes
             if whole:
@@ -67,7 +54,7 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                     emit.copy(tensors["filtered_x"], k * (ph * pw) + v * lanes, line, v * lanes, lanes, lanes)
             rest = ph * pw - whole * lanes
             emit.copy(tensors["filtered_x"], k * (ph * pw) + whole * lanes, line, whole * lanes, rest, lanes)
-    return tvm.IRModule({"main": builder.get()})
+    return module()
 
 
 class _Depthwise:
@@ -82,10 +69,7 @@ class _Depthwise:
         self.tensors = emit.arguments(self.workload)
         self.scales = emit.patch_scales(geometry, 0)
         self.stream = emit.can_stream_rows(self.tiles.stream and self.needs_x, geometry.w, dtype, self.lanes)
-        if self.stream:
-            with simd.streaming(dtype):
-                self._channels()
-        else:
+        with simd.streaming(dtype, self.stream):
             self._channels()
 
     def _channels(self) -> None:
@@ -127,15 +111,9 @@ class _Depthwise:
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
         ahead = self.tiles.near * geometry.co * height * width
-        plan = pooling(emit.out_ranges(geometry.cols), width, self.lanes)
+        axes, grad_y = emit.out_axes(geometry), self.tensors["grad_y"]
         with emit.loop(ph) as i:
-
-            def pooled(first: Any, count: int) -> None:
-                base = T.bind((plane * height + first) * width)
-                pixels = emit.pixel_rows(self.tensors["grad_y"], base, width, count, ahead)
-                emit.pool(plan, pixels, lambda patch, _, s: simd.store(self.line, i * pw + patch, s))
-
-            emit.by_row(emit.out_ranges(geometry.rows), i, pooled)
+            emit.pool_row(axes, grad_y, plane, (height, width), i, self.line, i * pw, self.lanes, ahead)
 
     def _products(self, plane: Any, sums: dict[str, Any]) -> None:
         """From sums of grad_y to grad_x~ in place; sums for grad_b and grad_W on the way."""
@@ -166,11 +144,4 @@ class _Depthwise:
         geometry = self.geometry
         ph, pw = geometry.grid
         with emit.loop(ph) as i:
-
-            def rows(first: Any, count: int) -> None:
-                base = T.bind((plane * geometry.h + first) * geometry.w)
-                emit.spread_rows(
-                    geometry, self.lanes, self.line, i * pw, self.tensors["grad_x"], base, count, self.stream
-                )
-
-            emit.by_row(emit.in_ranges(geometry.rows), i, rows)
+            emit.spread_row(geometry, self.lanes, self.line, i * pw, self.tensors["grad_x"], plane, i, self.stream)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import tvm
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..geometry import Axis, Geometry
@@ -72,15 +74,13 @@ def _each(vectors: Sequence[Any], emit: Callable[[Run, Any], None]) -> None:
             emit(run, t)
 
 
-def pool(
-    vectors: Sequence[Pooling], pixels: Callable[[Any, int], Any], sink: Callable[[Any, Pooling, Any], None]
-) -> None:
+def pool(vectors: Sequence[Pooling], pixels: Callable[[Any, int], Any], sink: Callable[[Any, Any], None]) -> None:
     """Pool one row.
 
     Args:
         vectors: see :func:`strips.pooling`.
-        pixels: (first pixel, lanes) -> their sums over the rows of the patch; None: no rows, all sums are zero.
-        sink: takes the first patch, the vector's description and the sums.
+        pixels: (first pixel, lanes) -> their sums over the rows of the patch.
+        sink: takes the first patch and the sums.
     """
 
     def one(run: Run, t: Any) -> None:
@@ -91,7 +91,7 @@ def pool(
         for k, tap in enumerate(plan.taps):
             picked = simd.pick(loaded, tap)
             total = picked if k == 0 else total + picked
-        sink(plan.patch + t * run.patches, plan, T.bind(total))
+        sink(plan.patch + t * run.patches, T.bind(total))
 
     _each(vectors, one)
 
@@ -231,9 +231,28 @@ def threads() -> Any:
     return tirx.call_packed("runtime.NumThreads")
 
 
+@contextmanager
+def function() -> Iterator[Callable[[], Any]]:
+    """Everything emitted inside is the function ``main``; afterwards what is yielded gives its IRModule."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
+        yield lambda: tvm.IRModule({"main": builder.get()})
+
+
 def out_ranges(axis: Axis) -> list[range]:
     """Output pixels of each patch."""
     return [axis.out_range(i) for i in range(axis.patches)]
+
+
+def out_axes(geometry: Geometry) -> tuple[list[range], list[range]]:
+    """Output pixels of each patch, rows and columns."""
+    return out_ranges(geometry.rows), out_ranges(geometry.cols)
+
+
+def in_axes(geometry: Geometry) -> tuple[list[range], list[range]]:
+    """Input pixels of each patch, rows and columns."""
+    return in_ranges(geometry.rows), in_ranges(geometry.cols)
 
 
 def in_ranges(axis: Axis) -> list[range]:
@@ -258,6 +277,36 @@ def pixel_rows(buffer: Any, base: Any, width: int, count: int, ahead: int = 0) -
         return sum(values[1:], values[0])
 
     return pixels
+
+
+def pool_row(
+    axes: tuple[Sequence[range], Sequence[range]],
+    source: Any,
+    plane: Any,
+    size: tuple[int, int],
+    i: Any,
+    target: Any,
+    at: Any,
+    lanes: int,
+    ahead: int,
+) -> None:
+    """Pool patch row ``i`` of a plane.
+
+    Args:
+        axes: pixels of each patch, rows and columns.
+        source, plane, size: the map, the number of the plane in it, and a plane's height and width.
+        target, at: where the sums go; up to ``lanes`` elements behind them may be overwritten.
+        ahead: see :func:`pixel_rows`.
+    """
+    (rows, columns), (height, width) = axes, size
+    plan = pooling(columns, width, lanes)
+
+    def pooled(first: Any, count: int) -> None:
+        base = T.bind((plane * height + first) * width)
+        pixels = pixel_rows(source, base, width, count, ahead)
+        pool(plan, pixels, lambda patch, sums: simd.store(target, at + patch, sums))
+
+    by_row(rows, i, pooled)
 
 
 def patch_scales(geometry: Geometry, repeated: int) -> Any:
@@ -305,31 +354,33 @@ def spread_planes(
         grad_x, base: the map, and where the first plane begins.
         stream: past the caches; ``base`` is a multiple of the registers then.
     """
-    write = simd.stream if stream and simd.can_stream(simd.kind_of(grad_x), len(vectors[0].picks)) else simd.store
     for plan in vectors:
         loaded = [T.bind(patches(plane, patch, plan.width)) for plane, patch in plan.loads]
-        write(grad_x, base + plan.pixel, simd.pick(loaded, plan.picks))
+        simd.write(grad_x, base + plan.pixel, simd.pick(loaded, plan.picks), stream)
 
 
-def spread_rows(
-    geometry: Geometry, lanes: int, patches: Any, at: Any, grad_x: Any, base: Any, count: int, stream: bool
+def spread_row(
+    geometry: Geometry, lanes: int, patches: Any, at: Any, grad_x: Any, plane: Any, i: Any, stream: bool
 ) -> None:
-    """Write a row of patches to ``count`` pixel rows of grad_x.
+    """Write patch row ``i`` of a plane of grad_x.
 
     Args:
         patches, at: where the row's values are; up to ``lanes`` elements behind them are read.
-        grad_x, base: the map, and where its first pixel row begins.
+        grad_x, plane: the map, and the number of the plane in it.
         stream: past the caches, see :func:`can_stream_rows`.
     """
     width = geometry.w
     plan = spreading(in_ranges(geometry.cols), lanes, width & -width if stream else None)
-    dtype = simd.kind_of(grad_x)
 
-    def sink(row: int, pixel: Any, value: Any) -> None:
-        streams = stream and simd.can_stream(dtype, simd.lanes_of(value))
-        (simd.stream if streams else simd.store)(grad_x, base + (row * width + pixel), value)
+    def rows(first: Any, count: int) -> None:
+        base = T.bind((plane * geometry.h + first) * width)
 
-    spread(plan, lambda patch, width: simd.load(patches, at + patch, width), count, sink)
+        def sink(row: int, pixel: Any, value: Any) -> None:
+            simd.write(grad_x, base + (row * width + pixel), value, stream)
+
+        spread(plan, lambda patch, width: simd.load(patches, at + patch, width), count, sink)
+
+    by_row(in_ranges(geometry.rows), i, rows)
 
 
 def pool_windows(
@@ -347,10 +398,10 @@ def pool_windows(
         count = channels * height
         source, at = T.alloc_buffer((count + lanes,), ACC), 0
         plan = pooling(_windows(count, width), count * width, lanes)
-        pool(plan, pixel_rows(weight, base, 0, 1), lambda first, _, sums: simd.store(source, first, sums))
+        pool(plan, pixel_rows(weight, base, 0, 1), lambda first, sums: simd.store(source, first, sums))
     size = height if width > 1 and height > 1 else height * width
     plan = pooling(_windows(channels, size), channels * size, lanes)
-    pool(plan, pixel_rows(source, at, 0, 1), lambda first, _, sums: sink(first, sums))
+    pool(plan, pixel_rows(source, at, 0, 1), sink)
 
 
 def _windows(count: int, size: int) -> list[range]:
@@ -368,14 +419,12 @@ def spread_windows(
         grad_w, base: grad_W, and where the first window begins in it.
         aligned: elements that ``base`` is a multiple of, to write past the caches; None: through them.
     """
-    dtype = simd.kind_of(grad_w)
 
     def some(first: Any, count: int) -> None:
         plan = spreading(_windows(count, taps), lanes, aligned)
 
         def sink(_: int, pixel: Any, value: Any) -> None:
-            streams = aligned is not None and simd.can_stream(dtype, simd.lanes_of(value))
-            (simd.stream if streams else simd.store)(grad_w, base + (first * taps + pixel), value)
+            simd.write(grad_w, base + (first * taps + pixel), value, aligned is not None)
 
         spread(plan, lambda channel, width: simd.load(sums, at + first + channel, width), 1, sink)
 

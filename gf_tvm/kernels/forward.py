@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
 from . import emit, simd
 from .stages import ACC
-from .strips import pooling
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,8 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     square = min(lanes, ci & -ci)
     patches, plane = rows * pw, geometry.h * geometry.w
     stride = patches + lanes
-    plan = pooling(emit.in_ranges(geometry.cols), geometry.w, lanes)
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True})
+    axes, size = emit.in_axes(geometry), (geometry.h, geometry.w)
+    with emit.function() as module:
         tensors = emit.arguments(workload)
         x, saved = tensors["x"], tensors["filtered_x"]
         work = geometry.n * ci * plane
@@ -48,15 +43,8 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
             with emit.loop(ci // square) as tile:
                 with emit.loop(square) as c, emit.loop(rows) as q:
                     row = T.bind(block * rows + q)
-
-                    def pooled(
-                        first: Any, count: int, row: Any = row, c: Any = c, q: Any = q, tile: Any = tile
-                    ) -> None:
-                        base = T.bind(((row // ph * ci + tile * square + c) * geometry.h + first) * geometry.w)
-                        pixels = emit.pixel_rows(x, base, geometry.w, count, tiles.near * plane)
-                        emit.pool(plan, pixels, lambda patch, _, s: simd.store(sums, c * stride + q * pw + patch, s))
-
-                    emit.by_row(emit.in_ranges(geometry.rows), row % ph, pooled)
+                    channel, at = row // ph * ci + tile * square + c, c * stride + q * pw
+                    emit.pool_row(axes, x, channel, size, row % ph, sums, at, lanes, tiles.near * plane)
 
                 def turn(first: Any, count: int, block: Any = block, tile: Any = tile) -> None:
                     columns = [T.bind(simd.load(sums, c * stride + first, square)) for c in range(square)]
@@ -68,4 +56,4 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                         turn(t * square, square)
                 if patches % square:
                     turn(patches // square * square, patches % square)
-    return tvm.IRModule({"main": builder.get()})
+    return module()

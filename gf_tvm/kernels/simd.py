@@ -122,11 +122,6 @@ def pick(vectors: Sequence[Any], lanes: Sequence[int | None]) -> Any:
     return tirx.Shuffle(sources, [tirx.IntImm("int32", index) for index in indices])
 
 
-def item_bytes(kind: str) -> int:
-    """Size of an element."""
-    return _ITEM_BYTES[kind]
-
-
 def prefetch(buffer: Any, offset: Any) -> None:
     """Ask for the cache line of an element to be brought into L2. Harmless for any address."""
     address = tirx.address_of(tirx.BufferLoad(buffer, [offset]))
@@ -156,8 +151,11 @@ def _stream_name(kind: str, lanes: int) -> str:
 
 
 @contextmanager
-def streaming(kind: str) -> Iterator[None]:
-    """Inside, :func:`stream` and :func:`fence` can be used: TVM has no such stores, LLVM has."""
+def streaming(kind: str, wanted: bool = True) -> Iterator[None]:
+    """Inside, if ``wanted``, :func:`stream` and :func:`fence` can be used: TVM has no such stores, LLVM has."""
+    if not wanted:
+        yield
+        return
     kind = _STORAGE.get(kind, kind)
     widths = [lanes for lanes in (2, 4, 8, 16, 32) if 16 <= lanes * _ITEM_BYTES[kind] <= LINE]
     text = "".join(
@@ -184,6 +182,12 @@ def stream(buffer: Any, offset: Any, value: Any) -> None:
     name = _stream_name(kind_of(buffer), lanes_of(value))
     address = tirx.address_of(tirx.BufferLoad(buffer, [offset]))
     T.evaluate(tirx.call_extern("void", name, address, value))
+
+
+def write(buffer: Any, offset: Any, value: Any, past_caches: bool) -> None:
+    """:func:`stream` where that is wanted and the vector is one that it knows, else :func:`store`."""
+    streams = past_caches and can_stream(kind_of(buffer), lanes_of(value))
+    (stream if streams else store)(buffer, offset, value)
 
 
 def fence() -> None:

@@ -13,13 +13,10 @@ words for them. :mod:`gf_tvm.kernels.definitions` says the same in TE, as plainl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tvm
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..geometry import Geometry, ceil_div, pad
@@ -27,7 +24,7 @@ from ..workload import Workload
 from . import emit, simd
 from .emit import Products
 from .stages import ACC
-from .strips import planes_together, pooling, power_of_two, spreading_planes
+from .strips import planes_together, power_of_two, spreading_planes
 
 #: Maps of at most that many rows of patches are pooled without a loop over them.
 UNROLLED_ROWS = 8
@@ -68,11 +65,9 @@ class Tiles:
 
 def backward(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     """IRModule of ``backward``, ``backward_input`` or ``backward_weight``; not for dilated or depthwise ones."""
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True})
+    with emit.function() as module:
         (ByChannels if tiles.by_channels else Sweep)(workload, tiles, lanes).emit()
-    return tvm.IRModule({"main": builder.get()})
+    return module()
 
 
 class Sweep:
@@ -115,7 +110,7 @@ class Sweep:
             self._sum_taps()
         self.scales = emit.patch_scales(geometry, self.padded)
         self.stream = self.tiles.stream
-        with simd.streaming(self.dtype) if self.stream else nullcontext():
+        with simd.streaming(self.dtype, self.stream):
             self._sweep()
             self._add_up()
 
@@ -123,21 +118,29 @@ class Sweep:
 
     def _sum_taps(self) -> None:
         """W~ in panels (group, tile of ci, co, ci)."""
-        geometry, lanes, tile = self.geometry, self.lanes, self.tiles.ci
+        geometry, lanes = self.geometry, self.lanes
         cig, cog = geometry.ci_group, geometry.co_group
         taps = geometry.kernel[0] * geometry.kernel[1]
         self.taps = T.alloc_buffer((geometry.co * cig,), ACC)
         with emit.loop(geometry.co, parallel=geometry.co * cig * taps >= emit.PARALLEL_WORK) as o:
             line = T.alloc_buffer((cig + lanes,), ACC)
-            emit.pool_windows(
-                *(self.tensors["weight"], o * (cig * taps), cig, geometry.kernel, lanes),
-                lambda channel, sums: simd.store(line, channel, sums),
-            )
-            group, inner = o // cog, o % cog
-            for rows, first, count in split(cig, tile):
-                with emit.loop(count) as t:
-                    start = first + t * rows
-                    emit.copy(self.taps, group * (cog * cig) + start * cog + inner * rows, line, start, rows, lanes)
+            self._pack_taps(o * (cig * taps), cig, line, o // cog * (cog * cig), o % cog)
+
+    def _pack_taps(self, base: Any, channels: int, line: Any, panels: Any, o: Any) -> None:
+        """One output channel's part of panels of W~ (tile of ci, co, ci) that begin at ``panels``.
+
+        ``base`` is where its first window begins in W, ``line`` room for its sums, ``o`` its number in the group.
+        """
+        geometry = self.geometry
+        emit.pool_windows(
+            *(self.tensors["weight"], base, channels, geometry.kernel, self.lanes),
+            lambda channel, sums: simd.store(line, channel, sums),
+        )
+        for rows, first, count in split(channels, self.tiles.ci):
+            with emit.loop(count) as t:
+                start = first + t * rows
+                at = panels + start * geometry.co_group + o * rows
+                emit.copy(self.taps, at, line, start, rows, self.lanes)
 
     # --- the sweep -------------------------------------------------------------------------------------------------
 
@@ -189,16 +192,12 @@ class Sweep:
         geometry, lanes = self.geometry, self.lanes
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
-        plan = pooling(emit.out_ranges(geometry.cols), width, lanes)
         ahead = self.tiles.near * height * width
+        axes, grad_y = emit.out_axes(geometry), self.tensors["grad_y"]
 
         def row(n: Any, i: Any, q: Any) -> None:
-            def pooled(start: Any, count: int) -> None:
-                base = T.bind(((n * geometry.co + o) * height + start) * width)
-                pixels = emit.pixel_rows(self.tensors["grad_y"], base, width, count, ahead)
-                emit.pool(plan, pixels, lambda patch, _, sums: simd.store(self.line, q * pw + patch, sums))
-
-            emit.by_row(emit.out_ranges(geometry.rows), i, pooled)
+            plane = n * geometry.co + o
+            emit.pool_row(axes, grad_y, plane, (height, width), i, self.line, q * pw, lanes, ahead)
 
         self._each_row(block, row)
         first = T.bind((block * self.tiles.rows) % ph * pw)
@@ -285,10 +284,10 @@ class Sweep:
         geometry, lanes, rows = self.geometry, self.lanes, self.tiles.rows
         (ph, pw), plane = geometry.grid, geometry.h * geometry.w
         together = planes_together(plane, lanes)
-        columns, grad_x = emit.in_ranges(geometry.cols), self.tensors["grad_x"]
+        grad_x = self.tensors["grad_x"]
         whole = all(c % together == 0 for c in (channels, self.together, geometry.ci_group)) and rows % ph == 0
         if whole and together * plane <= UNROLLED_VECTORS * lanes:
-            plan = spreading_planes(emit.in_ranges(geometry.rows), columns, (geometry.h, geometry.w), together, lanes)
+            plan = spreading_planes(*emit.in_axes(geometry), (geometry.h, geometry.w), together, lanes)
             if plan is not None and max(len(vector.loads) for vector in plan) <= 4:
                 images = rows // ph
                 with emit.loop(channels // together) as c, emit.loop(images) as image:
@@ -304,11 +303,8 @@ class Sweep:
         with emit.loop(channels) as c:
 
             def row(n: Any, i: Any, q: Any) -> None:
-                def pixels(top: Any, count: int) -> None:
-                    base = T.bind(((n * geometry.ci + first + c) * geometry.h + top) * geometry.w)
-                    emit.spread_rows(geometry, lanes, self.tile, c * self.padded + q * pw, grad_x, base, count, stream)
-
-                emit.by_row(emit.in_ranges(geometry.rows), i, pixels)
+                plane, at = n * geometry.ci + first + c, c * self.padded + q * pw
+                emit.spread_row(geometry, lanes, self.tile, at, grad_x, plane, i, stream)
 
             self._each_row(block, row)
 
@@ -425,7 +421,7 @@ class ByChannels(Sweep):
         with emit.loop(geometry.co, parallel=pixels * geometry.co >= emit.PARALLEL_WORK) as o:
             self.line = T.alloc_buffer((self.padded + self.lanes,), ACC)
             simd.store(self.tensors["grad_b"], o, emit.total(self._pool_channel(0, o)))
-        with simd.streaming(self.dtype) if self.stream else nullcontext():
+        with simd.streaming(self.dtype, self.stream):
             if self.needs_x:
                 self._share_input_channels()
             if self.needs_w:
@@ -446,19 +442,12 @@ class ByChannels(Sweep):
 
     def _sum_taps_of(self, group: Any, start: Any, channels: int) -> None:
         """W~ in panels (tile of ci, co, ci) of some input channels of a group."""
-        geometry, tile = self.geometry, self.tiles.ci
+        geometry = self.geometry
         cig, cog, taps = geometry.ci_group, geometry.co_group, geometry.kernel[0] * geometry.kernel[1]
         line = T.alloc_buffer((channels + self.lanes,), ACC)
         with emit.loop(cog) as o:
             base = T.bind(((group * cog + o) * cig + start) * taps)
-            emit.pool_windows(
-                *(self.tensors["weight"], base, channels, geometry.kernel, self.lanes),
-                lambda channel, sums: simd.store(line, channel, sums),
-            )
-            for rows, first, count in split(channels, tile):
-                with emit.loop(count) as t:
-                    own = first + t * rows
-                    emit.copy(self.taps, own * cog + o * rows, line, own, rows, self.lanes)
+            self._pack_taps(base, channels, line, 0, o)
 
     def _share_weights(self) -> None:
         geometry = self.geometry
