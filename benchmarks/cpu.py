@@ -37,10 +37,9 @@ from gf_tvm.errors import DeviceError, GfTvmError
 from gf_tvm.geometry import Pair
 from gf_tvm.host_comparison import LimitedHost, Maker, of_library
 from gf_tvm.library import Library, load
-from gf_tvm.plot import check_plot
 from gf_tvm.rows import LimitedHostRow
 from gf_tvm.runners._cases import add_case_arguments, cases_from
-from gf_tvm.runners._output import Progress, check_writable, write_json
+from gf_tvm.runners._output import Progress, check_results, write_json
 from gf_tvm.runners.build import add_logs_argument, check_logs
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import Case, parse_input, parse_patches, workloads_of
@@ -147,11 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, folder: Path) -> Request:
     """Find every mistake before anything is built. Raises GfTvmError."""
-    for path in (args.json, args.plot):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None:
-        check_plot(args.plot)
+    check_results(args.json, args.plot)
     check_logs(args.logs)
     if args.stock_trials < 0:
         raise UsageError(f"--stock-trials must be at least 0, got {args.stock_trials}")

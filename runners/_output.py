@@ -47,6 +47,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _cannot_write(target, error) from None
 
 
+def check_results(json_file: Path | None, plot_file: Path | None) -> None:
+    """Make sure that both files, where they are wanted, could be written now. Raises GfTvmError."""
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_writable(path)
+    if plot_file is not None:
+        from ..plot import check_plot  # here, because commands that draw nothing do without matplotlib
+
+        check_plot(plot_file)
+
+
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write ``value`` to ``path`` so that the file is there whole or, on any failure, as it was before.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cases import add_case_arguments, cases_from
-from ._output import Progress, check_writable, format_table, write_json
+from ._output import Progress, check_results, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
@@ -48,13 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..comparison import check_request, compare
 
-    for path in (args.json, args.plot):
-        if path is not None:
-            check_writable(path)
-    if args.plot is not None:
-        from ..plot import check_plot
-
-        check_plot(args.plot)
+    check_results(args.json, args.plot)
     check_logs(args.logs)
     cases = cases_from(args)
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy)
