@@ -29,6 +29,9 @@ _NEEDLESS_PASSES = ("s_tir.CompactBufferAllocation",)
 #: 1024 bytes, one byte short of the 8 x 32 accumulators of an AVX-512 micro-kernel.
 STACK_BYTES = 8192
 
+#: What every library of kernels has besides: loops on PyTorch's threads.
+OPENMP = str(Path(__file__).with_name("openmp.c"))
+
 
 def buffer_bytes(buffer: Any) -> int:
     """Size of a TIR buffer whose shape is constant."""
@@ -128,6 +131,7 @@ def export(modules: list[Any], path: Path, profile: DeviceProfile) -> None:
         OSError: no room, say, for the object files.
     """
     linker = find_linker(profile)
+    libraries = ("-Wl,--as-needed", "-lm")
     first, *others = modules
     for other in others:
         first.import_module(other)
@@ -135,7 +139,7 @@ def export(modules: list[Any], path: Path, profile: DeviceProfile) -> None:
     # TVM's own linking knows a compiler by its name alone, without options of its own.
     def link(output: str, objects: list[str], **_: Any) -> None:
         done = subprocess.run(
-            [*linker, "-shared", "-fPIC", "-o", output, *objects, "-Wl,--as-needed", "-lm"],
+            [*linker, "-shared", "-fPIC", "-O2", "-o", output, "-x", "c", OPENMP, "-x", "none", *objects, *libraries],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

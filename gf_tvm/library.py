@@ -7,6 +7,7 @@ GPUs are read by :mod:`gf_tvm.cuda_library`.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import io
@@ -18,6 +19,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,7 @@ def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[K
         file.write_bytes(library)
         try:
             module = tvm_ffi.load_module(str(file))
+            _use_openmp(file)
         except (RuntimeError, OSError, ValueError) as error:
             raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
     # The folder may go: the code is mapped.
@@ -252,8 +255,17 @@ def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[K
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
 
 
+def _use_openmp(library: Path) -> None:
+    """Let a loaded library's loops run on PyTorch's threads, see openmp.c; on TVM's where PyTorch has no OpenMP."""
+    with suppress(AttributeError):  # of a library that was linked before there was openmp.c
+        ctypes.CDLL(str(library)).gf_tvm_use_openmp()
+
+
 def _use_torch_threads() -> None:
-    """Let the calling thread's TVM pool have as many threads as PyTorch has (TVM keeps one pool a calling thread)."""
+    """Let kernels count as many threads as PyTorch has.
+
+    They ask TVM's pool for the number, of which there is one a calling thread.
+    """
     wanted = torch.get_num_threads()
     if getattr(_thread, "count", None) != wanted:
         import tvm_ffi

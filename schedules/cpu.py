@@ -11,12 +11,15 @@ from gf_tvm.devices import DeviceProfile
 from gf_tvm.geometry import Geometry, ceil_div, pad
 from gf_tvm.kernels import definition, depthwise, forward, sweep
 from gf_tvm.kernels.emit import PARALLEL_WORK
+from gf_tvm.kernels.simd import LINE, item_bytes
 from gf_tvm.workload import Workload
 
 from .space import Config, Space
 
 #: Larger maps are written past the caches unless the tuner finds otherwise.
-STREAM_BYTES = 8 << 20
+STREAM_BYTES = 4 << 20
+#: Cycles of products for each line that the next block reads, above which they hide its being fetched.
+FETCH_CYCLES = 20
 #: Distances, in channels, at which pooling may prefetch.
 NEAR = (0, 2, 4, 8)
 
@@ -112,7 +115,7 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     most = max(profile.l2_share // (4 * geometry.co), 4 * lanes)
     by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 2 * profile.l2_bytes
     rows = _rows(geometry, 2 * lanes, most)
-    knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4)}
+    knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4), "ahead": (0, 1)}
     knobs["stream"], knobs["m"] = (0, 1), (1, 2, 3, 4)
     if needs_x:
         knobs["ci"] = _heights(cig)
@@ -125,6 +128,9 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
         for wide, high in (("m", "ci"), ("cv", "co")):
             if high in config and not _fits(config[wide], config[high], profile.registers, max(knobs[high])):
                 return False
+        # What was fetched during the products needs no prefetch while it is pooled; a single block has no next one.
+        if config["ahead"] and (config["near"] or config["rows"] in (0, geometry.n * geometry.grid[0])):
+            return False
         return "together" not in config or config["together"] >= config["ci"]
 
     def build(config: Config) -> Any:
@@ -166,6 +172,7 @@ def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> swee
         depth=depth,
         stream=bool(config.get("stream")),
         near=config["near"],
+        ahead=bool(config["ahead"]),
         by_channels=not config["rows"],
     )
 
@@ -175,7 +182,7 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog, pw = geometry.ci_group, geometry.co_group, geometry.grid[1]
     patch_rows = geometry.n * geometry.grid[0]
-    config = {"near": 4, "stream": _streams(workload, profile), "m": 2 if patch_rows * pw > lanes else 1}
+    config = {"stream": _streams(workload, profile), "m": 2 if patch_rows * pw > lanes else 1}
 
     def high(wide: int, values: tuple[int, ...], channels: int) -> int:
         """The tile that wastes least: time in the last, smaller one, then what is loaded for a product."""
@@ -194,19 +201,34 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
         config["cv"] = min(2, max(knobs["cv"]))
         config["co"] = high(config["cv"], knobs["co"], cog)
     threads = profile.threads or 4
+    item = item_bytes(workload.dtype)
+    # Of a patch: what a block reads, what its panels take, and multiply-adds of whole registers, two in a cycle.
+    fetched = geometry.co * geometry.rows.patch * geometry.cols.patch * item + 4 * geometry.ci
+    panels = 4 * (geometry.co + config.get("together", 0) + config.get("cv", 0) * lanes)
+    cycles = (("ci" in knobs) + ("co" in knobs)) * cig * geometry.co / lanes / 2
+    # On Arm it is left to the tuner.
+    can_hide = profile.arch == "x86_64" and cycles >= FETCH_CYCLES * fetched / LINE
+
+    def fetches_ahead(rows: int) -> bool:
+        """There is a next block, its reading can be hidden, and it finds room beside the panels."""
+        fits = rows * pw * (panels + fetched) <= 0.75 * profile.l2_share
+        return rows not in (0, patch_rows) and can_hide and fits
 
     def cost_of(rows: int) -> float:
         if not rows:
             # Every thread reads all of g~ for each of its channels, but nothing of the weights twice.
-            return 1.3
+            return 1.35
         patches, blocks = rows * pw, patch_rows // rows
         padded = pad(patches, lanes) / patches if "ci" in knobs else 1.0
         busy = ceil_div(blocks, threads) * threads / blocks
         # Weights are read, and their sums read and written, once a block; each part's sums once more at the end.
         weights = 8.0 / patches + threads * 8.0 / (patch_rows * pw)
-        return padded * busy * (1 + weights)
+        overflow = max(0.0, patches * panels / profile.l2_share - 0.7)
+        return padded * busy * (1 + weights) + 0.2 * overflow - 0.15 * fetches_ahead(rows)
 
     config["rows"] = min(knobs["rows"], key=lambda rows: (round(cost_of(rows), 2), rows))
+    config["ahead"] = int(fetches_ahead(config["rows"]))
+    config["near"] = 0 if config["ahead"] else 4
     if not config["rows"] and "together" in knobs:
         # Threads share the groups of channels.
         usable = [t for t in knobs["together"] if t >= config["ci"]]

@@ -124,6 +124,43 @@ def test_one_library_called_from_two_threads(bundle: Path) -> None:
     assert max(errors) <= 1
 
 
+def test_kernels_run_on_the_threads_of_torch(tmp_path: Path) -> None:
+    """Not on ones of their own, which would share the cores with OpenMP's spinning workers."""
+    workload = Workload("backward", Geometry(8, 32, 32, 28, 28, 3, 2, padding=1))
+    gf_tvm.build([workload], "host", out=tmp_path / "one.gfb", shipped=False)
+    code = f"""
+import os, time
+from pathlib import Path
+import torch
+import gf_tvm
+from gf_tvm import verify
+
+def busy(call):
+    def ticks():
+        return {{task.name: sum(map(int, (task / "stat").read_text().rpartition(")")[2].split()[11:13]))
+                for task in Path("/proc/self/task").iterdir()}}
+    before, end = ticks(), time.monotonic() + 10
+    while True:
+        for _ in range(50):
+            call()
+        found = {{task for task, count in ticks().items() if count - before.get(task, 0) >= 5}}
+        if len(found) >= 2 or time.monotonic() > end:
+            return found
+
+torch.set_num_threads(2)
+kernel, = gf_tvm.load({str(tmp_path / "one.gfb")!r})._kernels.values()
+tensors = [*verify.random_inputs(kernel.workload, 0), *verify.poisoned_outputs(kernel.workload)]
+kernel(*tensors)
+ours = busy(lambda: kernel(*tensors))
+a = torch.rand(512, 512)
+theirs = busy(lambda: torch.mm(a, a))
+assert len(ours) == 2, ours
+assert ours == theirs, (ours, theirs)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_threads_follow_torch(bundle: Path) -> None:
     import tvm_ffi
 

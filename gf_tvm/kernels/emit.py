@@ -14,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from ..geometry import Axis, Geometry
 from ..workload import Workload
 from . import simd
+from .ahead import Ahead
 from .stages import ACC
 from .strips import PlaneVector, Pooling, Run, Spreading, pooling, power_of_two, runs, spreading
 
@@ -175,8 +176,14 @@ class Products:
     def _at(self, row: int, v: int) -> int:
         return (row * self.vectors + v) * self.lanes
 
-    def add(self, steps: int, scalars: Callable[[Any, int], Any], registers: Callable[[Any, int], Any]) -> None:
-        """Add scalars(step, row) * registers(step, v) to every sum, for every step."""
+    def add(
+        self,
+        steps: int,
+        scalars: Callable[[Any, int], Any],
+        registers: Callable[[Any, int], Any],
+        ahead: Ahead | None = None,
+    ) -> None:
+        """Add scalars(step, row) * registers(step, v) to every sum, for every step, and fetch ``ahead`` meanwhile."""
 
         def step(k: Any) -> None:
             loaded = [T.bind(registers(k, v)) for v in range(self.vectors)]
@@ -187,7 +194,15 @@ class Products:
                     simd.store(self._sums, self._at(row, v), old + scalar * loaded[v])
 
         # Tiles of few sums get several steps in one turn of the loop, so that its own instructions do not count.
-        unrolled(steps, power_of_two(max(1, _PRODUCTS_A_TURN // (self.rows * self.vectors))), step)
+        times = power_of_two(max(1, _PRODUCTS_A_TURN // (self.rows * self.vectors)))
+        whole, rest = divmod(steps, ahead.pace) if ahead is not None else (0, steps)
+        if whole and ahead is not None:
+            pace = ahead.pace
+            with loop(whole) as turn:
+                ahead.fetch()
+                unrolled(pace, times, lambda k: step(turn * pace + k))
+        if rest:
+            unrolled(rest, times, lambda k: step(steps - rest + k))
 
     def sums(self) -> Iterator[tuple[int, int, Any]]:
         """(row, register, sums), in order."""

@@ -146,6 +146,11 @@ _LLVM_KINDS = {"float32": "float", "float16": "half", "uint16": "i16"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2}
 
 
+def item_bytes(kind: str) -> int:
+    """Size of a tensor's element in memory."""
+    return _ITEM_BYTES[kind]
+
+
 def _stream_name(kind: str, lanes: int) -> str:
     return f"gf_tvm_stream_{kind}x{lanes}"
 

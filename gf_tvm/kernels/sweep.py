@@ -22,6 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from ..geometry import Geometry, ceil_div, pad
 from ..workload import Workload
 from . import emit, simd
+from .ahead import Ahead, Region
 from .emit import Products
 from .stages import ACC
 from .strips import planes_together, power_of_two, spreading_planes
@@ -48,6 +49,7 @@ class Tiles:
         depth: output channels in such a piece, at most: it should fit into L1.
         stream: grad_x is written past the caches, where its rows are aligned well enough.
         near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
+        ahead: what the next block reads is prefetched during a block's products, see :class:`ahead.Ahead`.
         by_channels: threads share channels, see :class:`ByChannels`, not blocks; then there is one block.
     """
 
@@ -60,6 +62,7 @@ class Tiles:
     depth: int = 128
     stream: bool = False
     near: int = 0
+    ahead: bool = False
     by_channels: bool = False
 
 
@@ -94,6 +97,8 @@ class Sweep:
         self.wide = min(tiles.cv, power_of_two(cig, up=True))
         self.wide_lanes = min(lanes, self.wide)
         self.wide_tiles = ceil_div(cig, self.wide)
+
+        self.ahead: Ahead | None = None
 
     def emit(self) -> None:
         self.tensors = emit.arguments(self.workload)
@@ -153,17 +158,57 @@ class Sweep:
                 self.tile = T.alloc_buffer((self.together * self.padded + lanes,), ACC)
             if self.needs_w:
                 self.panel_x = T.alloc_buffer((self.patches * self.wide,), ACC)
+            if self.tiles.ahead:
+                self.ahead = Ahead(self._steps(), self._regions())
             with emit.loop(geometry.co) as o:
                 simd.store(self.bias_parts, (part * geometry.co + o) * lanes, simd.splat(0.0, lanes))
             first, end = part * self.blocks // self.parts, (part + 1) * self.blocks // self.parts
             with T.serial(first, end) as block:
                 self._pool(part, block)
+                if self.ahead is not None:
+                    self.ahead.begin(self._region_starts(block + 1), block + 1 == end)
                 if self.needs_x:
                     self._input_grad(block)
                 if self.needs_w:
                     self._weight_grad(part, block, block == first)
             if self.stream:
                 simd.fence()
+
+    def _steps(self) -> int:
+        """Steps of all products of a block."""
+        geometry, tiles, steps = self.geometry, self.tiles, 0
+        cig, cog = geometry.ci_group, geometry.co_group
+        if self.needs_x:
+            tall = sum(count * len(_sizes(size, tiles.ci)) for size, _, count in split(cig, self.together))
+            steps += len(_sizes(self.padded, tiles.m)) * tall * cog
+        if self.needs_w:
+            steps += self.wide_tiles * len(_sizes(cog, tiles.co)) * self.patches
+        return geometry.groups * steps
+
+    def _regions(self) -> list[Region]:
+        """What a block reads: grad_y, and x~."""
+        geometry, rows, ph = self.geometry, self.tiles.rows, self.geometry.grid[0]
+        height, width = geometry.y_shape[2:]
+        size = rows * geometry.rows.patch * width
+        if rows % ph == 0:
+            pieces, size = 1, rows // ph * geometry.co * height * width
+        else:
+            pieces = geometry.co
+        item = simd.item_bytes(self.dtype)
+        regions = [Region(self.tensors["grad_y"], pieces, size, height * width, item)]
+        if self.needs_w:
+            size = self.patches * geometry.ci
+            regions.append(Region(self.tensors["saved"], 1, size, size, simd.item_bytes(ACC)))
+        return regions
+
+    def _region_starts(self, block: Any) -> list[Any]:
+        """Where in grad_y and x~ that of ``block`` begins."""
+        geometry, rows, ph = self.geometry, self.tiles.rows, self.geometry.grid[0]
+        height, width = geometry.y_shape[2:]
+        image, strip = block * rows // ph, block * rows % ph
+        first = strip * geometry.rows.patch - geometry.rows.out_offset
+        start = image * (geometry.co * height * width) + first * width
+        return [start, block * (self.patches * geometry.ci)] if self.needs_w else [start]
 
     def _each_row(self, block: Any, visit: Callable[[Any, Any, Any], None]) -> None:
         """``visit(image, patch row, row of the block)`` for every row of a block, with as few divisions as it takes."""
@@ -265,7 +310,7 @@ class Sweep:
             def registers(k: Any, v: int) -> Any:
                 return simd.load(self.panel, panel + k * width + v * lanes, lanes)
 
-            products.add(k_count, scalars, registers)
+            products.add(k_count, scalars, registers, self.ahead)
             for c, v, sums in products.sums():
                 simd.store(self.tile, place(c, v), sums)
 
@@ -360,6 +405,7 @@ class Sweep:
                 count,
                 lambda k, o: simd.load(self.panel, panel + o * width + k, 1),
                 lambda k, v: simd.load(self.panel_x, (column + k) * self.wide + v * lanes, lanes),
+                self.ahead,
             )
 
         for width, first, count in self.columns:
@@ -485,3 +531,8 @@ def split(size: int, piece: int) -> list[tuple[int, int, int]]:
     whole, rest = divmod(size, piece)
     found = [(piece, 0, whole)] if whole else []
     return [*found, (rest, whole * piece, 1)] if rest else found
+
+
+def _sizes(size: int, piece: int) -> list[int]:
+    """Sizes of the pieces that cover ``size``."""
+    return [length for length, _, count in split(size, piece) for _ in range(count)]
