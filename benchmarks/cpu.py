@@ -30,7 +30,7 @@ from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, w
 from _cpu_step import Layer, layers_of, measure_step, network
 from _roofline import roofline_plot
 
-from gf_tvm import machine
+from gf_tvm import keep_freed_memory, machine
 from gf_tvm.comparison import check_request, compare
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.errors import DeviceError, GfTvmError
@@ -112,6 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="time default schedules too",
     )
+    parser.add_argument(
+        "--keep-freed",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the process keep freed memory, see docs/performance.md",
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure extra memory")
     parser.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: as many as PyTorch takes)")
     parser.add_argument(
@@ -126,6 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="gf_tvm-cpu-") as folder:
         request = check(args, Path(folder))
+        if args.keep_freed and not keep_freed_memory():
+            raise UsageError("this C library's allocator cannot be told to keep memory; say --no-keep-freed")
         if args.library is None:
             library = tuned(request.workloads, request.profile, args.logs, request.bundle)
         else:
@@ -137,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         print_rows(document)
     for step in document.get("steps", ()):
         print_step(step)
+    document["conditions"]["keeps_freed_memory"] = args.keep_freed
     if args.json is not None:
         write_json(args.json, document)
     if args.plot is not None:

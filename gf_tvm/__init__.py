@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import functional as functional
     from . import nn as nn
+    from .allocator import keep_freed_memory as keep_freed_memory
     from .autograd import FallbackWarning as FallbackWarning
     from .bundle import build as build
     from .comparison import compare as compare
@@ -41,6 +42,7 @@ _HOMES = {
     "filter_model": "nn",
     "filter_report": "nn",
     "functional": "",
+    "keep_freed_memory": "allocator",
     "load": "library",
     "nn": "",
     "select_layers": "nn",
