@@ -9,9 +9,10 @@ from tvm import s_tir
 
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.geometry import Geometry, ceil_div, pad
-from gf_tvm.kernels import definition, depthwise, forward, sweep
+from gf_tvm.kernels import definition, dense, depthwise, forward
 from gf_tvm.kernels.emit import PARALLEL_WORK
 from gf_tvm.kernels.simd import LINE, item_bytes
+from gf_tvm.kernels.sweep import Tiles, split
 from gf_tvm.workload import Workload
 
 from .space import Config, Space
@@ -134,7 +135,7 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
         return "together" not in config or config["together"] >= config["ci"]
 
     def build(config: Config) -> Any:
-        return sweep.backward(workload, tiles_of(config, geometry, profile), lanes)
+        return dense.backward(workload, tiles_of(config, geometry, profile), lanes)
 
     default = _default(workload, profile, knobs)
     assert rule(default), default
@@ -156,13 +157,13 @@ def _fits(wide: int, high: int, registers: int, highest: int) -> bool:
     return wide * high + wide + scalars <= registers and (wide * high >= 8 or high == highest)
 
 
-def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> sweep.Tiles:
+def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> Tiles:
     """What a point of the space of :func:`backward` stands for."""
     lanes, all_rows = profile.lanes, geometry.n * geometry.grid[0]
     m = config["m"] * lanes
     # Half of L1 for a piece of g~'s panel; the rest is for the weights that pass by.
     depth = max(32, profile.l1_bytes // 2 // (4 * m))
-    return sweep.Tiles(
+    return Tiles(
         rows=config["rows"] or all_rows,
         m=m,
         ci=config.get("ci", 1),
@@ -190,7 +191,7 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
 
         def cost(v: int) -> float:
             # A tile of few sums waits for them: an FMA takes four cycles, and two can start in each.
-            return sum(max(wide * rows, 8) * count for rows, _, count in sweep.split(channels, v)) / channels + 1 / v
+            return sum(max(wide * rows, 8) * count for rows, _, count in split(channels, v)) / channels + 1 / v
 
         return min(usable, key=cost)
 

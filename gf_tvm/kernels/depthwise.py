@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
-from . import emit, simd
+from . import emit, maps, simd
 from .stages import ACC
 
 
@@ -39,14 +39,14 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     """IRModule of ``filter_input`` for depthwise convolutions: x~ has the order of x."""
     geometry = workload.geometry
     (ph, pw), plane = geometry.grid, geometry.h * geometry.w
-    axes, size = emit.in_axes(geometry), (geometry.h, geometry.w)
+    axes, size = maps.in_axes(geometry), (geometry.h, geometry.w)
     planes = geometry.n * geometry.ci
     with emit.function() as module:
         tensors = emit.arguments(workload)
         with emit.loop(planes, parallel=planes * plane >= emit.PARALLEL_WORK) as k:
             line = T.alloc_buffer((ph * pw + lanes,), ACC)
             with emit.loop(ph) as i:
-                emit.pool_row(axes, tensors["x"], k, size, i, line, i * pw, lanes, tiles.near * plane)
+                maps.pool_row(axes, tensors["x"], k, size, i, line, i * pw, lanes, tiles.near * plane)
             # Vectors of a row's last patches reach beyond them; x~ has no room for that.
             whole = ph * pw // lanes
             if whole:
@@ -67,8 +67,8 @@ class _Depthwise:
     def emit(self) -> None:
         geometry, dtype = self.geometry, self.dtype
         self.tensors = emit.arguments(self.workload)
-        self.scales = emit.patch_scales(geometry, 0)
-        self.stream = emit.can_stream_rows(self.tiles.stream and self.needs_x, geometry.w, dtype, self.lanes)
+        self.scales = maps.patch_scales(geometry, 0)
+        self.stream = maps.can_stream_rows(self.tiles.stream and self.needs_x, geometry.w, dtype, self.lanes)
         with simd.streaming(dtype, self.stream):
             self._channels()
 
@@ -111,9 +111,9 @@ class _Depthwise:
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
         ahead = self.tiles.near * geometry.co * height * width
-        axes, grad_y = emit.out_axes(geometry), self.tensors["grad_y"]
+        axes, grad_y = maps.out_axes(geometry), self.tensors["grad_y"]
         with emit.loop(ph) as i:
-            emit.pool_row(axes, grad_y, plane, (height, width), i, self.line, i * pw, self.lanes, ahead)
+            maps.pool_row(axes, grad_y, plane, (height, width), i, self.line, i * pw, self.lanes, ahead)
 
     def _products(self, plane: Any, sums: dict[str, Any]) -> None:
         """From sums of grad_y to grad_x~ in place; sums for grad_b and grad_W on the way."""
@@ -122,7 +122,7 @@ class _Depthwise:
 
         def step(at: Any, width: int) -> None:
             pixels = T.bind(simd.load(self.line, at, width))
-            means = T.bind(pixels * emit.mean_scale(geometry, self.scales, at, width))
+            means = T.bind(pixels * maps.mean_scale(geometry, self.scales, at, width))
             parts = {"bias": pixels}
             if self.needs_w:
                 parts["weight"] = means * simd.load(self.tensors["saved"], plane * patches + at, width)
@@ -144,4 +144,4 @@ class _Depthwise:
         geometry = self.geometry
         ph, pw = geometry.grid
         with emit.loop(ph) as i:
-            emit.spread_row(geometry, self.lanes, self.line, i * pw, self.tensors["grad_x"], plane, i, self.stream)
+            maps.spread_row(geometry, self.lanes, self.line, i * pw, self.tensors["grad_x"], plane, i, self.stream)

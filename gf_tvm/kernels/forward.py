@@ -8,8 +8,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
-from . import emit, simd
+from . import emit, maps, simd
 from .stages import ACC
+from .strips import alignment
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     geometry = workload.geometry
     (ph, pw), ci, rows = geometry.grid, geometry.ci, tiles.rows
     # A square of that many channels and patches is transposed in registers.
-    square = min(lanes, ci & -ci)
+    square = min(lanes, alignment(ci))
     patches, plane = rows * pw, geometry.h * geometry.w
     stride = patches + lanes
-    axes, size = emit.in_axes(geometry), (geometry.h, geometry.w)
+    axes, size = maps.in_axes(geometry), (geometry.h, geometry.w)
     with emit.function() as module:
         tensors = emit.arguments(workload)
         x, saved = tensors["x"], tensors["filtered_x"]
@@ -44,7 +45,7 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                 with emit.loop(square) as c, emit.loop(rows) as q:
                     row = T.bind(block * rows + q)
                     channel, at = row // ph * ci + tile * square + c, c * stride + q * pw
-                    emit.pool_row(axes, x, channel, size, row % ph, sums, at, lanes, tiles.near * plane)
+                    maps.pool_row(axes, x, channel, size, row % ph, sums, at, lanes, tiles.near * plane)
 
                 def turn(first: Any, count: int, block: Any = block, tile: Any = tile) -> None:
                     columns = [T.bind(simd.load(sums, c * stride + first, square)) for c in range(square)]

@@ -17,6 +17,11 @@ def power_of_two(number: int, up: bool = False) -> int:
     return 1 << ((number - 1).bit_length() if up else number.bit_length() - 1)
 
 
+def alignment(size: int) -> int:
+    """The largest power of two that all multiples of ``size`` are multiples of."""
+    return size & -size
+
+
 @dataclass(frozen=True)
 class Pooling:
     """One vector of patches: sums of pixels of one row.

@@ -21,11 +21,11 @@ from tvm.script.ir_builder import tirx as T
 
 from ..geometry import Geometry, ceil_div, pad
 from ..workload import Workload
-from . import emit, simd
+from . import emit, maps, simd
 from .ahead import Ahead, Region
-from .emit import Products
+from .products import Products
 from .stages import ACC
-from .strips import planes_together, power_of_two, spreading_planes
+from .strips import alignment, planes_together, power_of_two, spreading_planes
 
 #: Maps of at most that many rows of patches are pooled without a loop over them.
 UNROLLED_ROWS = 8
@@ -64,13 +64,6 @@ class Tiles:
     near: int = 0
     ahead: bool = False
     by_channels: bool = False
-
-
-def backward(workload: Workload, tiles: Tiles, lanes: int) -> Any:
-    """IRModule of ``backward``, ``backward_input`` or ``backward_weight``; not for dilated or depthwise ones."""
-    with emit.function() as module:
-        (ByChannels if tiles.by_channels else Sweep)(workload, tiles, lanes).emit()
-    return module()
 
 
 class Sweep:
@@ -113,7 +106,7 @@ class Sweep:
         self.parts = T.bind(tirx.min(emit.threads(), most))
         if self.needs_x:
             self._sum_taps()
-        self.scales = emit.patch_scales(geometry, self.padded)
+        self.scales = maps.patch_scales(geometry, self.padded)
         self.stream = self.tiles.stream
         with simd.streaming(self.dtype, self.stream):
             self._sweep()
@@ -137,7 +130,7 @@ class Sweep:
         ``base`` is where its first window begins in W, ``line`` room for its sums, ``o`` its number in the group.
         """
         geometry = self.geometry
-        emit.pool_windows(
+        maps.pool_windows(
             *(self.tensors["weight"], base, channels, geometry.kernel, self.lanes),
             lambda channel, sums: simd.store(line, channel, sums),
         )
@@ -238,11 +231,11 @@ class Sweep:
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
         ahead = self.tiles.near * height * width
-        axes, grad_y = emit.out_axes(geometry), self.tensors["grad_y"]
+        axes, grad_y = maps.out_axes(geometry), self.tensors["grad_y"]
 
         def row(n: Any, i: Any, q: Any) -> None:
             plane = n * geometry.co + o
-            emit.pool_row(axes, grad_y, plane, (height, width), i, self.line, q * pw, lanes, ahead)
+            maps.pool_row(axes, grad_y, plane, (height, width), i, self.line, q * pw, lanes, ahead)
 
         self._each_row(block, row)
         first = T.bind((block * self.tiles.rows) % ph * pw)
@@ -257,7 +250,7 @@ class Sweep:
                     sums = simd.pick([sums], [k if at + k < self.patches else None for k in range(lanes)])
                 sums = T.bind(sums)
                 simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
-                means = sums * emit.mean_scale(geometry, self.scales, first + at, lanes)
+                means = sums * maps.mean_scale(geometry, self.scales, first + at, lanes)
                 simd.store(self.panel, start * geometry.co + o * width + inner, means)
 
         for width, start, count in self.columns:
@@ -332,7 +325,7 @@ class Sweep:
         grad_x = self.tensors["grad_x"]
         whole = all(c % together == 0 for c in (channels, self.together, geometry.ci_group)) and rows % ph == 0
         if whole and together * plane <= UNROLLED_VECTORS * lanes:
-            plan = spreading_planes(*emit.in_axes(geometry), (geometry.h, geometry.w), together, lanes)
+            plan = spreading_planes(*maps.in_axes(geometry), (geometry.h, geometry.w), together, lanes)
             if plan is not None and max(len(vector.loads) for vector in plan) <= 4:
                 images = rows // ph
                 with emit.loop(channels // together) as c, emit.loop(images) as image:
@@ -342,14 +335,14 @@ class Sweep:
                         at = (c * together + k) * self.padded + image * (ph * pw) + patch
                         return simd.load(self.tile, at, width)
 
-                    emit.spread_planes(plan, patches, grad_x, base, self.stream)
+                    maps.spread_planes(plan, patches, grad_x, base, self.stream)
                 return
-        stream = self.stream and emit.can_stream_rows(True, geometry.w, self.dtype, lanes)
+        stream = self.stream and maps.can_stream_rows(True, geometry.w, self.dtype, lanes)
         with emit.loop(channels) as c:
 
             def row(n: Any, i: Any, q: Any) -> None:
                 plane, at = n * geometry.ci + first + c, c * self.padded + q * pw
-                emit.spread_row(geometry, lanes, self.tile, at, grad_x, plane, i, stream)
+                maps.spread_row(geometry, lanes, self.tile, at, grad_x, plane, i, stream)
 
             self._each_row(block, row)
 
@@ -436,8 +429,8 @@ class Sweep:
                     for v in range(0, self.wide, self.wide_lanes):
                         sums = self._over_parts(self.weight_parts, self.weight_sums, row + v, self.wide_lanes)
                         simd.store(line, column * self.wide + v, sums)
-                aligned = (cig * taps) & -(cig * taps) if self.stream else None
-                emit.spread_windows(line, 0, cig, taps, lanes, self.tensors["grad_w"], o * (cig * taps), aligned)
+                aligned = alignment(cig * taps) if self.stream else None
+                maps.spread_windows(line, 0, cig, taps, lanes, self.tensors["grad_w"], o * (cig * taps), aligned)
                 if self.stream:
                     simd.fence()
 
@@ -448,82 +441,6 @@ class Sweep:
         with T.serial(1, self.parts) as part:
             simd.store(sums, 0, simd.load(sums, 0, lanes) + simd.load(buffer, part * size + at, lanes))
         return simd.load(sums, 0, lanes)
-
-
-class ByChannels(Sweep):
-    """By channels: for few patches and many weights. One block; threads share output, then input channels.
-
-    W is read, and grad_W written, exactly once, without sums of several parts; g~ of the whole batch is kept meanwhile.
-    """
-
-    def emit(self) -> None:
-        assert self.blocks == 1
-        self.tensors = emit.arguments(self.workload)
-        geometry, tiles = self.geometry, self.tiles
-        self.scales = emit.patch_scales(geometry, self.padded)
-        self.stream = tiles.stream
-        self.panel = T.alloc_buffer((geometry.co * self.padded,), ACC)
-        pixels = geometry.n * geometry.rows.out * geometry.cols.out
-        with emit.loop(geometry.co, parallel=pixels * geometry.co >= emit.PARALLEL_WORK) as o:
-            self.line = T.alloc_buffer((self.padded + self.lanes,), ACC)
-            simd.store(self.tensors["grad_b"], o, emit.total(self._pool_channel(0, o)))
-        with simd.streaming(self.dtype, self.stream):
-            if self.needs_x:
-                self._share_input_channels()
-            if self.needs_w:
-                self._share_weights()
-
-    def _share_input_channels(self) -> None:
-        geometry = self.geometry
-        for channels, first, count in split(geometry.ci_group, self.together):
-            work = geometry.groups * count * channels * geometry.co_group * self.padded
-            with emit.loop(geometry.groups * count, parallel=work >= emit.PARALLEL_WORK) as t:
-                self.taps = T.alloc_buffer((geometry.co_group * channels,), ACC)
-                self.tile = T.alloc_buffer((channels * self.padded + self.lanes,), ACC)
-                group, start = t // count, first + t % count * channels
-                self._sum_taps_of(group, start, channels)
-                self._input_channels(0, group, start, channels, 0)
-                if self.stream:
-                    simd.fence()
-
-    def _sum_taps_of(self, group: Any, start: Any, channels: int) -> None:
-        """W~ in panels (tile of ci, co, ci) of some input channels of a group."""
-        geometry = self.geometry
-        cig, cog, taps = geometry.ci_group, geometry.co_group, geometry.kernel[0] * geometry.kernel[1]
-        line = T.alloc_buffer((channels + self.lanes,), ACC)
-        with emit.loop(cog) as o:
-            base = T.bind(((group * cog + o) * cig + start) * taps)
-            self._pack_taps(base, channels, line, 0, o)
-
-    def _share_weights(self) -> None:
-        geometry = self.geometry
-        cog = geometry.co_group
-        for channels, first, count in split(geometry.ci_group, self.wide):
-            work = geometry.groups * count * self.wide * cog * self.patches
-            with emit.loop(geometry.groups * count, parallel=work >= emit.PARALLEL_WORK) as t:
-                self.panel_x = T.alloc_buffer((self.patches * self.wide,), ACC)
-                group, column = t // count, first // self.wide + t % count
-                self._pack_x(0, group, column, channels)
-                for rows, first_o, count_o in split(cog, self.tiles.co):
-                    with emit.loop(count_o) as k:
-                        self._write_weights(group, column, channels, first_o + k * rows, rows)
-                if self.stream:
-                    simd.fence()
-
-    def _write_weights(self, group: Any, column: Any, channels: int, start: Any, count: int) -> None:
-        """grad_W of ``count`` output channels from ``start`` on and ``channels`` input channels, at all taps."""
-        geometry = self.geometry
-        cig, cog, taps = geometry.ci_group, geometry.co_group, geometry.kernel[0] * geometry.kernel[1]
-        lines = T.alloc_buffer((count * self.wide + self.lanes,), ACC, scope="local")
-        # Tiles of grad_W begin at multiples of the tile's width in a row, if the channels are such a multiple.
-        size = self.wide * taps
-        aligned = size & -size if self.stream and cig % self.wide == 0 else None
-        for o, v, sums in self._weight_products(group, start, count).sums():
-            simd.store(lines, o * self.wide + v * self.wide_lanes, sums)
-        with emit.loop(count) as o:
-            base = T.bind(((group * cog + start + o) * cig + column * self.wide) * taps)
-            at = o * self.wide
-            emit.spread_windows(lines, at, channels, taps, self.lanes, self.tensors["grad_w"], base, aligned)
 
 
 def split(size: int, piece: int) -> list[tuple[int, int, int]]:
