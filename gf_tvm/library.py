@@ -7,7 +7,6 @@ GPUs are read by :mod:`gf_tvm.cuda_library`.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.metadata
 import io
@@ -19,7 +18,6 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from torch import Tensor
 from .devices import cpu_flags
 from .errors import BundleError, GeometryError
 from .geometry import Geometry
-from .runtime import start_runtime
+from .runtime import load_library, start_runtime
 from .workload import ALIGNMENT, Workload
 
 #: Of bundles for CPUs and for GPUs.
@@ -235,14 +233,11 @@ def _minor(version: str) -> str:
 
 def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[Kernel]:
     start_runtime()
-    import tvm_ffi
-
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
         file = Path(folder) / LIBRARY
         file.write_bytes(library)
         try:
-            module = tvm_ffi.load_module(str(file))
-            _use_openmp(file)
+            module = load_library(file)
         except (RuntimeError, OSError, ValueError) as error:
             raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
     # The folder may go: the code is mapped.
@@ -253,12 +248,6 @@ def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[K
         ]
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
-
-
-def _use_openmp(library: Path) -> None:
-    """Let a loaded library's loops run on PyTorch's threads, see openmp.c; on TVM's where PyTorch has no OpenMP."""
-    with suppress(AttributeError):  # of a library that was linked before there was openmp.c
-        ctypes.CDLL(str(library)).gf_tvm_use_openmp()
 
 
 def _use_torch_threads() -> None:

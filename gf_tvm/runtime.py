@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import BundleError
 
@@ -29,6 +31,23 @@ def start_runtime() -> None:
     from tvm_ffi.libinfo import load_lib_ctypes
 
     load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[_libraries()])
+
+
+def load_library(path: Path) -> Any:
+    """Load a library of kernels (a ``tvm_ffi.Module``) whose loops run on OpenMP's threads, see openmp.c.
+
+    On TVM's where the process has no OpenMP, and those of libraries that were linked before there was openmp.c.
+    The runtime must have been started.
+
+    Raises:
+        RuntimeError, OSError: it does not load.
+    """
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(str(path))
+    with suppress(AttributeError):
+        ctypes.CDLL(str(path)).gf_tvm_use_openmp()
+    return module
 
 
 def start_extras() -> None:

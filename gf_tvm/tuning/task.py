@@ -320,10 +320,8 @@ class ArgumentsTask(Task):
 
 
 def _load_main(path: Path) -> Callable[..., None]:
-    from ..runtime import start_runtime
+    from ..runtime import load_library, start_runtime
 
     start_runtime()
-    import tvm_ffi
-
-    kernel: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
+    kernel: Callable[..., None] = load_library(path)["main"]
     return kernel
