@@ -187,9 +187,9 @@ def _epoch_line(event: Event, row: EpochRow) -> str:
     if event.phase == "finetune":
         kept += f", {_mb(row.kept_bytes_convolutions)} by the convolutions"
     return (
-        f"{name} {row.epoch}/{event.epochs}: loss {row.train_loss:.3f}, {event.metric} train {_percent(row.train_accuracy)} "
-        f"test {_percent(row.test_accuracy)} %, a step: forward {row.forward_ms:.1f} backward {row.backward_ms:.1f} "
-        f"update {row.update_ms:.1f} ms, {kept}"
+        f"{name} {row.epoch}/{event.epochs}: loss {row.train_loss:.3f}, "
+        f"{event.metric} train {_percent(row.train_accuracy)} test {_percent(row.test_accuracy)} %, "
+        f"a step: forward {row.forward_ms:.1f} backward {row.backward_ms:.1f} update {row.update_ms:.1f} ms, {kept}"
     )
 
 

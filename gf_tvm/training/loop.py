@@ -94,9 +94,8 @@ class Fit:
                 return
             left = (self.epochs - epoch + 1) * self.steps - step
             seconds = (time.perf_counter() - started) / done * left if done else None
-            callback(
-                Event(self.phase, self.variant, epoch, self.epochs, step, self.steps, seconds, row, self.task.metric)
-            )
+            where = (self.phase, self.variant, epoch, self.epochs, step, self.steps)
+            callback(Event(*where, seconds, row, self.task.metric))
 
         for epoch in range(len(self.rows) + 1, self.epochs + 1):
             report(epoch, 0)

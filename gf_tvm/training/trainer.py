@@ -99,7 +99,8 @@ def load_data(config: TrainConfig) -> Dataset:
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise ModelError unless the model can be built, gives logits for such images and labels, and has the layers to fine-tune."""
+    """Raise ModelError unless the model can be built, gives logits for such images and labels, and has the layers to
+    fine-tune."""
     model = _build(config, dataset)
     x = dataset.pretrain_train.x[:2]
     model.eval()
