@@ -13,10 +13,10 @@ from .digits import read_digits
 SCENES, TEST_SHARE = 1200, 0.25
 
 #: Digits in a scene, at most, and how many places are tried for one before it is left out.
-DIGITS, PLACES = 4, 8
+DIGITS, PLACES = 3, 8
 
 #: Sides of a digit as shares of the scene's.
-SIDES = (0.3, 0.55)
+SIDES = (0.35, 0.6)
 
 #: A pixel belongs to a digit from this much ink on in the nearest of the digit's own 8x8 pixels and their neighbours:
 #: strokes with a rim and filled loops, which the coarse maps of a segmentation network can resolve.
