@@ -22,7 +22,9 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     either.add_argument(
         "--shapes", metavar="paper|FILE", help="the paper's seven cases, or a JSON file of the form of paper_cases.json"
     )
-    either.add_argument("--model", metavar="M", help="mobilenetv2, resnet18 or package.module:factory")
+    either.add_argument(
+        "--model", metavar="M", help="as in gf-tvm train: resnet18, fcn_resnet18, package.module:factory"
+    )
     source.add_argument("--input", metavar="NxCxHxW", help="with --model: a training batch's shape, as 8x3x32x32")
     source.add_argument("--last", type=int, metavar="K", help="with --model: its last K convolutions")
     source.add_argument(

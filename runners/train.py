@@ -38,9 +38,17 @@ def add_parser(subparsers: Any) -> None:
         "--model",
         required=True,
         metavar="M",
-        help="mobilenetv2, resnet18, one of these with a width in percent (resnet18_025), or package.module:factory",
+        help="mobilenetv2, resnet18, resnet34, mcunet; for segmentation fcn_, pspnet_, deeplabv3_ or upernet_ and one "
+        "of these (fcn_resnet18); each also with a width in percent (resnet18_025); or package.module:factory",
     )
-    option(parser, "--data", str, "DATA", "digits, a folder of class folders of images, or an .npz with x and y")
+    option(
+        parser,
+        "--data",
+        str,
+        "DATA",
+        "digits; scenes (for segmentation); a folder of class folders of images, of CIFAR's files, or of images and "
+        "masks as PASCAL VOC has them; or an .npz with x and y",
+    )
     parser.add_argument(
         "--patch",
         default="exact,2,4",
@@ -74,7 +82,13 @@ def add_parser(subparsers: Any) -> None:
     )
     option(protocol, "--seed", int, "N", "of the split, the weights and the order of the images")
     option(protocol, "--skew", float, "X", "share of a class's images in its main part, 0.5 (even) to 1")
-    option(protocol, "--test-fraction", float, "X", "share of the images that are only tested on")
+    option(
+        protocol,
+        "--test-fraction",
+        float,
+        "X",
+        "share of the images that are only tested on, unless the data has test images",
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -173,9 +187,9 @@ def _epoch_line(event: Event, row: EpochRow) -> str:
     if event.phase == "finetune":
         kept += f", {_mb(row.kept_bytes_convolutions)} by the convolutions"
     return (
-        f"{name} {row.epoch}/{event.epochs}: loss {row.train_loss:.3f}, accuracy train {_percent(row.train_accuracy)} "
-        f"test {_percent(row.test_accuracy)} %, a step: forward {row.forward_ms:.1f} backward {row.backward_ms:.1f} "
-        f"update {row.update_ms:.1f} ms, {kept}"
+        f"{name} {row.epoch}/{event.epochs}: loss {row.train_loss:.3f}, "
+        f"{event.metric} train {_percent(row.train_accuracy)} test {_percent(row.test_accuracy)} %, "
+        f"a step: forward {row.forward_ms:.1f} backward {row.backward_ms:.1f} update {row.update_ms:.1f} ms, {kept}"
     )
 
 
@@ -185,7 +199,7 @@ def _print_summary(results: list[TrainResult]) -> None:
     print(
         f"{config.model} on {config.data}: fine-tuned {len(first.trained_layers)} convolutions and the classifier "
         f"({first.trained_parameters} of {first.parameters} parameters) on {images['finetune_train']} images, "
-        f"tested on {images['finetune_test']}; batch {config.batch}, {first.threads} threads"
+        f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads"
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points to exact", "forward ms", "backward ms", "update ms"]

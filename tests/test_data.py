@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from gf_tvm.errors import ModelError
-from gf_tvm.training.data import Images, batches, load_dataset, load_images, split_parts
+from gf_tvm.training.data import IGNORED, Images, batches, load_dataset, load_images, split_labels, split_parts
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -382,3 +383,277 @@ def test_random_changes_need_a_generator() -> None:
     for changes in ({"flip": True}, {"shift": 1}):
         with pytest.raises(ValueError, match="generator"):
             next(batches(numbered(4), 2, **changes))  # type: ignore[arg-type]
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------------------------
+
+
+def python2(value: Any) -> bytes:
+    """The opcodes that Python 2 writes for ``value``, as in the published files: text is bytes."""
+    if isinstance(value, bytes):
+        return b"T" + len(value).to_bytes(4, "little") + value
+    if isinstance(value, int):
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    if isinstance(value, list):
+        return b"](" + b"".join(map(python2, value)) + b"e"
+    if isinstance(value, dict):
+        return b"}(" + b"".join(python2(key) + python2(item) for key, item in value.items()) + b"u"
+    name = python2(value.dtype.str[1:].encode())
+    dtype = b"cnumpy\ndtype\n" + name + python2(0) + python2(1) + b"\x87R(" + python2(3) + python2(b"|") + b"NNN"
+    dtype += python2(-1) + python2(-1) + python2(0) + b"tb"
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + python2(0) + b"\x85" + python2(b"b") + b"\x87R("
+    )
+    shape = b"(" + b"".join(map(python2, value.shape)) + b"t"
+    return array + python2(1) + shape + dtype + b"\x89" + python2(value.tobytes()) + b"tb"
+
+
+def write2(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x80\x02" + python2(value) + b".")
+
+
+def cifar(folder: Path, names: tuple[str, ...], meta: str, key: bytes, labels: bytes, per_file: int = 8) -> Any:
+    """Write a small CIFAR; returns all its pixels and labels."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (per_file * len(names), 3072)).astype(np.uint8)
+    y = [i % 4 for i in range(len(x))]
+    for i, name in enumerate(names):
+        part = slice(i * per_file, (i + 1) * per_file)
+        write2(
+            folder / name, {b"batch_label": b"training", labels: y[part], b"data": x[part], b"filenames": [b"a.png"]}
+        )
+    write2(folder / meta, {key: [b"cat", b"dog", b"eel", b"fox"], b"num_cases_per_batch": per_file})
+    return x, y
+
+
+CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def test_cifar10(tmp_path: Path) -> None:
+    x, y = cifar(tmp_path, CIFAR10, "batches.meta", b"label_names", b"labels")
+    images = load_images(str(tmp_path))
+    assert images.classes == ("cat", "dog", "eel", "fox")
+    assert images.y.tolist() == y
+    assert np.array_equal((images.x * 255).round().byte().numpy(), x.reshape(-1, 3, 32, 32))  # planes, row by row
+    assert images.test is not None
+    assert images.test.tolist() == [False] * 40 + [True] * 8
+    assert load_images(str(tmp_path), image_size=16).x.shape == (48, 3, 16, 16)
+    dataset = load_dataset(str(tmp_path), skew=0.75)
+    assert dataset.sizes["pretrain_test"] + dataset.sizes["finetune_test"] == 8
+
+
+def test_cifar100(tmp_path: Path) -> None:
+    _, y = cifar(tmp_path, ("train", "test"), "meta", b"fine_label_names", b"fine_labels")
+    images = load_images(str(tmp_path))
+    assert images.classes == ("cat", "dog", "eel", "fox")
+    assert images.y.tolist() == y
+    assert images.test is not None
+    assert images.test.tolist() == [False] * 8 + [True] * 8
+
+
+def test_bad_cifar(tmp_path: Path) -> None:
+    x, _ = cifar(tmp_path, CIFAR10, "batches.meta", b"label_names", b"labels")
+    path, whole = tmp_path / "data_batch_3", (tmp_path / "data_batch_3").read_bytes()
+    labels = [0] * 8
+    for content, message in (
+        ({b"data": x[:8]}, "must have 8 labels from 0 to 3"),
+        ({b"data": x[:8], b"labels": [0, 1]}, "must have 8 labels"),
+        ({b"data": x[:8], b"labels": [4] * 8}, "must have 8 labels from 0 to 3"),
+        ({b"data": x[:8].astype(np.int16), b"labels": labels}, "its data must be n x 3072 uint8"),
+        ({b"data": x[:8, :3000], b"labels": labels}, "its data must be n x 3072 uint8"),
+        ({b"data": [1, 2], b"labels": labels}, "its data must be n x 3072 uint8"),
+        ([1, 2], "it holds a list"),
+    ):
+        write2(path, content)
+        assert message in message_of(tmp_path)
+        assert str(path) in message_of(tmp_path)
+    for damaged in (b"", b"no pickle", whole[:-400], whole[:50]):
+        path.write_bytes(damaged)
+        assert f"{str(path)!r} is not a file of CIFAR" in message_of(tmp_path)
+    path.unlink()
+    assert "has no data_batch_3" in message_of(tmp_path)
+    path.write_bytes(whole)
+    write2(tmp_path / "batches.meta", {b"label_names": [1, 2]})
+    assert "class names are no text" in message_of(tmp_path)
+    write2(tmp_path / "batches.meta", {b"other": [b"a"]})
+    assert "it has no label_names" in message_of(tmp_path)
+
+
+class Touches:
+    """A pickle that makes a file while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_cifar_runs_no_code(tmp_path: Path) -> None:
+    cifar(tmp_path / "data", CIFAR10, "batches.meta", b"label_names", b"labels")
+    victim = tmp_path / "made"
+    content = pickle.dumps({b"data": Touches(victim)}, protocol=2)
+    (tmp_path / "data" / "test_batch").write_bytes(content)
+    assert "which the published files do not" in message_of(tmp_path / "data")
+    assert not victim.exists()
+    pickle.loads(content)
+    assert victim.exists()  # that is what it would have done
+
+
+# --- images and masks -------------------------------------------------------------------------------------------------
+
+
+def save_pair(folder: Path, name: str, mask: Any, color: Any = RED, mode: str = "P") -> None:
+    """An image of one colour and its mask, as PASCAL VOC stores them."""
+    mask = np.asarray(mask, np.uint8)
+    save(folder / "JPEGImages" / f"{name}.png", color, mask.shape[::-1])
+    (folder / "SegmentationClass").mkdir(exist_ok=True)
+    image = Image.fromarray(mask)
+    if mode == "P":
+        image.putpalette([(7 * i + 3) % 256 for i in range(768)])
+    image.save(folder / "SegmentationClass" / f"{name}.png")
+
+
+MASK = np.array([[0, 0, 1, 1], [0, 2, 1, 255], [2, 2, 2, 2], [0, 0, 0, 255]])
+
+
+def test_voc(tmp_path: Path) -> None:
+    save_pair(tmp_path, "b", MASK, GREEN)
+    save_pair(tmp_path, "a", MASK * 0, BLUE, mode="L")
+    images = load_images(str(tmp_path), image_size=4)
+    assert images.classes == ("background", "1", "2")
+    assert images.has_masks
+    assert images.test is None
+    assert images.y.dtype == torch.uint8
+    assert images.y.tolist() == [(MASK * 0).tolist(), MASK.tolist()]  # indices, not the palette's colours
+    assert images.x[1, :, 0, 0].tolist() == [0, 1, 0]
+    doubled = load_images(str(tmp_path), image_size=8).y[1]
+    assert doubled.equal(torch.from_numpy(MASK.astype(np.uint8)).repeat_interleave(2, 0).repeat_interleave(2, 1))
+    save_pair(tmp_path, "c", np.kron(np.eye(2), np.ones((4, 6))) * 2)  # 8 high, 12 wide: the centre square
+    expected = np.kron(np.eye(2), np.ones((4, 4))) * 2
+    assert load_images(str(tmp_path), image_size=8).y[2].tolist() == expected.tolist()
+
+
+def test_voc_lists_and_classes(tmp_path: Path) -> None:
+    for number in range(4):
+        save_pair(tmp_path, f"i{number}", MASK)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("i2\ni0\n")
+    (lists / "val.txt").write_text("i3\n")
+    (tmp_path / "classes.txt").write_text("nothing\nant\nbee\ncat\n")
+    images = load_images(str(tmp_path), image_size=4)
+    assert images.classes == ("nothing", "ant", "bee", "cat")
+    assert len(images) == 3
+    assert images.test is not None
+    assert images.test.tolist() == [False, False, True]
+
+
+def test_bad_voc(tmp_path: Path) -> None:
+    masks = tmp_path / "SegmentationClass"
+    (tmp_path / "JPEGImages").mkdir()
+    masks.mkdir()
+    assert "has no masks" in message_of(tmp_path)
+    save_pair(tmp_path, "a", MASK)
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    assert "has the class 2" in message_of(tmp_path, image_size=4)
+    (tmp_path / "classes.txt").unlink()
+    Image.new("L", (5, 4)).save(masks / "a.png")
+    assert "has 5x4 pixels, its image 4x4" in message_of(tmp_path)
+    Image.new("RGB", (4, 4)).save(masks / "a.png")
+    assert "must hold palette indices or grey values, not RGB" in message_of(tmp_path)
+    (masks / "a.png").write_text("no image")
+    assert f"cannot read the image {str(masks / 'a.png')!r}" in message_of(tmp_path)
+    (tmp_path / "JPEGImages" / "a.png").unlink()
+    assert "has no image JPEGImages/a.jpg" in message_of(tmp_path)
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("b\n")
+    save(tmp_path / "JPEGImages" / "b.png", RED)
+    assert f"there is no {str(masks / 'b.png')!r}" in message_of(tmp_path)
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def test_scenes() -> None:
+    pytest.importorskip("sklearn")
+    scenes = load_images("scenes", image_size=24)
+    assert scenes.classes == ("background", *"0123456789")
+    assert scenes.x.shape == (len(scenes), 3, 24, 24)
+    assert scenes.y.shape == (len(scenes), 24, 24)
+    assert 0 <= float(scenes.x.min()) < float(scenes.x.max()) <= 1
+    assert set(scenes.y.unique().tolist()) == set(range(11))
+    digits = [len(set(mask.unique().tolist()) - {0}) for mask in scenes.y]
+    assert min(digits) == 1
+    assert max(digits) > 1
+    ink = scenes.y > 0  # digits are brighter than what is around them
+    assert float(scenes.x.mean(1)[ink].mean()) > float(scenes.x.mean(1)[~ink].mean()) + 0.15
+    again, other = load_images("scenes", image_size=24), load_images("scenes", image_size=24, seed=1)
+    assert again.x.equal(scenes.x)
+    assert again.y.equal(scenes.y)
+    assert not other.y.equal(scenes.y)
+
+
+def test_scenes_for_testing_show_other_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources that say by their brightness who they are: none is in a training and in a test scene."""
+    from gf_tvm.training.data import scenes
+
+    drawn: dict[bool, set[int]] = {False: set(), True: set()}
+    count = [0]
+
+    def compose(x: Tensor, y: Tensor, digits: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        test = count[0] >= scenes.SCENES * (1 - scenes.TEST_SHARE)
+        drawn[test].update(int(value) for value in digits[:, 0, 0, 0])
+        count[0] += 1
+
+    sources = torch.arange(1797).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    monkeypatch.setattr(scenes, "read_digits", lambda _: (sources, torch.zeros(1797, dtype=torch.long)))
+    monkeypatch.setattr(scenes, "_compose", compose)
+    images = scenes.load_scenes(8)
+    assert images.test is not None
+    assert int(images.test.sum()) == 300
+    assert len(drawn[True]) > 200
+    assert len(drawn[False]) > 700
+    assert not drawn[True] & drawn[False]
+
+
+# --- the split of images with masks, and of those with test images ----------------------------------------------------
+
+
+def test_dominant_class() -> None:
+    y = torch.zeros(4, 4, 4, dtype=torch.uint8)
+    y[0, 0, :3], y[0, 1, :2] = 2, 1
+    y[1] = IGNORED
+    y[1, 0, 0] = 1
+    y[2, :3] = 255
+    y[3, :, :2], y[3, 0, 2] = 1, 2
+    assert split_labels(Images(torch.zeros(4, 3, 4, 4), y, ("background", "a", "b"))).tolist() == [2, 1, 0, 1]
+
+
+def test_split_keeps_test_images() -> None:
+    y = torch.arange(400) % 4
+    test = torch.arange(400) % 5 == 0
+    a, a_test, b, b_test = split_parts(y, 4, 0, 0.9, 0.25, test)
+    assert torch.cat([a, a_test, b, b_test]).sort().values.equal(torch.arange(400))
+    assert not bool(test[a].any() | test[b].any())
+    assert bool(test[a_test].all() & test[b_test].all())
+    for part, size in ((a, 80), (a_test, 20), (b, 80), (b_test, 20)):
+        counts = sorted(torch.bincount(y[part], minlength=4).tolist())
+        assert counts == [size // 10, size // 10, size * 9 // 10, size * 9 // 10]
+    # The main classes of a part are the same in training and in testing.
+    assert torch.bincount(y[a]).argsort()[2:].sort().values.equal(torch.bincount(y[a_test]).argsort()[2:].sort().values)
+
+
+def test_masks_move_with_their_images() -> None:
+    size = 6
+    x = torch.arange(40 * size * size).view(40, 1, size, size).float().expand(-1, 3, -1, -1) + 1
+    y = (x[:, 0].long() % 200).to(torch.uint8)
+    images = Images(x, y, tuple(map(str, range(200))))
+    changed = 0
+    for moved_x, moved_y in batches(images, 8, seeded(0), flip=True, shift=2):
+        assert moved_y.dtype == torch.uint8
+        shown = moved_x[:, 0]
+        assert moved_y.equal(torch.where(shown == 0, IGNORED, shown.long() % 200).to(torch.uint8))
+        changed += int((moved_y == IGNORED).sum())
+    assert changed

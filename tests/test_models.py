@@ -35,7 +35,11 @@ def convolution_outputs(model: nn.Module, image_size: int, batch: int = 1) -> li
 # The numbers of parameters are those of the papers' networks as everybody implements them (torchvision's, for one).
 @pytest.mark.parametrize(
     ("name", "parameters", "convolutions", "last"),
-    [("mobilenetv2", 3_504_872, 52, (1280, 7, 7)), ("resnet18", 11_689_512, 20, (512, 7, 7))],
+    [
+        ("mobilenetv2", 3_504_872, 52, (1280, 7, 7)),
+        ("resnet18", 11_689_512, 20, (512, 7, 7)),
+        ("resnet34", 21_797_672, 36, (512, 7, 7)),
+    ],
 )
 def test_networks_of_the_papers(name: str, parameters: int, convolutions: int, last: tuple[int, ...]) -> None:
     model = build_model(name, 1000, image_size=224)
@@ -46,7 +50,21 @@ def test_networks_of_the_papers(name: str, parameters: int, convolutions: int, l
     assert outputs[-1][1] == last
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_025", "resnet18_025"])
+def test_mcunet_has_the_published_size() -> None:
+    """0.64 M parameters and 12.8 M multiplications at 96 pixels, as the authors' model zoo says of mcunet-in1."""
+    model = build_model("mcunet", 1000, image_size=96)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 0.64
+    outputs = dict(convolution_outputs(model, 96))
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    pixels = {name: shape[1] * shape[2] for name, shape in outputs.items()}
+    multiplications = sum(pixels[name] * weight.numel() for name, weight in weights.items()) + 160 * 1000
+    assert round(multiplications / 1e6, 1) == 12.8
+    assert list(outputs.values())[-1] == (160, 3, 3)
+    kernels = [weight.shape[-1] for weight in weights.values() if weight.shape[1] == 1 and weight.shape[-1] > 1]
+    assert kernels == [3, 3, 3, 7, 3, 3, 7, 5, 3, 3, 7, 5, 5, 3]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_025", "resnet18_025", "resnet34_025", "mcunet_050"])
 def test_small_images_keep_maps_that_patches_fit(name: str) -> None:
     outputs = convolution_outputs(build_model(name, 10, image_size=32), 32)
     assert outputs[0][1][1:] == (32, 32)  # no stride in the stem, no pooling
@@ -61,11 +79,12 @@ def test_last_convolutions_of_a_resnet_are_3x3() -> None:
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(["mobilenetv2_010", "resnet18_010"]), st.integers(1, 160))
+@given(st.sampled_from(["mobilenetv2_010", "resnet18_010", "mcunet_010"]), st.integers(1, 160))
 def test_any_image_size(name: str, image_size: int) -> None:
     model = build_model(name, 3, image_size=image_size)
     outputs = convolution_outputs(model, image_size)
-    assert min(min(shape[1:]) for _, shape in outputs) >= min(LAST_MAP, image_size)
+    smallest = 3 if name == "mcunet_010" and image_size >= 96 else LAST_MAP
+    assert min(min(shape[1:]) for _, shape in outputs) >= min(smallest, image_size)
     with torch.no_grad():
         assert model(torch.zeros(2, 3, image_size, image_size)).shape == (2, 3)
 
@@ -99,7 +118,7 @@ def test_residuals() -> None:
 
 
 def test_in_channels_and_gradients() -> None:
-    for name in ("mobilenetv2_010", "resnet18_010"):
+    for name in ("mobilenetv2_010", "resnet18_010", "mcunet_010", "resnet34_010"):
         model = build_model(name, 5, in_channels=1, image_size=16)
         loss = model(torch.randn(4, 1, 16, 16)).logsumexp(1).sum()
         loss.backward()
@@ -123,7 +142,9 @@ def test_unknown_names_list_the_known(name: str) -> None:
         build_model(name, 10)
     message = str(error.value)
     assert repr(name) in message
-    assert all(known in message for known in ("mobilenetv2", "resnet18", "mobilenetv2_050", "package.module:factory"))
+    assert all(
+        known in message for known in ("mobilenetv2", "mcunet", "fcn", "mobilenetv2_050", "package.module:factory")
+    )
     assert "\n" not in message
 
 
@@ -243,6 +264,8 @@ def test_logits_of() -> None:
             logits_of(bad)
     with pytest.raises(ModelError, match=r"\(2, 5, 8, 8\)"):
         logits_of(torch.zeros(2, 5, 8, 8))
+    with pytest.raises(ModelError, match=r"\(images, classes, height, width\), got \(2, 5\)"):
+        logits_of(logits, dims=4)
 
 
 @pytest.mark.parametrize("factory", ["transformers_mobilenetv2", "transformers_resnet"])

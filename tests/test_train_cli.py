@@ -106,7 +106,7 @@ def test_every_setting_is_an_option() -> None:
         (["--model", "training_models:missing"], "training_models has no missing"),
         (["--last", "3"], "last must be between 1 and 2"),
         (["--last", "0"], "last must be an integer of at least 1, got 0"),
-        (["--data", "nowhere"], "no data at 'nowhere'; give digits, a folder of class folders of images, or an .npz"),
+        (["--data", "nowhere"], "no data at 'nowhere'; give digits, scenes, a folder of class folders of images"),
         (["--data", "EMPTY"], "has no class folders"),
         (["--batch", "1000"], "fewer than one batch of 1000"),
         (["--epochs", "0"], "epochs must be an integer of at least 1"),

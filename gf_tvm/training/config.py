@@ -32,7 +32,7 @@ class TrainConfig:
         data: as in :func:`gf_tvm.training.data.load_dataset`.
         patch: None (or ``"exact"``) for the exact backward pass, else the patch, an integer or (height, width).
         last: number of convolutions, counted from the network's end, that are fine-tuned (with the last linear
-            layer, the classifier); the rest stays frozen.
+            layer, the classifier of images or pixels); the rest stays frozen.
         image_size: pixels per side after resizing.
         batch: images per step; a last batch that is not full is left out of training.
         epochs, pretrain_epochs: passes over part B and part A; 0 pretraining epochs keep the model's own weights.

@@ -19,16 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import machine
-from ..models import logits_of
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import Images, batches
 from .measure import StepTimes, count_kept_bytes
 from .results import Callback, EpochRow, Event
+from .tasks import task_of
 
 
 class Fit:
@@ -56,6 +55,7 @@ class Fit:
         self.config, self.phase, self.model, self.layers = config, phase, model, layers
         self.variant = "exact" if phase == "pretrain" else config.variant
         self.train_images, self.test_images = train_images, test_images
+        self.task = task_of(train_images)
         self.epochs, self.lr = epochs, lr
         self.steps = len(train_images) // config.batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +94,8 @@ class Fit:
                 return
             left = (self.epochs - epoch + 1) * self.steps - step
             seconds = (time.perf_counter() - started) / done * left if done else None
-            callback(Event(self.phase, self.variant, epoch, self.epochs, step, self.steps, seconds, row))
+            where = (self.phase, self.variant, epoch, self.epochs, step, self.steps)
+            callback(Event(*where, seconds, row, self.task.metric))
 
         for epoch in range(len(self.rows) + 1, self.epochs + 1):
             report(epoch, 0)
@@ -135,7 +136,7 @@ class Fit:
         begin = time.perf_counter()
         self._training_mode()
         times, config = StepTimes(), self.config
-        losses, correct, rate = 0.0, 0, self.lr
+        losses, score, rate = 0.0, self.task.score(), self.lr
         kept_bytes = kept_in_layers = 0
         generator = torch.Generator().manual_seed(derived(config.seed, f"{self.phase} {epoch} images"))
         images = batches(self.train_images, config.batch, generator, config.flip, config.shift, drop_last=True)
@@ -165,13 +166,13 @@ class Fit:
                     f"rate than {self.lr} or clipping may help"
                 )
             losses += value
-            correct += int((logits.detach().argmax(dim=1) == y).sum())
+            score.add(logits.detach(), y)
             stepped(step + 1)
         accuracy = accuracy_of(self.model, self.test_images, config.batch)
         return EpochRow(
             epoch=epoch,
             train_loss=losses / self.steps,
-            train_accuracy=correct / (self.steps * config.batch),
+            train_accuracy=score.value(),
             test_accuracy=accuracy,
             lr=rate,
             steps=self.steps,
@@ -183,8 +184,8 @@ class Fit:
         )
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(self.model(x))
-        return logits, F.cross_entropy(logits, y)
+        logits = self.task.logits(self.model(x))
+        return logits, self.task.loss(logits, y)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -193,13 +194,14 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def accuracy_of(model: nn.Module, images: Images, batch: int) -> float:
-    """Share of ``images`` classified correctly, in evaluation mode."""
+    """The score of ``model`` on ``images`` by their task's metric, in evaluation mode."""
     model.eval()
-    correct = 0
+    task = task_of(images)
+    score = task.score()
     with torch.no_grad():
         for x, y in batches(images, batch):
-            correct += int((logits_of(model(x)).argmax(dim=1) == y).sum())
-    return correct / len(images)
+            score.add(task.logits(model(x)), y)
+    return score.value()
 
 
 def derived(seed: int, purpose: str) -> int:

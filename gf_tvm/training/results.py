@@ -21,7 +21,8 @@ class EpochRow:
     Attributes:
         epoch: counted from 1.
         train_loss, train_accuracy: means over the epoch's batches as they were trained.
-        test_accuracy: of the part's test images after the epoch.
+        test_accuracy: of the part's test images after the epoch. Both hold the metric of the run's task: the mean IoU
+            where that is segmentation.
         lr: learning rate of the last step.
         forward_seconds, backward_seconds, update_seconds: sums over the steps (loss counted as forward, clipping as
             update); forward_ms, backward_ms, update_ms: medians of one step.
@@ -51,7 +52,7 @@ class Event:
     """Progress: sent before the first step, after every step, and after every epoch with its ``row``.
 
     ``step`` counts finished steps of ``epoch`` (1 to ``epochs``), ``seconds_left`` estimates the time to the end of the
-    phase (``pretrain`` or ``finetune``), None before the first step.
+    phase (``pretrain`` or ``finetune``), None before the first step. ``metric`` is what the row's accuracies hold.
     """
 
     phase: str
@@ -62,6 +63,7 @@ class Event:
     steps: int
     seconds_left: float | None
     row: EpochRow | None = None
+    metric: str = "accuracy"
 
 
 Callback = Callable[[Event], None]
@@ -89,6 +91,8 @@ class TrainResult:
     """Outcome of one fine-tuning run; :meth:`to_dict` is what ``gf-tvm train --json`` writes per run.
 
     Attributes:
+        task: ``classification`` or ``segmentation``; metric: what all accuracies of the run and its rows hold,
+            ``accuracy`` or ``mIoU`` (mean intersection over union, see :class:`~.tasks.MeanIoU`).
         initial_test_accuracy: of part B's test images before fine-tuning; the rows have it after each epoch.
         trained_layers: names of the fine-tuned convolutions; head: name of the classifier, None if there is none.
         parameters, trained_parameters: numbers of scalars.
@@ -105,6 +109,8 @@ class TrainResult:
     threads: int
     versions: dict[str, str | None]
     dataset: dict[str, Any]
+    task: str
+    metric: str
     parameters: int
     trained_parameters: int
     trained_layers: tuple[str, ...]
@@ -122,7 +128,7 @@ class TrainResult:
 
     @property
     def test_accuracy(self) -> float:
-        """Accuracy on part B's test images after the last epoch."""
+        """The metric on part B's test images after the last epoch."""
         return self.rows[-1].test_accuracy
 
     @property

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import machine
 from ..errors import ModelError
-from ..models import build_model, logits_of
+from ..models import build_model
 from ..nn import filter_model, filter_report, select_layers
 from ..shapes import model_cases, workloads_of
 from . import checkpoint as files
@@ -29,6 +29,7 @@ from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset
 from .loop import Fit, accuracy_of, is_batch_norm, seeded
 from .results import Callback, Pretrained, TrainResult
+from .tasks import task_of
 
 if TYPE_CHECKING:
     from ..geometry import Pair
@@ -98,7 +99,8 @@ def load_data(config: TrainConfig) -> Dataset:
 
 
 def check(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise ModelError unless the model can be built, classifies such images, and has the layers to fine-tune."""
+    """Raise ModelError unless the model can be built, gives logits for such images and labels, and has the layers to
+    fine-tune."""
     model = _build(config, dataset)
     x = dataset.pretrain_train.x[:2]
     model.eval()
@@ -108,7 +110,7 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     except Exception as error:  # the model is the user's code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{config.model!r} does not run on images of shape {tuple(x.shape)}: {reason}") from error
-    logits = logits_of(output)
+    logits = task_of(dataset.pretrain_train).logits(output)
     if len(logits) != len(x) or logits.shape[1] < len(dataset.classes):
         raise ModelError(
             f"{config.model!r} gives logits of shape {tuple(logits.shape)} for {len(x)} images of "
@@ -233,6 +235,8 @@ def finetune(
             "images": dataset.sizes,
             "digest": dataset.digest,
         },
+        task=fit.task.name,
+        metric=fit.task.metric,
         parameters=sum(p.numel() for p in parameters),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         trained_layers=tuple(names),

@@ -1,0 +1,24 @@
+"""Data sets to train on, all in memory. Nothing is downloaded.
+
+The paper's protocol (CVPR 2023, section 4) pretrains on one part of a data set and fine-tunes on another with a
+different distribution, "non-i.i.d." in the sense of federated learning (McMahan et al. 2017); see :func:`split_parts`
+for how the parts are drawn here. ``load`` chooses the reader, which has a module of its own; ``base`` is what all give.
+"""
+
+from .base import CHANNELS, IGNORED, PARTS, Dataset, Images
+from .batching import batches
+from .load import load_dataset, load_images
+from .split import split_labels, split_parts
+
+__all__ = [
+    "CHANNELS",
+    "IGNORED",
+    "PARTS",
+    "Dataset",
+    "Images",
+    "batches",
+    "load_dataset",
+    "load_images",
+    "split_labels",
+    "split_parts",
+]
