@@ -19,18 +19,8 @@ CACHES = ("auto", "memory", "disk", "off")
 #: Fields that decide the pretrained weights. The others may differ between runs that start from the same weights.
 PRETRAIN_FIELDS = (
     *("model", "data", "image_size", "seed", "skew", "test_fraction", "batch", "pretrain_epochs", "pretrain_lr"),
-    *(
-        "momentum",
-        "weight_decay",
-        "schedule",
-        "warmup_epochs",
-        "step_epochs",
-        "step_factor",
-        "clip",
-        "flip",
-        "shift",
-        "amp",
-    ),
+    *("momentum", "weight_decay", "schedule", "warmup_epochs", "step_epochs", "step_factor"),
+    *("clip", "flip", "shift", "amp"),
 )
 
 

@@ -91,7 +91,7 @@ def build(
     train: Images,
     test: Images,
     *,
-    training_mode: Callable[[], None],
+    training_mode: Callable[[], object],
     precision: Callable[[], AbstractContextManager[Any]],
     digest: str,
     folder: Path | None,
@@ -112,11 +112,10 @@ def build(
         report.reason = "training images are flipped or shifted at random"
     if report.reason is not None:
         return None, report
-    evaluation = model.eval
     sets: list[_Set] = []
     try:
         with precision():
-            for name, images, enter in (("train", train, training_mode), ("test", test, lambda: evaluation())):
+            for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
                 parts = split(model, images.x[: min(config.batch, len(images))], enter)
                 enter()
                 sets.append(_Set(name, images, parts, _layout(parts, images), enter))
@@ -151,7 +150,7 @@ class _Set:
     images: Images
     parts: Split
     layouts: list[files.Layout | Any]
-    enter: Callable[[], None]
+    enter: Callable[[], object]
 
     @property
     def tensors(self) -> list[files.Layout]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from .config import TrainConfig, TrainingError
@@ -38,9 +39,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for sink in self._sinks:
             sink.close()
 
@@ -53,17 +52,18 @@ class JsonLines:
     """
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
-        """``resume`` keeps the lines that are there, except for a last one that a crash left incomplete.
+        """``resume`` keeps the lines that are there, except for a last one that a crash left incomplete; else the first
+        row replaces the file.
 
         Raises:
-            TrainingError: the file cannot be read or written, or has lines that are no metrics.
+            TrainingError: the file cannot be read, or has lines that are no metrics. Later: it cannot be written.
         """
-        self._path = Path(path)
+        self._path, self._mode = Path(path), "ab" if resume else "wb"
+        self._file: io.FileIO | None = None
         self._known: set[str] = set()
         try:
             if resume and self._path.exists():
                 self._known = self._keep()
-            self._file = open(self._path, "a" if resume else "w", encoding="utf-8")
         except OSError as error:
             raise self._cannot(error) from None
 
@@ -79,12 +79,17 @@ class JsonLines:
                 self._known.add(key)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, text: str) -> None:
         try:
-            self._file.write(text)
-            self._file.flush()
+            if self._file is None:
+                # Unbuffered: what could not be written is known at once, and not tried again at the end.
+                self._file = io.FileIO(self._path, self._mode)
+            data = text.encode()
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._path.is_file():
                 os.fsync(self._file.fileno())
         except OSError as error:

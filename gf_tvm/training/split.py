@@ -51,7 +51,7 @@ class _Tracer(fx.Tracer):
         return not trained or isinstance(m, FilteredConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def split(model: nn.Module, x: Tensor, enter: Callable[[], None]) -> Split:
+def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
     """Cut ``model`` where parameters that require a gradient come in first.
 
     Everything that depends on no such parameter belongs to the frozen part, parallel branches included. The two parts
@@ -122,7 +122,7 @@ def _rest(root: nn.Module, graph: fx.Graph, depends: set[fx.Node], crossing: lis
     return fx.GraphModule(root, part)
 
 
-def _try(whole: _Whole, parts: Split, x: Tensor, enter: Callable[[], None]) -> None:
+def _try(whole: _Whole, parts: Split, x: Tensor, enter: Callable[[], object]) -> None:
     """Run the model and its parts on ``x``. Raises CannotSplit where they differ."""
     buffers = {name: buffer.clone() for name, buffer in whole.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
