@@ -14,7 +14,7 @@ from training_models import patterns
 
 import gf_tvm
 from gf_tvm.models import build_model
-from gf_tvm.training import Event, TrainConfig, TrainingError, train, train_variants
+from gf_tvm.training import Event, Images, TrainConfig, TrainingError, train, train_variants
 from gf_tvm.training import feature_files as files
 from gf_tvm.training import frozen as frozen_module
 from gf_tvm.training.feature_files import Layout
@@ -124,6 +124,19 @@ class Flips(Frozen):
         return y if torch.rand([]) > 0.5 else 2 * y
 
 
+class Steps(Frozen):
+    """Counts its steps in the forward pass of a module that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x)
+
+
 class Overwrites(Frozen):
     """The frozen branch overwrites what the trained one has read before: the order matters."""
 
@@ -142,14 +155,47 @@ class Overwrites(Frozen):
         (Frozen(Counts()), "changes its buffers"),
         (Branches(), "cannot be traced"),
         (Flips(), "draws random numbers"),
+        (Steps(), "changes its buffers"),
         (Overwrites(), "other results"),
     ],
 )
 def test_what_cannot_be_cut(model: nn.Module, reason: str) -> None:
     before = {name: value.clone() for name, value in frozen(model).state_dict().items()}
+    x, generator = torch.randn(2, 3, 8, 8), torch.get_rng_state()
     with pytest.raises(CannotSplit, match=reason):
-        split(model, torch.randn(2, 3, 8, 8), model.train)
+        split(model, x, model.train)
+    assert torch.get_rng_state().equal(generator)
     assert states_equal(model.state_dict(), before)
+
+
+class Sized(Frozen):
+    """The image's size crosses the cut as a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.interpolate(self.second(self.first(x)[:, :, ::2, ::2]), size=x.shape[-2:])
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+class BatchSized(Frozen):
+    """The number of images crosses the cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(self.first(x)).mean((2, 3)).view(x.shape[0], -1))
+        return logits
+
+
+def test_what_is_not_a_value_per_image() -> None:
+    images = Images(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64), ("a",))
+    for model in (Sized(), BatchSized()):
+        parts = split(frozen(model), images.x, model.eval)
+        if isinstance(model, BatchSized):
+            with pytest.raises(CannotSplit, match="int that depends on the batch crosses the cut"):
+                frozen_module._layout(parts, images)
+            continue
+        layouts = frozen_module._layout(parts, images)
+        assert torch.Size([8, 8]) in layouts
+        assert Layout((5, 4, 4, 4), torch.float32) in layouts
 
 
 @pytest.mark.parametrize("after", [nn.Dropout(0.5), Noise(), Counts()])

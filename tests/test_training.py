@@ -670,10 +670,12 @@ def test_leftovers_of_killed_runs_are_removed(config: TrainConfig, tmp_path: Pat
     dead = tmp_path / f".finetune-x.pt.{2**22 + 1}.tmp"  # above the largest process id
     alive = tmp_path / f".finetune-x.pt.{os.getppid()}.tmp"
     foreign = tmp_path / ".other.tmp"
-    for file in (dead, alive, foreign):
+    features = dead.with_name(dead.name.replace("finetune-x.pt", "features-x.bin"))
+    for file in (dead, alive, foreign, features):
         file.write_text("")
     train(replace(config, epochs=1, pretrain_epochs=1), checkpoint=tmp_path)
     assert not dead.exists()
+    assert not features.exists()
     assert alive.exists()
     assert foreign.exists()
 

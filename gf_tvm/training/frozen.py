@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Features:
     def __call__(self, numbers: Tensor) -> Any:
         """Image numbers (batch) -> the model's output for these images."""
         self._report.hits += len(numbers)
-        return self._rest(*(v.tensor[numbers] if isinstance(v, PerImage) else v for v in self._values))
+        # Copies: a layer of the rest may work in place.
+        return self._rest(*(v.tensor[numbers] if isinstance(v, PerImage) else deepcopy(v) for v in self._values))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _layout(parts: Split, images: Images) -> list[files.Layout | Any]:
     if len(images) < 2:
         raise CannotSplit("there is only one image")
     with torch.no_grad():
-        two, one = parts.frozen(images.x[:2]), parts.frozen(images.x[:1])
+        two, one = parts.frozen(images.x[:2].clone()), parts.frozen(images.x[:1].clone())
     layouts: list[files.Layout | Any] = []
     for a, b in zip(two, one, strict=True):
         if isinstance(a, Tensor) and a.dim() and (len(a), len(b)) == (2, 1) and a.shape[1:] == b.shape[1:]:

@@ -68,9 +68,10 @@ class JsonLines:
             raise self._cannot(error) from None
 
     def rows(self, config: TrainConfig, phase: str, rows: Sequence[EpochRow]) -> None:
-        run = None if phase == "pretrain" else config.variant
-        head = {"schema": SCHEMA, "run": run, "phase": phase, "model": config.model, "data": config.data}
-        head |= {"last": None if phase == "pretrain" else config.last, "seed": config.seed}
+        head: dict[str, Any] = {"schema": SCHEMA, "run": config.variant, "phase": phase, "model": config.model}
+        head |= {"data": config.data, "last": config.last, "seed": config.seed}
+        if phase == "pretrain":
+            head |= {"run": None, "last": None}
         for row in rows:
             line = {**head, **asdict(row)}
             key = _key(line)

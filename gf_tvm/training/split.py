@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +68,8 @@ def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
             its buffers in the frozen part, or trains its first layer.
     """
     whole = _Whole(model)
-    enter()
-    before = _generators()
-    try:
-        graph = _Tracer().trace(whole)
-    except Exception as error:  # the model is the user's code, and tracing runs it on stand-ins
-        raise CannotSplit(f"the model cannot be traced: {_one_line(error)}") from None
-    if _generators() != before:
-        raise CannotSplit("the model's Python code draws random numbers")
+    with _put_back(whole) as buffers:
+        graph = _trace(whole, enter, buffers)
     depends = _depending(graph, whole)
     crossing = [
         node
@@ -84,8 +79,23 @@ def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
     if all(node.op == "placeholder" for node in crossing):
         raise CannotSplit("the first layer that is trained reads the images themselves")
     parts = Split(_frozen(whole, graph, depends, crossing), _rest(whole, graph, depends, crossing))
-    _try(whole, parts, x, enter)
+    with _put_back(whole) as buffers:
+        _try(whole, parts, x, enter, buffers)
     return parts
+
+
+def _trace(whole: _Whole, enter: Callable[[], object], buffers: dict[str, Tensor]) -> fx.Graph:
+    enter()
+    before = _generators()
+    try:
+        graph = _Tracer().trace(whole)
+    except Exception as error:  # the model is the user's code, and tracing runs it on stand-ins
+        raise CannotSplit(f"the model cannot be traced: {_one_line(error)}") from None
+    if _generators() != before:
+        raise CannotSplit("the model's Python code draws random numbers")
+    if _reset(whole, buffers):
+        raise CannotSplit("the model's Python code changes its buffers")
+    return graph
 
 
 def _depending(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
@@ -122,43 +132,51 @@ def _rest(root: nn.Module, graph: fx.Graph, depends: set[fx.Node], crossing: lis
     return fx.GraphModule(root, part)
 
 
-def _try(whole: _Whole, parts: Split, x: Tensor, enter: Callable[[], object]) -> None:
+def _try(whole: _Whole, parts: Split, x: Tensor, enter: Callable[[], object], buffers: dict[str, Tensor]) -> None:
     """Run the model and its parts on ``x``. Raises CannotSplit where they differ."""
-    buffers = {name: buffer.clone() for name, buffer in whole.named_buffers()}
-    python, numpy = random.getstate(), np.random.get_state()
+    results = []
+    runs: tuple[Callable[[Tensor], Any], ...] = (whole, lambda x: parts.rest(*parts.frozen(x)))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            states = []
-            for run in (whole, lambda x: parts.rest(*parts.frozen(x))):
+        with torch.no_grad():
+            for run in runs:
                 torch.manual_seed(0)
                 random.seed(0)
                 np.random.seed(0)
                 enter()
-                states.append((run(x.clone()), _changed(whole, buffers)))
-            enter()
+                results.append(run(x.clone()))
+                _reset(whole, buffers)
             before = _generators()
             parts.frozen(x.clone())
-            if _generators() != before:
-                raise CannotSplit("random numbers are drawn before the first layer that is trained")
-            if _changed(whole, buffers):
-                raise CannotSplit("a frozen layer changes its buffers in training")
-            if not _same(states[0][0], states[1][0]):
-                raise CannotSplit("its parts give other results than the model")
-    except CannotSplit:
-        raise
     except Exception as error:  # again the user's code
         raise CannotSplit(f"its parts do not run: {_one_line(error)}") from None
+    if _generators() != before:
+        raise CannotSplit("random numbers are drawn before the first layer that is trained")
+    if _reset(whole, buffers):
+        raise CannotSplit("a frozen layer changes its buffers in training")
+    if not _same(*results):
+        raise CannotSplit("its parts give other results than the model")
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield copies of the buffers; afterwards they and the global generators are as they were."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield buffers
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        _reset(module, buffers)
 
 
-def _changed(module: nn.Module, buffers: dict[str, Tensor]) -> bool:
-    """Whether a buffer differs from ``buffers``; they get those values again."""
+def _reset(module: nn.Module, buffers: dict[str, Tensor]) -> bool:
+    """Give the buffers these values again; returns whether one had another."""
     changed = False
     with torch.no_grad():
         for name, buffer in module.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
+            if name in buffers and not torch.equal(buffer, buffers[name]):
                 buffer.copy_(buffers[name])
                 changed = True
     return changed
