@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GeometryError
 from ..geometry import Pair
 from ..shapes import parse_patches
-from ..training.config import SCHEDULES, TrainConfig
+from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig
 from ._output import Progress, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
@@ -69,6 +69,22 @@ def add_parser(subparsers: Any) -> None:
     protocol.add_argument(
         "--schedule", default=default["schedule"], choices=SCHEDULES, help="of the learning rate (default: %(default)s)"
     )
+    option(protocol, "--warmup-epochs", float, "X", "epochs in which the learning rate rises, also a part of one")
+    option(protocol, "--step-epochs", int, "N", "schedule step: epochs between two falls of the learning rate")
+    option(protocol, "--step-factor", float, "X", "schedule step: what the learning rate is multiplied by")
+    protocol.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop when the test score has not risen for N epochs, and keep the best epoch's weights (default: never)",
+    )
+    option(protocol, "--min-delta", float, "X", "what counts as risen for --patience: by more than this share")
+    protocol.add_argument(
+        "--amp",
+        default=default["amp"],
+        choices=AMP,
+        help="mixed precision: forward passes under torch.autocast (default: %(default)s)",
+    )
     protocol.add_argument(
         "--clip", type=float, default=default["clip"], metavar="X",
         help="clip the norm of all gradients together; 0 for no clipping (default: %(default)s)",
@@ -98,6 +114,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue the runs in --checkpoint instead of starting over"
     )
+    parser.add_argument(
+        "--cache",
+        default=default["cache"],
+        choices=CACHES,
+        help="where to keep what the frozen layers compute, instead of computing it in every epoch: in memory, on disk "
+        "(in --checkpoint), or auto: memory if it fits, else disk (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metrics", type=Path, metavar="FILE.jsonl", help="write a line of JSON after every epoch; --resume appends"
+    )
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write scalars for TensorBoard (package tensorboard)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.set_defaults(run=run)
@@ -107,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     """Train as the parsed arguments say. Returns the exit code; raises GfTvmError for a user's mistake."""
     from ..library import load
     from ..machine import torch_threads
+    from ..training.metrics import JsonLines, Metrics, Sink, TensorBoard
     from ..training.results import SCHEMA
     from ..training.trainer import train_variants
 
@@ -114,10 +144,16 @@ def run(args: argparse.Namespace) -> int:
     values["clip"] = args.clip or None
     patches = _patches(args.patch)
     config = TrainConfig(**{**values, "patch": None})
-    if args.json is not None:
-        check_writable(args.json)
+    for file in (args.json, args.metrics):
+        if file is not None:
+            check_writable(file)
     library = None if args.library is None else load(args.library)
-    with _Lines() as lines, torch_threads(args.threads):
+    sinks: list[Sink] = []
+    if args.tensorboard is not None:
+        sinks.append(TensorBoard(args.tensorboard))
+    if args.metrics is not None:
+        sinks.append(JsonLines(args.metrics, args.resume))
+    with Metrics(sinks) as metrics, _Lines() as lines, torch_threads(args.threads):
         results = train_variants(
             config,
             patches,
@@ -125,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoint=args.checkpoint,
             resume=args.resume,
             callback=lines,
+            metrics=metrics,
         )
     _print_summary(results)
     if args.json is not None:
@@ -218,6 +255,25 @@ def _print_summary(results: list[TrainResult]) -> None:
             )
         )
     print(format_table(headers, rows, floats=".1f"))
+    print("\n".join(_cache_lines(results)))
+    for result in results:
+        if result.best_epoch is not None:
+            print(f"{result.config.variant}: weights of epoch {result.best_epoch}, trained {len(result.rows)}")
+
+
+def _cache_lines(results: list[TrainResult]) -> list[str]:
+    """What became of the frozen layers' results: a line for all runs of which the same is true."""
+    runs: dict[str, list[str]] = {}
+    for result in results:
+        cache = result.cache
+        if cache["kind"] == "off":
+            text = f"computed in every epoch: {cache['reason']}"
+        else:
+            text = f"kept {'in memory' if cache['kind'] == 'memory' else 'on disk'} ({_mb(cache['bytes'])} MB)"
+            text += ", found there" if cache["reused"] else ""
+        for line in (text, *cache["notes"]):
+            runs.setdefault(line, []).append(result.config.variant)
+    return [f"frozen layers' results ({', '.join(names)}): {text}" for text, names in runs.items()]
 
 
 def _percent(share: float) -> str:

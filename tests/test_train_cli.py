@@ -48,7 +48,11 @@ def test_train(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(" forward " in line and " backward " in line and " MB" in line and "test" in line for line in lines)
     table = shown.out.splitlines()
     assert "fine-tuned 1 convolutions and the classifier" in table[0]
-    assert [line.split()[0] for line in table[3:]] == ["exact", "R2", "R4x2"]
+    assert [line.split()[0] for line in table[3:6]] == ["exact", "R2", "R4x2"]
+    assert table[6:] == [
+        "frozen layers' results (exact, R2, R4x2): computed in every epoch: training images are flipped or shifted at "
+        "random"
+    ]
     result = json.loads(out.read_text())
     assert result["schema"] == "gf_tvm.train/1"
     assert [run["variant"] for run in result["runs"]] == ["exact", "R2", "R4x2"]
@@ -78,7 +82,8 @@ def test_every_setting_is_an_option() -> None:
         "model": "resnet18", "data": "x.npz", "last": 3, "image_size": 16, "batch": 7, "epochs": 4,
         "pretrain_epochs": 6, "lr": 0.3, "pretrain_lr": 0.4, "momentum": 0.5, "weight_decay": 0.6,
         "schedule": "constant", "clip": 0.7, "flip": True, "shift": 3, "seed": 8, "skew": 0.8, "test_fraction": 0.3,
-        "train_bn_affine": True,
+        "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 9, "step_factor": 0.25, "amp": "bfloat16",
+        "patience": 10, "min_delta": 0.01, "cache": "off",
     }  # fmt: skip
     assert set(values) | {"patch"} == set(TrainConfig("resnet18").to_dict())
     options = [
@@ -113,7 +118,18 @@ def test_every_setting_is_an_option() -> None:
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--clip", "-1"], "clip must be above 0"),
-        (["--schedule", "step"], "invalid choice: 'step'"),
+        (["--schedule", "exponential"], "invalid choice: 'exponential'"),
+        (["--warmup-epochs", "1"], "warmup_epochs must be below the epochs of each phase (1), got 1.0"),
+        (["--step-epochs", "0"], "step_epochs must be an integer of at least 1, got 0"),
+        (["--step-factor", "0"], "step_factor must be above 0"),
+        (["--patience", "0"], "patience must be an integer of at least 1, got 0"),
+        (["--min-delta", "-1"], "min_delta must be a finite number of at least 0, got -1.0"),
+        (["--amp", "float16"], "invalid choice: 'float16'"),
+        (["--cache", "gpu"], "invalid choice: 'gpu'"),
+        (["--cache", "disk"], "cache 'disk' keeps its files in the checkpoint folder"),
+        (["--metrics", "EMPTY/no/folder.jsonl"], "there is no folder"),
+        (["--metrics", "EMPTY"], "cannot write"),
+        (["--tensorboard", "FILE"], "cannot write for TensorBoard into"),
         (["--skew", "2"], "skew must lie between 0.5 and 1"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--resume"], "resuming needs the checkpoint folder"),

@@ -91,7 +91,9 @@ def stop_at(phase: str, epoch: int, step: int) -> Callable[[Event], None]:
         ("seed", -1), ("seed", 2**63), ("image_size", "32"), ("shift", -1), ("lr", 0), ("lr", -0.1),
         ("lr", float("nan")), ("lr", float("inf")), ("lr", "0.1"), ("pretrain_lr", 0.0), ("momentum", 1.0),
         ("momentum", -0.1), ("weight_decay", -1e-4), ("clip", 0), ("clip", -1.0), ("clip", float("nan")),
-        ("schedule", "linear"), ("patch", "R2"),
+        ("schedule", "exponential"), ("patch", "R2"), ("warmup_epochs", -1), ("warmup_epochs", 10), ("step_epochs", 0),
+        ("step_factor", 0), ("amp", "float16"), ("patience", 0), ("patience", 1.5), ("min_delta", -0.1),
+        ("min_delta", float("nan")), ("cache", "gpu"),
     ],
 )  # fmt: skip
 def test_config_names_what_is_wrong(field: str, value: Any) -> None:
@@ -116,12 +118,13 @@ def test_config_round_trip() -> None:
 
 def test_exactly_what_decides_pretraining_decides_its_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
     # Every field is changed once: two runs share pretrained weights exactly if none of these fields differs.
-    fine_tuning_only = {"patch", "last", "epochs", "lr", "train_bn_affine"}
+    fine_tuning_only = {"patch", "last", "epochs", "lr", "train_bn_affine", "patience", "min_delta", "cache"}
     changes: dict[str, Any] = {
         "model": "training_models:pointwise", "data": patterns(tmp_path / "other.npz"), "patch": 4, "last": 2,
         "image_size": 10, "batch": 4, "epochs": 1, "pretrain_epochs": 1, "lr": 0.01, "pretrain_lr": 0.01,
         "momentum": 0.5, "weight_decay": 0.0, "schedule": "constant", "clip": None, "flip": True, "shift": 1,
-        "seed": 1, "skew": 0.6, "test_fraction": 0.5, "train_bn_affine": True,
+        "seed": 1, "skew": 0.6, "test_fraction": 0.5, "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 2,
+        "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off",
     }  # fmt: skip
     assert set(changes) == set(config.to_dict())
     changed = {
@@ -617,6 +620,7 @@ def test_damaged_checkpoints(config: TrainConfig, tmp_path: Path, kind: str, dam
         {"format": files.FORMAT, "identity": 3},
         {"format": files.FORMAT, "identity": "same", "rows": [{}], "optimizer": {}, "model": {}},
         {"format": files.FORMAT, "identity": "same", "rows": [], "optimizer": {}, "model": {}},
+        {"format": files.FORMAT, "identity": "same", "rows": [], "optimizer": {}, "model": {}, "best": None},
     ],
 )
 def test_files_that_are_no_checkpoint(config: TrainConfig, tmp_path: Path, content: Any) -> None:
@@ -666,10 +670,12 @@ def test_leftovers_of_killed_runs_are_removed(config: TrainConfig, tmp_path: Pat
     dead = tmp_path / f".finetune-x.pt.{2**22 + 1}.tmp"  # above the largest process id
     alive = tmp_path / f".finetune-x.pt.{os.getppid()}.tmp"
     foreign = tmp_path / ".other.tmp"
-    for file in (dead, alive, foreign):
+    features = dead.with_name(dead.name.replace("finetune-x.pt", "features-x.bin"))
+    for file in (dead, alive, foreign, features):
         file.write_text("")
     train(replace(config, epochs=1, pretrain_epochs=1), checkpoint=tmp_path)
     assert not dead.exists()
+    assert not features.exists()
     assert alive.exists()
     assert foreign.exists()
 

@@ -26,8 +26,8 @@ def prepare_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob(".*.pt.*.tmp"):
-            match = re.search(r"\.(\d+)\.tmp$", file.name)
+        for file in folder.glob(".*.tmp"):
+            match = re.search(r"\.(?:pt|bin|json)\.(\d+)\.tmp$", file.name)
             if match and not _running(int(match[1])):
                 file.unlink(missing_ok=True)
         probe = folder / f".probe.{os.getpid()}.tmp"

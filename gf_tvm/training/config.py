@@ -9,13 +9,18 @@ from typing import Any
 from ..errors import GfTvmError
 from ..geometry import Pair, as_pair
 from ..shapes import format_patch
+from .schedule import SCHEDULES as SCHEDULES
 
-SCHEDULES = ("cosine", "constant")
+#: Dtypes of mixed precision; float16 needs a CUDA device for its gradients' scaling, and training runs on the CPU.
+AMP = ("off", "bfloat16")
+
+CACHES = ("auto", "memory", "disk", "off")
 
 #: Fields that decide the pretrained weights. The others may differ between runs that start from the same weights.
 PRETRAIN_FIELDS = (
     *("model", "data", "image_size", "seed", "skew", "test_fraction", "batch", "pretrain_epochs", "pretrain_lr"),
-    *("momentum", "weight_decay", "schedule", "clip", "flip", "shift"),
+    *("momentum", "weight_decay", "schedule", "warmup_epochs", "step_epochs", "step_factor"),
+    *("clip", "flip", "shift", "amp"),
 )
 
 
@@ -38,13 +43,22 @@ class TrainConfig:
         epochs, pretrain_epochs: passes over part B and part A; 0 pretraining epochs keep the model's own weights.
         lr, pretrain_lr: learning rates (peak, where the schedule lowers them).
         momentum, weight_decay: of SGD.
-        schedule: ``cosine`` (from the learning rate to 0 over all steps) or ``constant``.
+        schedule: ``cosine`` or ``linear`` (from the learning rate to 0 over all steps), ``step`` or ``constant``; see
+            :func:`gf_tvm.training.schedule.learning_rate`.
+        warmup_epochs: epochs, also a fraction of one, in which the learning rate rises from almost 0 (both phases).
+        step_epochs, step_factor: of ``step``: the learning rate is multiplied by that factor after so many epochs.
         clip: largest norm of all gradients together, None for no clipping. The paper clips at 2.
         flip: mirror training images at random.
         shift: move training images at random by up to that many pixels along both axes.
         seed: of the split, the weights, the order of the images, flips and shifts.
         skew, test_fraction: see :func:`gf_tvm.training.data.split_parts`.
         train_bn_affine: fine-tune scale and shift of all batch norms, too (their statistics stay frozen).
+        amp: mixed precision: ``bfloat16`` runs forward passes, tests included, under ``torch.autocast``; ``off``.
+        patience: fine-tuning stops when for that many epochs the test score has not been higher than the best by more
+            than ``min_delta`` (a share, 0.01 is a point of accuracy); the weights are then those of the best epoch.
+            None trains all epochs and keeps the last weights.
+        cache: where the frozen layers' results are kept while fine-tuning: ``memory``, ``disk`` (in the checkpoint
+            folder), ``auto`` (memory if they fit, else disk if there is a folder) or ``off``.
 
     Raises:
         TrainingError: a value is out of range. GeometryError: a patch that is none.
@@ -70,6 +84,13 @@ class TrainConfig:
     skew: float = 0.9
     test_fraction: float = 0.25
     train_bn_affine: bool = False
+    warmup_epochs: float = 0.0
+    step_epochs: int = 5
+    step_factor: float = 0.1
+    amp: str = "off"
+    patience: int | None = None
+    min_delta: float = 0.0
+    cache: str = "auto"
 
     def __post_init__(self) -> None:
         patch = None if self.patch in (None, "exact") else self.patch
@@ -77,18 +98,20 @@ class TrainConfig:
             raise TrainingError(f"patch must be 'exact', an integer or a pair of integers, got {patch!r}")
         object.__setattr__(self, "patch", None if patch is None else as_pair(patch, "patch", 1))
         minima = {"last": 1, "image_size": 1, "batch": 1, "epochs": 1, "pretrain_epochs": 0, "shift": 0, "seed": 0}
+        minima |= {"step_epochs": 1, **({} if self.patience is None else {"patience": 1})}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise TrainingError(f"{name} must be an integer of at least {minimum}, got {value!r}")
         if self.seed >= 2**63:
             raise TrainingError(f"seed must be below 2**63, got {self.seed}")
-        for name in ("lr", "pretrain_lr", "momentum", "weight_decay", "skew", "test_fraction"):
+        numbers = ("lr", "pretrain_lr", "momentum", "weight_decay", "skew", "test_fraction")
+        for name in (*numbers, "warmup_epochs", "step_factor", "min_delta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise TrainingError(f"{name} must be a finite number of at least 0, got {value!r}")
             object.__setattr__(self, name, float(value))
-        for name in ("lr", "pretrain_lr"):
+        for name in ("lr", "pretrain_lr", "step_factor"):
             if getattr(self, name) == 0:
                 raise TrainingError(f"{name} must be above 0")
         if self.momentum >= 1:
@@ -99,6 +122,16 @@ class TrainConfig:
             object.__setattr__(self, "clip", float(self.clip))
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+        shortest = min(self.epochs, self.pretrain_epochs or self.epochs)
+        if self.warmup_epochs >= shortest:
+            raise TrainingError(
+                f"warmup_epochs must be below the epochs of each phase ({shortest}), got {self.warmup_epochs}"
+            )
+        if self.amp not in AMP:
+            why = " (float16 needs a CUDA device, training runs on the CPU)" if self.amp == "float16" else ""
+            raise TrainingError(f"unknown amp {self.amp!r}; known: {', '.join(AMP)}{why}")
+        if self.cache not in CACHES:
+            raise TrainingError(f"unknown cache {self.cache!r}; known: {', '.join(CACHES)}")
 
     @property
     def variant(self) -> str:

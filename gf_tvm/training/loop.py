@@ -12,10 +12,10 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,13 @@ from .config import TrainConfig, TrainingError
 from .data import Images, batches
 from .measure import StepTimes, count_kept_bytes
 from .results import Callback, EpochRow, Event
+from .schedule import learning_rate
+from .stopping import best_epoch, stops
 from .tasks import task_of
+
+if TYPE_CHECKING:
+    from .frozen import FrozenCache
+    from .metrics import Metrics
 
 
 class Fit:
@@ -44,6 +50,8 @@ class Fit:
         test_images: Images,
         epochs: int,
         lr: float,
+        cache: FrozenCache | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Train every parameter of ``model`` that requires a gradient.
 
@@ -51,6 +59,8 @@ class Fit:
             phase: ``pretrain``, or ``finetune``: batch norms in evaluation mode.
             layers: what these modules keep for the backward pass is counted.
             epochs, lr: of this phase; the other settings are taken from ``config``.
+            cache: what the frozen layers compute, in place of the images.
+            metrics: gets the rows.
         """
         self.config, self.phase, self.model, self.layers = config, phase, model, layers
         self.variant = "exact" if phase == "pretrain" else config.variant
@@ -62,12 +72,29 @@ class Fit:
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
+        # The cache takes image numbers for images, so batches are drawn in the same order with and without it.
+        self.train_network: Callable[[Tensor], Any] = model
+        self.test_network: Callable[[Tensor], Any] = model
+        if cache is not None:
+            self.train_network, self.train_images = cache.train, cache.train.numbers
+            self.test_network, self.test_images = cache.test, cache.test.numbers
+        self.metrics = metrics
+        self.patience = config.patience if phase == "finetune" else None
+        self.best: dict[str, Tensor] | None = None  # weights of the best epoch so far, where training can stop early
         self.rows: list[EpochRow] = []
 
     @property
     def finished(self) -> bool:
-        """Whether no epoch is left."""
-        return len(self.rows) >= self.epochs
+        """Whether no epoch is left, or the test score has not risen for long enough."""
+        return len(self.rows) >= self.epochs or stops(self._scores(), self.patience, self.config.min_delta)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch whose weights are kept, where training can stop early; else None."""
+        return None if self.patience is None else best_epoch(self._scores(), self.config.min_delta)
+
+    def _scores(self) -> list[float]:
+        return [row.test_accuracy for row in self.rows]
 
     def restore(self, path: Path, identity: dict[str, Any]) -> None:
         """Continue the checkpoint at ``path``, if there is one. Raises TrainingError."""
@@ -79,6 +106,9 @@ class Fit:
             self.rows = [EpochRow(**row) for row in content["rows"]]
             self.optimizer.load_state_dict(content["optimizer"])
             self.model.load_state_dict(content["model"])
+            self.best = content["best"]
+            if (self.best is None) != (self.patience is None or not self.rows):
+                raise ValueError("it lacks the best epoch's weights")
         except TrainingError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -97,7 +127,9 @@ class Fit:
             where = (self.phase, self.variant, epoch, self.epochs, step, self.steps)
             callback(Event(*where, seconds, row, self.task.metric))
 
-        for epoch in range(len(self.rows) + 1, self.epochs + 1):
+        self._record()
+        while not self.finished:
+            epoch = len(self.rows) + 1
             report(epoch, 0)
 
             def stepped(step: int, epoch: int = epoch) -> None:
@@ -108,33 +140,59 @@ class Fit:
             with seeded(self.config.seed, f"{self.phase} {epoch}"):
                 row = self._epoch(epoch, stepped)
             self.rows.append(row)
+            self._keep_best()
             if path is not None:
                 content = {
                     "identity": identity,
                     "rows": [asdict(row) for row in self.rows],
                     "optimizer": self.optimizer.state_dict(),
                     "model": self.model.state_dict(),
+                    "best": self.best,
                     "versions": machine.versions(),
                 }
                 files.save(path, content)
+            self._record()
             report(epoch, self.steps, row)
 
     def _rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0 over all epochs."""
-        if self.config.schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * step / (self.epochs * self.steps)))
+        config = self.config
+        return learning_rate(
+            config.schedule,
+            self.lr,
+            step,
+            self.epochs * self.steps,
+            round(config.warmup_epochs * self.steps),
+            config.step_epochs * self.steps,
+            config.step_factor,
+        )
 
-    def _training_mode(self) -> None:
-        self.model.train()
-        if self.phase == "finetune":
-            for module in self.model.modules():
-                if is_batch_norm(module):
-                    module.eval()
+    def _record(self) -> None:
+        if self.metrics is not None:
+            self.metrics.rows(self.config, self.phase, self.rows)
+
+    def _keep_best(self) -> None:
+        """After an epoch: keep its weights if it is the best; after the last one go back to the best one's."""
+        if self.patience is None:
+            return
+        if self.best_epoch == len(self.rows):
+            frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            self.best = {
+                name: value.detach().clone()
+                for name, value in self.model.state_dict().items()
+                if name not in frozen and isinstance(value, Tensor)
+            }
+        if self.finished and self.best is not None:
+            self.model.load_state_dict(self.best, strict=False)
+
+    def test_score(self) -> float:
+        """The score on the test images."""
+        with precision(self.config):
+            return accuracy_of(self.model, self.test_images, self.config.batch, self.test_network)
 
     def _epoch(self, epoch: int, stepped: Callable[[int], None]) -> EpochRow:
         begin = time.perf_counter()
-        self._training_mode()
+        training_mode(self.model, self.phase)
         times, config = StepTimes(), self.config
         losses, score, rate = 0.0, self.task.score(), self.lr
         kept_bytes = kept_in_layers = 0
@@ -168,7 +226,7 @@ class Fit:
             losses += value
             score.add(logits.detach(), y)
             stepped(step + 1)
-        accuracy = accuracy_of(self.model, self.test_images, config.batch)
+        accuracy = self.test_score()
         return EpochRow(
             epoch=epoch,
             train_loss=losses / self.steps,
@@ -184,8 +242,23 @@ class Fit:
         )
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.task.logits(self.model(x))
-        return logits, self.task.loss(logits, y)
+        with precision(self.config):
+            logits = self.task.logits(self.train_network(x))
+            return logits, self.task.loss(logits, y)
+
+
+def precision(config: TrainConfig) -> AbstractContextManager[Any]:
+    """The context in which a configuration's forward passes run."""
+    return nullcontext() if config.amp == "off" else torch.autocast("cpu", dtype=getattr(torch, config.amp))
+
+
+def training_mode(model: nn.Module, phase: str) -> None:
+    """Put ``model`` into the mode of a training step: batch norms use their statistics while fine-tuning."""
+    model.train()
+    if phase == "finetune":
+        for module in model.modules():
+            if is_batch_norm(module):
+                module.eval()
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -193,14 +266,18 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def accuracy_of(model: nn.Module, images: Images, batch: int) -> float:
-    """The score of ``model`` on ``images`` by their task's metric, in evaluation mode."""
+def accuracy_of(model: nn.Module, images: Images, batch: int, network: Callable[[Tensor], Any] | None = None) -> float:
+    """The score of ``model`` on ``images`` by their task's metric, in evaluation mode.
+
+    ``network`` is called in place of ``model``.
+    """
     model.eval()
+    network = network or model
     task = task_of(images)
     score = task.score()
     with torch.no_grad():
         for x, y in batches(images, batch):
-            score.add(task.logits(model(x)), y)
+            score.add(task.logits(network(x)), y)
     return score.value()
 
 

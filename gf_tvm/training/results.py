@@ -102,6 +102,8 @@ class TrainResult:
         missing_workloads: keys of the workloads that the library lacks.
         resumed: number of epochs taken from a checkpoint.
         model: the fine-tuned network; not part of :meth:`to_dict`.
+        cache: what became of the frozen layers' results, see :class:`gf_tvm.training.frozen.CacheReport`.
+        best_epoch: whose weights the network has, where early stopping was on; None: those of the last one.
     """
 
     config: TrainConfig
@@ -125,11 +127,13 @@ class TrainResult:
     rows: tuple[EpochRow, ...]
     resumed: int
     model: nn.Module = field(repr=False, compare=False)
+    cache: dict[str, Any] = field(default_factory=dict)
+    best_epoch: int | None = None
 
     @property
     def test_accuracy(self) -> float:
-        """The metric on part B's test images after the last epoch."""
-        return self.rows[-1].test_accuracy
+        """The metric on part B's test images of the network as it is: after the last epoch, or the best one."""
+        return self.rows[(self.best_epoch or len(self.rows)) - 1].test_accuracy
 
     @property
     def step_ms(self) -> dict[str, float]:

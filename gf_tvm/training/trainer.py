@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ from ..shapes import model_cases, workloads_of
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset
-from .loop import Fit, accuracy_of, is_batch_norm, seeded
+from .frozen import build as build_cache
+from .loop import Fit, is_batch_norm, precision, seeded, training_mode
+from .metrics import Metrics
 from .results import Callback, Pretrained, TrainResult
 from .tasks import task_of
 
@@ -43,10 +46,17 @@ def train(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    metrics: Metrics | None = None,
 ) -> TrainResult:
     """Load the data, pretrain and fine-tune; arguments and errors as for :func:`pretrain` and :func:`finetune`."""
     return train_variants(
-        config, [config.patch], library=library, checkpoint=checkpoint, resume=resume, callback=callback
+        config,
+        [config.patch],
+        library=library,
+        checkpoint=checkpoint,
+        resume=resume,
+        callback=callback,
+        metrics=metrics,
     )[0]
 
 
@@ -58,6 +68,7 @@ def train_variants(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    metrics: Metrics | None = None,
 ) -> list[TrainResult]:
     """Pretrain once and fine-tune once per patch, each time from the same pretrained weights.
 
@@ -71,16 +82,24 @@ def train_variants(
     configs = [replace(config, patch=patch) for patch in patches]
     if not configs:
         raise TrainingError("nothing to train: give at least one patch, or 'exact'")
-    if resume and checkpoint is None:
-        raise TrainingError("resuming needs the checkpoint folder of the run")
+    _check_folder(config, checkpoint, resume)
     dataset = load_data(config)
     for run in configs:
         check(run, dataset)
         if resume and checkpoint is not None:
             _check_resumable(run, dataset, Path(checkpoint))
-    pretrained = pretrain(config, dataset, checkpoint=checkpoint, callback=callback)
+    pretrained = pretrain(config, dataset, checkpoint=checkpoint, callback=callback, metrics=metrics)
     return [
-        finetune(run, dataset, pretrained, library=library, checkpoint=checkpoint, resume=resume, callback=callback)
+        finetune(
+            run,
+            dataset,
+            pretrained,
+            library=library,
+            checkpoint=checkpoint,
+            resume=resume,
+            callback=callback,
+            metrics=metrics,
+        )
         for run in configs
     ]
 
@@ -128,12 +147,14 @@ def pretrain(
     *,
     checkpoint: str | Path | None = None,
     callback: Callback | None = None,
+    metrics: Metrics | None = None,
 ) -> Pretrained:
     """Train the whole network on part A with the exact backward pass.
 
     Args:
         checkpoint: a folder. A checkpoint there with the same configuration, data and initial weights (they name the
             file) is continued or, if it is complete, used as it is.
+        metrics: gets a row after every epoch; what a checkpoint has, too.
 
     Raises:
         ModelError: a model that cannot be built.
@@ -157,6 +178,7 @@ def pretrain(
         test_images=dataset.pretrain_test,
         epochs=config.pretrain_epochs,
         lr=config.pretrain_lr,
+        metrics=metrics,
     )
     if path is not None:
         fit.restore(path, identity)
@@ -175,6 +197,7 @@ def finetune(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    metrics: Metrics | None = None,
 ) -> TrainResult:
     """Fine-tune the last convolutions and the classifier on part B, from pretrained weights.
 
@@ -189,8 +212,7 @@ def finetune(
         TrainingError: ``resume`` without ``checkpoint``; a checkpoint that cannot be read or written or is of another
             run; a loss that is not finite.
     """
-    if resume and checkpoint is None:
-        raise TrainingError("resuming needs the checkpoint folder of the run")
+    _check_folder(config, checkpoint, resume)
     model = _build(config, dataset)
     try:
         model.load_state_dict(pretrained.state)
@@ -202,6 +224,18 @@ def finetune(
     if config.patch is not None:
         filter_model(model, patch=_patch(config), last=config.last, library=library)
         kernels, missing = _kernels(model, names, config, library)
+    if checkpoint is not None:
+        files.prepare_folder(Path(checkpoint))
+    cache, cache_report = build_cache(
+        config,
+        model,
+        dataset.finetune_train,
+        dataset.finetune_test,
+        training_mode=partial(training_mode, model, "finetune"),
+        precision=partial(precision, config),
+        digest=dataset.digest,
+        folder=None if checkpoint is None else Path(checkpoint),
+    )
     modules = dict(model.named_modules())
     fit = Fit(
         config=config,
@@ -212,12 +246,13 @@ def finetune(
         test_images=dataset.finetune_test,
         epochs=config.epochs,
         lr=config.lr,
+        cache=cache,
+        metrics=metrics,
     )
-    initial_accuracy = accuracy_of(model, dataset.finetune_test, config.batch)
+    initial_accuracy = fit.test_score()
     path = None
     identity = {**_identity(config, dataset), "pretrained": pretrained.digest}
     if checkpoint is not None:
-        files.prepare_folder(Path(checkpoint))
         path = _path(config, Path(checkpoint))
         if resume:
             fit.restore(path, identity)
@@ -251,6 +286,8 @@ def finetune(
         rows=tuple(fit.rows),
         resumed=resumed,
         model=model,
+        cache=cache_report.to_dict(),
+        best_epoch=fit.best_epoch,
     )
 
 
@@ -274,9 +311,18 @@ def _path(config: TrainConfig, folder: Path) -> Path:
 def _identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued.
 
-    Neither the number of threads nor the library: a run may go on with others, then equal to rounding errors.
+    Neither the number of threads nor the library nor the cache: a run may go on with others, then equal to rounding
+    errors.
     """
-    return {**config.to_dict(), "dataset": dataset.digest}
+    return {**{name: value for name, value in config.to_dict().items() if name != "cache"}, "dataset": dataset.digest}
+
+
+def _check_folder(config: TrainConfig, checkpoint: str | Path | None, resume: bool) -> None:
+    """Raise TrainingError for what needs the checkpoint folder where there is none."""
+    if resume and checkpoint is None:
+        raise TrainingError("resuming needs the checkpoint folder of the run")
+    if config.cache == "disk" and checkpoint is None:
+        raise TrainingError("cache 'disk' keeps its files in the checkpoint folder: name one, or use 'memory'")
 
 
 def _check_resumable(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
@@ -319,6 +365,7 @@ def _kernels(
         shape = (config.batch, CHANNELS, config.image_size, config.image_size)
         for case in model_cases(model, shape, layers=filtered, patches=[_patch(config)]):
             # `backward` serves where its specialised form is not in the library, so that one may lack.
+            case = case if config.amp == "off" else replace(case, dtype=config.amp)
             wanted = [w for w in workloads_of([case]) if w.kernel in ("filter_input", "backward")]
             lacking = [w.key for w in wanted if library.find(w.kernel, w.geometry, w.dtype) is None]
             missing += lacking

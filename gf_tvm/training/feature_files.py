@@ -1,0 +1,136 @@
+"""Files of a disk cache: plain numbers, memory-mapped when read, beside a JSON file that says what they are.
+
+``X.bin`` has the tensors one after the other, each at a multiple of 64 bytes; ``X.json`` has what they belong to,
+their shapes and dtypes, and the sha256 of ``X.bin``. It is written last, so it only speaks of a complete file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT = "gf_tvm.features/1"
+ALIGNMENT = 64
+
+
+class Refused(Exception):
+    """Why a file is not used."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write(
+    path: Path, identity: dict[str, Any], layouts: list[Layout], parts: Iterable[tuple[int, list[Tensor]]]
+) -> None:
+    """Write the tensors, given in parts: (first row, the rows of each tensor). Both files appear whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    offsets, size = _offsets(layouts)
+    try:
+        # Written as a file, not through memory: a full disk is then an error and not a signal.
+        with open(staged, "w+b") as file:
+            file.truncate(size)
+            for first, tensors in parts:
+                for layout, offset, tensor in zip(layouts, offsets, tensors, strict=True):
+                    row = prod(layout.shape[1:]) * layout.dtype.itemsize
+                    file.seek(offset + first * row)
+                    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+            head = {"format": FORMAT, "identity": identity, "tensors": _described(layouts), "sha256": _sha256(file)}
+        _replace_json(path.with_suffix(".json"), None)
+        os.replace(staged, path)
+        _replace_json(path.with_suffix(".json"), head)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read(path: Path, identity: dict[str, Any], layouts: list[Layout]) -> list[Tensor] | None:
+    """The tensors, mapped into memory; None where there are none. Writing to them does not change the file.
+
+    Raises:
+        Refused: the file is damaged or of something else.
+    """
+    description = path.with_suffix(".json")
+    if not path.exists() and not description.exists():
+        return None
+    offsets, size = _offsets(layouts)
+    try:
+        head = json.loads(description.read_text(encoding="utf-8"))
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise Refused(f"{description.name} is not of format {FORMAT!r}")
+        for name, expected in (("identity", identity), ("tensors", _described(layouts))):
+            if head.get(name) != expected:
+                raise Refused(f"its {name} is another one")
+        if path.stat().st_size != size:
+            raise Refused(f"it has {path.stat().st_size} bytes, not {size}")
+        with open(path, "rb") as file:
+            if _sha256(file) != head.get("sha256"):
+                raise Refused("its sha256 is another one")
+        bytes_ = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+    except (OSError, ValueError) as error:
+        raise Refused(" ".join(str(error).split())) from None
+    return [
+        bytes_[offset : offset + layout.bytes].view(layout.dtype).reshape(layout.shape)
+        for layout, offset in zip(layouts, offsets, strict=True)
+    ]
+
+
+def _offsets(layouts: list[Layout]) -> tuple[list[int], int]:
+    """Where each tensor begins, and the size of the file."""
+    offsets, end = [], 0
+    for layout in layouts:
+        offsets.append(end)
+        end += -(-layout.bytes // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def _described(layouts: list[Layout]) -> list[dict[str, Any]]:
+    return [{"shape": list(layout.shape), "dtype": str(layout.dtype).removeprefix("torch.")} for layout in layouts]
+
+
+def _sha256(file: Any) -> str:
+    file.seek(0)
+    h = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        h.update(chunk)
+    return h.hexdigest()
+
+
+def _replace_json(path: Path, value: dict[str, Any] | None) -> None:
+    """Write ``value`` to ``path`` by staging and rename; None removes the file."""
+    if value is None:
+        path.unlink(missing_ok=True)
+        return
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
