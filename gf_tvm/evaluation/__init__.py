@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EvaluateConfig as EvaluateConfig
     from .evaluator import evaluate as evaluate
-    from .recommend import Recommendation as Recommendation
-    from .recommend import recommend as recommend
+    from .recommendation import Recommendation as Recommendation
+    from .recommendation import recommend as recommend
     from .results import Evaluation as Evaluation
     from .results import EvaluationError as EvaluationError
     from .results import Layer as Layer
@@ -23,10 +23,10 @@ _HOMES = {
     "EvaluationError": "results",
     "Layer": "results",
     "Progress": "results",
-    "Recommendation": "recommend",
+    "Recommendation": "recommendation",
     "Setting": "results",
     "evaluate": "evaluator",
-    "recommend": "recommend",
+    "recommend": "recommendation",
 }
 
 

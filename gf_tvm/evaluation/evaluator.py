@@ -27,7 +27,7 @@ from ..training.trainer import check, finetune, load_data, pretrain
 from .alignment import cosines
 from .config import EvaluateConfig
 from .flops import count_step
-from .recommend import recommend
+from .recommendation import recommend
 from .results import Callback, Evaluation, Layer, Progress, Setting
 from .step import StepCost, measure_apart
 from .store import Store, write_json
@@ -90,6 +90,7 @@ class _Work:
             for seed in config.seeds
             for name, last in self.pairs
         ]
+        self._filtered = [name for name in config.variants if name != "exact"]
         self._done, self._total = 0.0, 0
         self._common = {
             "library": None if library is None else library.digest,
@@ -134,9 +135,7 @@ class _Work:
         for seed in self.config.seeds:
             parts += [("run", seed, name, last) for name, last in self.pairs]
             if seed == first:
-                parts += [
-                    ("layers", first, name, max(self.config.last)) for name in self.config.variants if name != "exact"
-                ]
+                parts += [("layers", first, name, max(self.config.last)) for name in self._filtered]
         return parts
 
     def _finished(self) -> tuple[dict[Any, Any], list[tuple[str, int, str, int]]]:
@@ -219,14 +218,9 @@ class _Work:
                     **plain,
                 )
             )
-        layers = [
-            Layer(**layer)
-            for name in config.variants
-            if name != "exact"
-            for layer in parts["layers", first, name, max(config.last)]
-        ]
+        layers = [Layer(**layer) for name in self._filtered for layer in parts["layers", first, name, max(config.last)]]
         best, obstacles = recommend(settings, config.memory_budget, config.max_score_drop)
-        images = parts["run", first, *self.pairs[0]]["test_images"]
+        images = runs[0]["test_images"]
         evaluation = Evaluation(
             machine=machine.describe(),
             threads=torch.get_num_threads(),

@@ -45,9 +45,8 @@ def forward_flops(geometry: Geometry, bias: bool = False, filtered: bool = False
     """Operations of one convolution's forward pass; ``filtered``: with the sums x~."""
     flops = 2 * _terms(geometry) + (prod(geometry.y_shape) if bias else 0)
     if filtered:
-        rows, cols = (
-            sum(len(axis.in_range(i)) for i in range(axis.patches)) for axis in (geometry.rows, geometry.cols)
-        )
+        axes = (geometry.rows, geometry.cols)
+        rows, cols = (sum(len(axis.in_range(i)) for i in range(axis.patches)) for axis in axes)
         flops += geometry.n * geometry.ci * rows * cols
     return flops
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GfTvmError
 
 if TYPE_CHECKING:
-    from .recommend import Recommendation
+    from .recommendation import Recommendation
 
 SCHEMA = "gf_tvm.evaluate/1"
 

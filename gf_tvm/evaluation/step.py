@@ -86,7 +86,8 @@ def measure(config: TrainConfig, classes: int, library: Any, steps: int) -> Step
     run = replace(config, epochs=1, pretrain_epochs=0, lr=1e-6)
     result = finetune(run, dataset, pretrain(run, dataset), library=library)
     peak = peak_bytes()  # before anything below takes memory of its own
-    x, y = dataset.finetune_train.x[: config.batch], dataset.finetune_train.y[: config.batch]
+    # Copies: what keeps a part of a tensor keeps, and is counted with, all of it.
+    x, y = (t[: config.batch].clone() for t in (dataset.finetune_train.x, dataset.finetune_train.y))
     _training_mode(result.model)
     flops = count_step(result.model, x)
     joules, energy = _energy(result, x, y)

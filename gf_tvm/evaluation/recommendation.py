@@ -50,9 +50,7 @@ def recommend(
     if max_score_drop is not None:
         for setting in settings:
             if drops[id(setting)] is None:
-                raise EvaluationError(
-                    f"{setting.name}: no exact run with last {setting.last} to compare its score with"
-                )
+                raise EvaluationError(f"{setting.name}: no exact setting with last {setting.last} to compare with")
     heavy = [s for s in settings if memory_budget is not None and s.kept_bytes > memory_budget]
     inexact = [s for s in settings if max_score_drop is not None and (drops[id(s)] or 0.0) > max_score_drop + _ROUNDING]
     ruled_out = {id(s) for s in (*heavy, *inexact)}
