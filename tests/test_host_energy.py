@@ -89,7 +89,7 @@ def test_a_board_has_a_meter_of_its_own(tmp_path: Path) -> None:
 
 
 def test_not_measured_says_why(tmp_path: Path) -> None:
-    with pytest.raises(NotMeasured, match="not measured: no INA3221 power monitor .*; no RAPL counters under"):
+    with pytest.raises(NotMeasured, match=r"not measured: no INA3221 power monitor .*; no RAPL counters under"):
         find_meter(str(tmp_path))
     folder = zone(tmp_path, "0", "package-0")
     (folder / "energy_uj").unlink()

@@ -126,7 +126,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         plain = {key: value for key, value in vars(self).items() if key not in ("obstacles", "train_config")}
-        plain["settings"] = [asdict(setting) for setting in self.settings]
+        plain["settings"] = [_plain(asdict(setting)) for setting in self.settings]
         plain["layers"] = [asdict(layer) for layer in self.layers]
         plain["recommendation"] = None if self.recommendation is None else asdict(self.recommendation)
         return {"schema": SCHEMA, **plain}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
