@@ -278,6 +278,8 @@ def test_evaluate_and_resume(train: TrainConfig, tmp_path: Path, monkeypatch: py
     again = evaluate(config, out)
     assert not calls
     assert again.to_dict() == evaluation.to_dict() == json.loads((out / "evaluation.json").read_text())
+    assert evaluation.recommendation is not None
+    assert evaluation.train_config == json.loads((out / "train.json").read_text())
     more = evaluate(replace(config, seeds=[0, 1]), out)
     assert calls == ["finetune", "finetune"]  # of the new seed
     assert [s.seeds for s in more.settings] == [(0, 1), (0, 1)]
@@ -292,9 +294,6 @@ def test_evaluate_and_resume(train: TrainConfig, tmp_path: Path, monkeypatch: py
     assert exact.kept_bytes_convolutions == 8 * (3 + 8) * 64 * 4
     assert filtered.backward_flops < exact.backward_flops
     assert [layer.name for layer in evaluation.layers] == ["0", "3"]
-    assert evaluation.recommendation is not None
-    assert evaluation.train_config == json.loads((out / "train.json").read_text())
-
     none = evaluate(replace(config, memory_budget=1), out)
     assert none.recommendation is None
     assert not (out / "train.json").exists()  # of the evaluation before
