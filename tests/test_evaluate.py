@@ -17,7 +17,7 @@ from training_models import patterns, tiny
 
 import gf_tvm
 from gf_tvm.evaluation import EvaluateConfig, EvaluationError, Progress, Setting, evaluate, evaluator, recommend
-from gf_tvm.evaluation.alignment import cosine, cosines
+from gf_tvm.evaluation.alignment import _gradients, cosine, cosines
 from gf_tvm.evaluation.config import parse_size
 from gf_tvm.evaluation.flops import Needs, count_step, exact_backward_flops, filtered_backward_flops, forward_flops
 from gf_tvm.evaluation.step import LOSS, kept_by_type, measure, measure_apart
@@ -182,6 +182,28 @@ def test_cosine_is_one_where_filtering_is_exact(train: TrainConfig) -> None:
     for layer in cosines(train, dataset, pretrain(train, dataset).state, count=2):
         assert layer.cosine_weight == pytest.approx(1.0)
     assert cosine([torch.tensor([3.0]), torch.tensor([4.0])], [torch.tensor([4.0]), torch.tensor([-3.0])]) == 0
+
+
+class Residual(nn.Module):
+    """The input of its second convolution is read by a residual, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, h, w) -> logits (n, 3)."""
+        h = self.first(x)
+        return (self.second(h) + 10 * h).mean(dim=(2, 3))
+
+
+def test_the_gradient_of_a_layers_input_is_its_own() -> None:
+    model, x, y = Residual(), torch.randn(2, 3, 4, 4), torch.tensor([0, 2])
+    found = _gradients(model, {"second": model.second}, x, y, 0)["second"][1]
+    h = model.first(x).detach().requires_grad_()
+    logits = (model.second(h) + 10 * h.detach()).mean(dim=(2, 3))
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, y), h)
+    torch.testing.assert_close(found, [expected])
 
 
 # --- the recommendation -----------------------------------------------------------------------------------------------
