@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .autograd import FallbackWarning as FallbackWarning
     from .bundle import build as build
     from .comparison import compare as compare
+    from .evaluation import EvaluateConfig as EvaluateConfig
+    from .evaluation import evaluate as evaluate
     from .geometry import Geometry as Geometry
     from .library import Library as Library
     from .library import load as load
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 #: Where each name lives; "" marks a module of its own.
 _HOMES = {
+    "EvaluateConfig": "evaluation",
     "FallbackWarning": "autograd",
     "FilterReport": "nn",
     "FilteredConv2d": "nn",
@@ -39,6 +42,7 @@ _HOMES = {
     "build": "bundle",
     "compare": "comparison",
     "errors": "",
+    "evaluate": "evaluation",
     "filter_model": "nn",
     "filter_report": "nn",
     "functional": "",

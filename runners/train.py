@@ -11,6 +11,7 @@ from ..errors import GeometryError
 from ..geometry import Pair
 from ..shapes import parse_patches
 from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig
+from ._config import add_config_option
 from ._output import Progress, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_config_option(parser, "gf_tvm.train_config/1")
     parser.set_defaults(run=run)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import logits_of
 from .data import IGNORED, Images
@@ -130,4 +130,14 @@ def _enlarged(logits: Tensor, y: Tensor) -> Tensor:
 
 def task_of(images: Images) -> Task:
     """The task that the labels of ``images`` are for."""
-    return Segmentation() if images.has_masks else Classification()
+    return _task(images.has_masks)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of ``model`` on a batch, by the kind of its labels. Raises ModelError."""
+    task = _task(y.dim() == 3)
+    return task.loss(task.logits(model(x)), y)
+
+
+def _task(masks: bool) -> Task:
+    return Segmentation() if masks else Classification()

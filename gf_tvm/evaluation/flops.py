@@ -1,0 +1,144 @@
+"""Floating-point operations of a training step, counted from the shapes that the layers see.
+
+Counted are convolutions and linear layers, with a multiplication and an addition for each product's term, and one
+addition for each term of a sum:
+
+* forward: every product of the network, biases included; for a filtered layer also the sums x~ over the patches.
+* backward, exact: grad_W and grad_x, each as many operations as the forward products, where they are needed, and
+  the sum grad_b.
+* backward, filtered: the sum of grad_y over the patches and their scaling to means, the sums of W over its window, the
+  two products on the patch grid, and the sum grad_b. Spreading grad_x~ and grad_W writes without computing.
+
+Batch norms, activations, pooling, the loss and the optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GeometryError, ModelError
+from ..geometry import Geometry
+from ..nn import FilteredConv2d
+from ..shapes import _call_of
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a layer's backward pass computes."""
+
+    x: bool = True
+    weight: bool = True
+    bias: bool = False
+
+    @property
+    def products(self) -> int:
+        """How many of the two products are made."""
+        return self.x + self.weight
+
+
+def forward_flops(geometry: Geometry, bias: bool = False, filtered: bool = False) -> int:
+    """Operations of one convolution's forward pass; ``filtered``: with the sums x~."""
+    flops = 2 * _terms(geometry) + (prod(geometry.y_shape) if bias else 0)
+    if filtered:
+        axes = (geometry.rows, geometry.cols)
+        rows, cols = (sum(len(axis.in_range(i)) for i in range(axis.patches)) for axis in axes)
+        flops += geometry.n * geometry.ci * rows * cols
+    return flops
+
+
+def exact_backward_flops(geometry: Geometry, needs: Needs) -> int:
+    """Operations of one convolution's exact backward pass."""
+    return 2 * _terms(geometry) * needs.products + (prod(geometry.y_shape) if needs.bias else 0)
+
+
+def filtered_backward_flops(geometry: Geometry, needs: Needs) -> int:
+    """Operations of one convolution's filtered backward pass."""
+    pixels, patches, window = prod(geometry.y_shape), prod(geometry.grid), prod(geometry.kernel)
+    product = 2 * geometry.n * patches * geometry.co * geometry.ci_group
+    flops = pixels if needs.bias else 0
+    if needs.products:
+        flops += pixels + geometry.n * geometry.co * patches
+    if needs.weight:
+        flops += product
+    if needs.x:
+        # The dilated case is a convolution with the whole W; else W is summed over its window first.
+        flops += product * window if geometry.dilated else product + prod(geometry.weight_shape)
+    return flops
+
+
+def _terms(geometry: Geometry) -> int:
+    return prod(geometry.y_shape) * geometry.ci_group * prod(geometry.kernel)
+
+
+@dataclass
+class StepFlops:
+    """Operations of one training step."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def add_convolution(self, geometry: Geometry, needs: Needs, bias: bool, filtered: bool) -> None:
+        """Count one call of a convolution; ``geometry`` has its patch if it is filtered."""
+        self.forward += forward_flops(geometry, bias, filtered and needs.weight)
+        self.backward += (filtered_backward_flops if filtered else exact_backward_flops)(geometry, needs)
+
+    def add_linear(self, rows: int, inputs: int, outputs: int, needs: Needs) -> None:
+        """Count one call of a linear layer (with a bias) on ``rows`` vectors."""
+        self.forward += 2 * rows * inputs * outputs + rows * outputs
+        self.backward += 2 * rows * inputs * outputs * needs.products + (rows * outputs if needs.bias else 0)
+
+
+def count_step(model: nn.Module, x: Tensor) -> StepFlops:
+    """Operations of a training step of ``model`` on ``x``, with the parameters that require a gradient now.
+
+    Runs the forward pass once. Which gradients of inputs are needed is what autograd says.
+
+    Raises:
+        ModelError: a convolution gets an input of a kind that cannot be counted, or the model does not run.
+    """
+    flops = StepFlops()
+
+    def convolution(name: str) -> Any:
+        def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given: Tensor = args[0] if args else kwargs["input"]
+            geometry, _ = _call_of(name, module, given)
+            filtered = isinstance(module, FilteredConv2d)
+            if filtered:
+                geometry = replace(geometry, patch=module.patch)
+            flops.add_convolution(geometry, _needs(given, module), module.bias is not None, filtered)
+
+        return record
+
+    def linear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given: Tensor = args[0] if args else kwargs["input"]
+        rows = given.numel() // module.in_features
+        flops.add_linear(rows, module.in_features, module.out_features, _needs(given, module))
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_pre_hook(convolution(name), with_kwargs=True))
+        elif isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(linear, with_kwargs=True))
+    try:
+        with torch.enable_grad():
+            model(x)
+    except (GeometryError, ModelError):
+        raise
+    except Exception as error:  # the model is the user's code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the model does not run on images of shape {tuple(x.shape)}: {reason}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return flops
+
+
+def _needs(x: Tensor, module: Any) -> Needs:
+    bias = module.bias is not None and module.bias.requires_grad
+    return Needs(x.requires_grad, module.weight.requires_grad, bias)
