@@ -297,6 +297,8 @@ def test_a_disk_cache_is_shared_and_gives_the_same_bits(config: TrainConfig, tmp
     assert len(list((tmp_path / "c").glob("features-*.bin"))) == 2  # for training and testing
     other = train(replace(config, cache="disk", seed=1), checkpoint=tmp_path / "c")  # other weights, other split
     assert not other.cache["reused"]
+    weights = train(replace(config, cache="disk", pretrain_lr=0.01), checkpoint=tmp_path / "c")  # the same split
+    assert (weights.cache["reused"], weights.cache["notes"]) == (False, [])
     assert not list((tmp_path / "c").glob(".*"))
 
 
