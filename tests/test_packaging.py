@@ -25,7 +25,7 @@ FOLDERS = {
     "tuning_logs": "gf_tvm/tuning_logs",
 }
 #: What a package is made of: code, its type marker, data, and shipped tuning logs.
-SUFFIXES = {".py", ".json", ".jsonl", ".typed"}
+SUFFIXES = {".py", ".json", ".jsonl", ".typed", ".html"}
 #: What a board that trains with a bundle must not import.
 COMPILER = {"tvm", "tvm.te", "tvm.s_tir", "xgboost", "sklearn", "matplotlib", "transformers"}
 
