@@ -32,17 +32,18 @@ def section(source: Source) -> Section:
         (
             _speed(rows, conditions, f"{basis}; the limit is estimated"),
             _memory(rows, conditions),
-            _roofline(document, conditions, f"{basis}; operations and bytes are counted"),
+            _roofline(document, tuple(_conditions(source, medians=True)), f"{basis}; operations and bytes are counted"),
         ),
         tuple(paragraphs),
     )
 
 
-def _conditions(source: Source) -> list[tuple[str, str]]:
+def _conditions(source: Source, medians: bool = False) -> list[tuple[str, str]]:
+    """``medians``: the limits that the roofline is drawn with; else the best that were seen, of ``roofline_ms``."""
     document = source.document
     found = parts.conditions_of([source], document)
-    peak, bandwidth = limits(document)
-    found.append(("Limits of the machine", f"{bandwidth:.1f} GB/s copying, {peak:.0f} GFLOP/s sgemm"))
+    peak, bandwidth = limits(document) if medians else (document["peak_gflops"], document["bandwidth_gbs"])
+    found.append(("Limits", f"{bandwidth:.1f} GB/s copying, {peak:.0f} GFLOP/s sgemm"))
     for name, title in (("date", "Date"), ("statistic", "Times"), ("outputs", "Outputs"), ("gradients", "Gradients")):
         value = document["conditions"].get(name)
         if isinstance(value, str):
@@ -62,8 +63,10 @@ def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str],
         patch = format_patch(tuple(row["patch"]))
         panels.setdefault(patch, []).append(Bar(_label(row), exact / plain, exact / own, exact / limit))
         cells.append(
-            (_label(row), patch, exact, plain, own, limit, exact / plain, exact / own, row["schedule"])
-            + (row["max_rel_error"],)
+            (
+                *(_label(row), patch, exact, plain, own, limit, exact / plain, exact / own),
+                *(row["schedule"], row["max_rel_error"]),
+            )
         )
     baselines = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
     columns = (
@@ -128,12 +131,14 @@ def _cycle(count: int) -> list[str]:
 
 def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ...], basis: str) -> Part:
     cells = [
-        (_label(row), format_patch(tuple(row["patch"])), row["operations"], row["moved_bytes"], intensity(row))
-        + (speed(row, "reference_ms"), speed(row, "gf_tvm_ms"), row["roofline_ms"] / row["gf_tvm_ms"])
+        (
+            *(_label(row), format_patch(tuple(row["patch"])), row["operations"], row["moved_bytes"], intensity(row)),
+            *(speed(row, "reference_ms"), speed(row, "gf_tvm_ms"), row["roofline_ms"] / row["gf_tvm_ms"]),
+        )
         for row in document["rows"]
     ]
     columns = (
-        *(Column("convolution"), Column("patch"), Column("GFLOP", lambda value: parts.digits(value / 1e9))),
+        *(Column("convolution"), Column("patch"), Column("GFLOP", parts.giga)),
         *(Column("MB moved", parts.megabytes), Column("FLOP / byte", parts.digits)),
         *(Column("plain GFLOP/s", parts.digits), Column("gf_tvm GFLOP/s", parts.digits)),
         Column("of the limit %", lambda value: f"{100 * value:.0f}"),

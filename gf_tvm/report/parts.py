@@ -78,6 +78,11 @@ def megabytes(value: float) -> str:
     return digits(value / 1e6)
 
 
+def giga(value: float) -> str:
+    """In units of 1e9."""
+    return digits(value / 1e9)
+
+
 def milliseconds(value: float) -> str:
     """Seconds as ms."""
     return digits(value * 1e3)

@@ -14,8 +14,8 @@ from ..shapes import format_patch
 #: Where a name may stand: points from its mark, and the angle; the nearest first, and beside it rather than above.
 _PLACES = tuple(
     (distance, math.radians(angle))
-    for distance in (8, 20, 32, 46, 62)
-    for angle in ((0, 180, -90, 90) if distance == 8 else (-25, 25, -50, 50, -155, 155, -130, 130))
+    for distance in (8, 20, 32, 46, 62, 80)
+    for angle in ((0, 180, -90, 90) if distance == 8 else (-25, 25, -50, 50, -155, 155, -130, 130, -75, 75))
 )
 
 #: The points of a case: time, colour, marker, its size, what it is.
@@ -109,7 +109,7 @@ def roofline_figure(document: Mapping[str, Any], title: str = "", stacked: bool 
     figure.set_layout_engine("none")
     for axes, panel in zip(all_axes, panels, strict=True):
         _slope_label(axes, bandwidth)
-        _names(axes, panel, (peak, bandwidth))
+        _names(axes, panel, (peak, bandwidth), size=7 if stacked else 8)
     return figure
 
 
@@ -158,7 +158,7 @@ def _slope_label(axes: Any, bandwidth: float) -> None:
     )
 
 
-def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, float]) -> None:
+def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, float], size: float) -> None:
     """Name the points of the kernel, each at the nearest place that is free."""
     from matplotlib.text import Text
 
@@ -173,7 +173,8 @@ def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, fl
     low, high = axes.get_xlim()
     slope = [low * (high / low) ** (i / 100) for i in range(101)]
     marks += [axes.transData.transform((a, min(a * bandwidth, peak))) for a in slope]
-    taken: list[Any] = []
+    # What stands there already: the names of the limits.
+    taken: list[Any] = [Text.get_window_extent(text, renderer) for text in axes.texts]
     inside = axes.get_window_extent(renderer)
     for row in sorted(rows, key=intensity):
         point = (intensity(row), speed(row, "gf_tvm_ms"))
@@ -186,7 +187,7 @@ def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, fl
                 textcoords="offset points",
                 ha="left" if dx > 1 else "right" if dx < -1 else "center",
                 va="center" if abs(dx) > 1 else "bottom" if dy > 0 else "top",
-                fontsize=8,
+                fontsize=size,
                 zorder=4,
                 # A line leads to what stands far from its point.
                 arrowprops=None if distance < 12 else {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
@@ -198,7 +199,7 @@ def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, fl
                 break
             text.remove()
         else:  # no place is free: over something is better than not at all
-            text = axes.annotate(row["name"], point, (8, 0), textcoords="offset points", va="center", fontsize=8)
+            text = axes.annotate(row["name"], point, (8, 0), textcoords="offset points", va="center", fontsize=size)
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)
         taken.append(box)

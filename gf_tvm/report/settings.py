@@ -50,7 +50,6 @@ class Study:
     Args:
         layers: (name, variant, cosine of the weight's gradient, of the input's) per filtered layer.
         paragraphs: what is said before the figures, such as the recommendation.
-        note: how several seeds' step times become one.
     """
 
     title: str
@@ -83,7 +82,7 @@ def of_evaluation(source: Source) -> Study:
     layers = [(row["name"], row["variant"], row["cosine_weight"], row["cosine_input"]) for row in document["layers"]]
     conditions = [*parts.conditions_of([source], document), ("Conditions", document["conditions"])]
     return Study(
-        f"{document['model']} on {document['data']}",
+        f"Evaluation: {document['model']} on {document['data']}",
         document["metric"],
         _sorted(settings),
         tuple(conditions),
@@ -106,7 +105,7 @@ def _recommendation(document: Mapping[str, Any]) -> list[str]:
         asked.append(f"at most {parts.megabytes(limits['memory_budget'])} MB")
     if limits["max_score_drop"] is not None:
         # A share, as the scores are.
-        asked.append(f"{document['metric']} at most {100 * limits['max_score_drop']:.3g} points below exact")
+        asked.append(f"{document['metric']} at most {100 * limits['max_score_drop']:.3g} percentage points below exact")
     lines = [f"Limits: {', '.join(asked)}."] if asked else []
     if found is not None:
         lines.append(f"Recommended: {found['variant']}, last {found['last']} convolutions. {found['why']}")
@@ -153,7 +152,7 @@ def _training_study(group: Sequence[tuple[Source, Mapping[str, Any]]]) -> Study:
     library = first.get("library")
     conditions.append(("Kernels", "plain PyTorch operators" if not library else _library(library)))
     return Study(
-        f"{config['model']} on {config['data']}",
+        f"Training: {config['model']} on {config['data']}",
         str(first.get("metric") or "accuracy"),
         _sorted(settings),
         tuple(conditions),

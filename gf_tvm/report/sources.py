@@ -208,9 +208,8 @@ def _evaluate(where: str, document: dict[str, Any]) -> None:
         check(f"{place}, step_ms", setting["step_ms"], _STEP)
         for name in ("scores", "initial_scores"):
             if len(setting[name]) != len(setting["seeds"]):
-                raise ReportError(
-                    f"{place}: {name!r} must have one number per seed, {len(setting['seeds'])}, got {len(setting[name])}"
-                )
+                seeds, got = len(setting["seeds"]), len(setting[name])
+                raise ReportError(f"{place}: {name!r} must have one number per seed, {seeds}, got {got}")
     layers = document.get("layers")
     if not isinstance(layers, list):  # an evaluation of the exact pass alone has none
         raise ReportError(f"{where}: 'layers' must be a list, got {fields.shown(layers)}")

@@ -11,13 +11,16 @@ from .settings import Setting, Study, variant_order
 
 _PHASES = (("forward", "#009E73"), ("backward", "#D55E00"), ("update", "#E69F00"))
 
+#: Points of score that an axis shows at least.
+_LEAST_POINTS = 5.0
+
 
 def section(study: Study) -> Section:
     """The figures of one study."""
     made = [_score(study), _step(study), _memory(study)]
     if study.layers:
         made.append(_cosine(study))
-    return Section(f"Training: {study.title}", tuple(made), study.paragraphs)
+    return Section(study.title, tuple(made), study.paragraphs)
 
 
 def _labels(settings: Sequence[Setting]) -> list[str]:
@@ -56,7 +59,7 @@ def _score(study: Study) -> Part:
     return Part(
         "score",
         study.metric[:1].upper() + study.metric[1:],
-        f"{study.metric} on test images after fine-tuning, mean over the seeds; bars reach from the lowest to the "
+        f"The {study.metric} on test images after fine-tuning, mean over the seeds; bars reach from the lowest to the "
         "highest seed.",
         figure,
         Table(columns, tuple(rows)),
@@ -82,7 +85,11 @@ def _lines(
     axes.set_xticks(ticks, labels)
     axes.set_xlim(ticks[0] - 0.5, ticks[-1] + 0.5)
     axes.set_ylabel(f"{metric}, %")
+    # At least some points high, so that noise does not look like a difference.
     axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    more = max(0.0, _LEAST_POINTS - (high - low)) / 2
+    axes.set_ylim(low - more, high + more)
     parts.tidy(axes, "y")
     axes.legend(loc="best", fontsize=8, ncols=min(len(series), 4), framealpha=0.8)
 
@@ -106,14 +113,15 @@ def _step(study: Study) -> Part:
     parts.tidy(axes, "x")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     rows = [
-        (s.variant, s.last, *(s.step_ms[phase] for phase, _ in _PHASES), sum(s.step_ms[phase] for phase, _ in _PHASES))
-        + (s.forward_flops, s.backward_flops, s.joules)
+        (
+            *(s.variant, s.last, *(s.step_ms[phase] for phase, _ in _PHASES)),
+            *(sum(s.step_ms[phase] for phase, _ in _PHASES), s.forward_flops, s.backward_flops, s.joules),
+        )
         for s in settings
     ]
-    giga = Column("", lambda value: parts.digits(value / 1e9)).write
     columns = (
         *(Column("backward"), Column("last"), *(Column(f"{phase} ms", parts.digits) for phase, _ in _PHASES)),
-        *(Column("step ms", parts.digits), Column("forward GFLOP", giga), Column("backward GFLOP", giga)),
+        *(Column("step ms", parts.digits), Column("forward GFLOP", parts.giga), Column("backward GFLOP", parts.giga)),
         Column("energy J", parts.digits),
     )
     return Part(
@@ -135,13 +143,17 @@ def _memory(study: Study) -> Part:
         "kept by the trained convolutions": (parts.COLORS[0], [s.kept_bytes_convolutions / 1e6 for s in settings]),
         "kept for the backward pass in all": (parts.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
     }
-    if any(s.peak_bytes is not None for s in settings):
-        peaks = [None if s.peak_bytes is None else s.peak_bytes / 1e6 for s in settings]
-        series["peak of the process"] = (parts.COLORS[6], peaks)
-    figure = parts.figure(1.3 + 0.2 * len(series) + len(labels) * (0.15 + 0.17 * len(series)))
-    axes = figure.subplots()
-    parts.horizontal_bars(axes, labels, series, parts.digits)
-    axes.set_xlabel("MB")
+    # The whole process is so much larger that it needs a scale of its own.
+    peaks = [None if s.peak_bytes is None else s.peak_bytes / 1e6 for s in settings]
+    panels = [series]
+    if any(peak is not None for peak in peaks):
+        panels.append({"peak of the process": (parts.COLORS[6], peaks)})
+    heights = [0.4 + len(labels) * (0.15 + 0.17 * len(shown)) for shown in panels]
+    figure = parts.figure(0.9 + sum(heights))
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, shown in zip(all_axes, panels, strict=True):
+        parts.horizontal_bars(axes, labels, shown, parts.digits)
+        axes.set_xlabel("MB of a step" if shown is series else "MB of the process")
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     columns = (
         *(Column("backward"), Column("last"), Column("convolutions MB", parts.megabytes)),
