@@ -29,6 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from ..report.page import write_report
 
     page = write_report(args.files, args.out, args.title)
-    plots = len(list(page.parent.glob("*.svg")))
-    print(f"{page}: {plots} plots, also as SVG and PNG files beside it")
+    print(f"{page}: its plots are also SVG and PNG files beside it")
     return 0

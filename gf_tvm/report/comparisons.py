@@ -133,7 +133,9 @@ def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ..
     cells = [
         (
             *(_label(row), format_patch(tuple(row["patch"])), row["operations"], row["moved_bytes"], intensity(row)),
-            *(speed(row, "reference_ms"), speed(row, "gf_tvm_ms"), row["roofline_ms"] / row["gf_tvm_ms"]),
+            *(speed(row, "reference_ms"), speed(row, "gf_tvm_ms")),
+            None if row.get("gf_tvm_kernel_ms") is None else speed(row, "gf_tvm_kernel_ms"),
+            row["roofline_ms"] / row["gf_tvm_ms"],
         )
         for row in document["rows"]
     ]
@@ -141,6 +143,7 @@ def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ..
         *(Column("convolution"), Column("patch"), Column("GFLOP", parts.giga)),
         *(Column("MB moved", parts.megabytes), Column("FLOP / byte", parts.digits)),
         *(Column("plain GFLOP/s", parts.digits), Column("gf_tvm GFLOP/s", parts.digits)),
+        Column("into existing outputs GFLOP/s", parts.digits),
         Column("of the limit %", lambda value: f"{100 * value:.0f}"),
     )
     return Part(

@@ -45,15 +45,19 @@ def write_report(
             :func:`gf_tvm.report.sources.read`), files that cannot go together, or ``out`` cannot be written.
     """
     check_packages()
+    import matplotlib
+
     sources = read_all(files)
-    made = numbered(sections_of(sources))
     # The files are only written when everything could be drawn.
     contents: dict[str, bytes] = {}
     images: dict[str, str] = {}
-    for part in (part for section in made for part in section.parts):
-        for ending in ("svg", "png"):
-            contents[f"{part.name}.{ending}"] = _picture(part, ending)
-        images[part.name] = "data:image/svg+xml;base64," + base64.b64encode(contents[f"{part.name}.svg"]).decode()
+    # Names from files are no formulas. The ids in an SVG are random without a salt.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "gf_tvm"}):
+        made = numbered(sections_of(sources))
+        for part in (part for section in made for part in section.parts):
+            for ending in ("svg", "png"):
+                contents[f"{part.name}.{ending}"] = _picture(part, ending)
+            images[part.name] = "data:image/svg+xml;base64," + base64.b64encode(contents[f"{part.name}.svg"]).decode()
     page = render(made, images, title or TITLE, [source.name for source in sources])
     contents[PAGE] = page.encode()  # the last, so that a page never shows what is not there
     folder = Path(out)
@@ -148,19 +152,13 @@ def _cell(column: Column, value: Any) -> Any:
 
 
 def _picture(part: Part, ending: str) -> bytes:
-    """The part's figure; equal input gives equal bytes."""
-    import matplotlib
-
+    """The part's figure, with its conditions in the file; equal input gives equal bytes."""
     buffer = io.BytesIO()
     conditions = "; ".join(f"{what}: {value}" for what, value in part.conditions)
-    about = f"{part.text} ({part.basis}) {conditions}"
+    metadata: dict[str, str | None] = {"Title": part.title, "Description": f"{part.text} ({part.basis}) {conditions}"}
     if ending == "svg":
-        metadata = {"Title": part.title, "Description": about, "Date": None}
-    else:
-        metadata = {"Title": part.title, "Description": about}
-    # Ids in an SVG are random without a salt. Names from files are no formulas, and may have any letters.
-    with matplotlib.rc_context({"svg.hashsalt": "gf_tvm", "text.parse_math": False}):
-        part.figure.savefig(buffer, format=ending, dpi=_DPI, metadata=metadata)
+        metadata["Date"] = None  # it would be the time of drawing
+    part.figure.savefig(buffer, format=ending, dpi=_DPI, metadata=metadata)
     return buffer.getvalue()
 
 

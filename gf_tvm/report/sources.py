@@ -40,6 +40,7 @@ _COMPARE_ROW = {
     "saved_bytes_gf_tvm": fields.SIZE,
     "max_rel_error": fields.NOT_NEGATIVE,
 }
+_COMPARE_OPTIONAL = {"gf_tvm_kernel_ms": fields.ABOVE_ZERO.or_none()}
 _TUNE = {"device": fields.TEXT, "made": fields.OBJECT, "tasks": fields.OBJECTS}
 _TUNE_TASK = {
     "workload": fields.TEXT,
@@ -174,13 +175,19 @@ def _compare(where: str, document: dict[str, Any]) -> None:
     check(where, document, _COMPARE)
     _rows(where, document["rows"], _COMPARE_ROW, "row", "name")
     for number, row in enumerate(document["rows"], start=1):
+        place = f"{where}, row {number} ({row['name']})"
+        # What only some comparisons have.
+        check(place, row, {name: kind for name, kind in _COMPARE_OPTIONAL.items() if name in row})
+        for name in ("peak_gflops", "bandwidth_gbs"):
+            if name in row:
+                check(f"{place}, {name}", row[name], {"median": fields.ABOVE_ZERO})
         # The least bytes and operations of the roofline follow from the geometry, by the formulas of the limit.
         values = {name: row[name] for name in Geometry.__match_args__}
         try:
             geometry = Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
             row["moved_bytes"], row["operations"] = traffic(geometry, row["dtype"])
         except (GeometryError, AttributeError, KeyError, TypeError) as error:
-            raise ReportError(f"{where}, row {number} ({row['name']}): no convolution: {error}") from None
+            raise ReportError(f"{place}: no convolution: {error}") from None
 
 
 def _tune(where: str, document: dict[str, Any]) -> None:
