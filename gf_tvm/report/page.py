@@ -57,6 +57,7 @@ def write_report(
         for part in (part for section in made for part in section.parts):
             for ending in ("svg", "png"):
                 contents[f"{part.name}.{ending}"] = _picture(part, ending)
+                part.figure.set_layout_engine("none")  # it is laid out now; twice takes twice the time
             images[part.name] = "data:image/svg+xml;base64," + base64.b64encode(contents[f"{part.name}.svg"]).decode()
     page = render(made, images, title or TITLE, [source.name for source in sources])
     contents[PAGE] = page.encode()  # the last, so that a page never shows what is not there

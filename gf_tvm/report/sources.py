@@ -182,9 +182,10 @@ def _compare(where: str, document: dict[str, Any]) -> None:
             if name in row:
                 check(f"{place}, {name}", row[name], {"median": fields.ABOVE_ZERO})
         # The least bytes and operations of the roofline follow from the geometry, by the formulas of the limit.
-        values = {name: row[name] for name in Geometry.__match_args__}
+        values = (row[name] for name in Geometry.__match_args__)
+        sizes: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
         try:
-            geometry = Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            geometry = Geometry(*sizes)
             row["moved_bytes"], row["operations"] = traffic(geometry, row["dtype"])
         except (GeometryError, AttributeError, KeyError, TypeError) as error:
             raise ReportError(f"{place}: no convolution: {error}") from None
