@@ -244,7 +244,7 @@ def test_several_comparisons_and_doubt() -> None:
 
 
 def test_texts_are_escaped_and_no_formulas() -> None:
-    hostile = "<script>alert('x')</script> & $\\frac{ \"quoted\""
+    hostile = "<script>alert('x')</script> & $\\frac{$ \"quoted\""
     documents = {name: make() for name, make in MAKERS.items()}
     documents["compare.json"]["rows"][0]["name"] = hostile
     documents["compare.json"]["machine"] = {"cpu": hostile}
