@@ -28,7 +28,6 @@ from _cpu_libraries import stock, tuned, untuned
 from _cpu_memory import extra_bytes
 from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, with_memory
 from _cpu_step import Layer, layers_of, measure_step, network
-from _roofline import roofline_plot
 
 from gf_tvm import keep_freed_memory, machine
 from gf_tvm.comparison import check_request, compare
@@ -37,6 +36,7 @@ from gf_tvm.errors import DeviceError, GfTvmError
 from gf_tvm.geometry import Pair
 from gf_tvm.host_comparison import LimitedHost, Maker, of_library
 from gf_tvm.library import Library, load
+from gf_tvm.report.roofline import roofline_plot
 from gf_tvm.rows import LimitedHostRow
 from gf_tvm.runners._cases import add_case_arguments, cases_from
 from gf_tvm.runners._output import Progress, check_results, write_json

@@ -31,3 +31,7 @@ class ModelError(GfTvmError, ValueError):
 
 class FarmError(GfTvmError):
     """A tracker, server or board that cannot be used as asked."""
+
+
+class ReportError(GfTvmError, ValueError):
+    """A file of results that cannot be reported, or a report that cannot be written."""

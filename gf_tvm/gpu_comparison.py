@@ -80,7 +80,10 @@ def open_graphics(measure_energy: bool | None = None) -> Graphics:
             if measure_energy:
                 raise DeviceError(f"energy cannot be measured here: {error}") from None
             reason = str(error)
-    return Graphics(Gpu(ordinal), device.capability, device.l2_bytes, board.describe(device), meter, reason)
+    description = board.describe(device)
+    if device.driver.emulated:
+        description["emulated"] = True  # its times say nothing about a GPU
+    return Graphics(Gpu(ordinal), device.capability, device.l2_bytes, description, meter, reason)
 
 
 class Cuda(Backend):

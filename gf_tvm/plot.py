@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +41,56 @@ def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         GfTvmError: as :func:`check_plot`, or ``path`` cannot be written.
     """
     check_plot(path)
+    panels: dict[str, list[Bar]] = {}
+    for row in comparison.rows:
+        panels.setdefault(format_patch(row.patch), []).append(_bar(row))
+    first = comparison.rows[0]
+    title = (
+        f"Filtered against exact ({first.baseline}) backward pass\n"
+        f"{comparison.device_name}, threads: {comparison.threads}, {comparison.bandwidth_gbs:.1f} GB/s, "
+        f"{comparison.peak_gflops:.0f} GFLOP/s"
+    )
+    save(speedup_figure(panels, title), path)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many times as fast as the exact pass a case is: by plain operators, by the kernel, and at the limit."""
+
+    name: str
+    plain: float
+    kernel: float
+    limit: float
+
+
+def speedup_figure(panels: Mapping[str, Sequence[Bar]], title: str = "", narrow: bool = False) -> Any:
+    """Draw a panel of bars for each title of ``panels``.
+
+    Args:
+        panels: at least one, with at least one bar each.
+        narrow: for narrow screens.
+
+    Returns:
+        The matplotlib figure.
+    """
     from matplotlib.figure import Figure
 
-    patches = list(dict.fromkeys(row.patch for row in comparison.rows))
-    panels = [[row for row in comparison.rows if row.patch == patch] for patch in patches]
-    height = sum(0.9 + 0.42 * len(rows) for rows in panels) + 1.2
+    heights = [0.9 + 0.42 * len(bars) for bars in panels.values()]
     # Figure without pyplot: no global state, and no display is looked for.
-    figure = Figure(figsize=(8.5, height), layout="constrained")
-    all_axes = figure.subplots(
-        len(panels), 1, squeeze=False, sharex=True, height_ratios=[0.9 + 0.42 * len(rows) for rows in panels]
-    )[:, 0]
-    shown = [value for row in comparison.rows for value in _speedups(row)]
+    figure = Figure(figsize=(4.8 if narrow else 8.5, sum(heights) + 1.2), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    shown = [value for bars in panels.values() for bar in bars for value in (bar.plain, bar.kernel, bar.limit)]
     low, high = 0.9 * min(1, *shown), 1.2 * max(1, *shown)
-    for axes, rows in zip(all_axes, panels, strict=True):
-        _panel(axes, rows, (low, high))
+    for axes, (name, bars) in zip(all_axes, panels.items(), strict=True):
+        _panel(axes, bars, (low, high))
+        axes.set_title(name, loc="left", fontsize=10)
     all_axes[-1].set_xlim(low, high)  # all panels share it
     all_axes[-1].set_xlabel("times as fast as the exact backward pass (logarithmic)")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    first = comparison.rows[0]
-    figure.suptitle(
-        f"Filtered against exact ({first.baseline}) backward pass\n"
-        f"{comparison.device_name}, threads: {comparison.threads}, {comparison.bandwidth_gbs:.1f} GB/s, "
-        f"{comparison.peak_gflops:.0f} GFLOP/s",
-        fontsize=11,
-    )
-    save(figure, path)
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if narrow else 3, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
@@ -80,16 +106,16 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _speedups(row: Row) -> tuple[float, float, float]:
-    """Of plain operators, of the kernel, and at the limit."""
-    return row.baseline_ms / row.reference_ms, row.speedup, row.baseline_ms / row.roofline_ms
+def _bar(row: Row) -> Bar:
+    name = row.name if row.dtype == "float32" else f"{row.name} {row.dtype}"
+    return Bar(name, row.baseline_ms / row.reference_ms, row.speedup, row.baseline_ms / row.roofline_ms)
 
 
-def _panel(axes: object, rows: list[Row], limits: tuple[float, float]) -> None:
+def _panel(axes: object, rows: Sequence[Bar], limits: tuple[float, float]) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    plain, kernel, limit = zip(*(_speedups(row) for row in rows), strict=True)
+    plain, kernel, limit = ([getattr(row, name) for row in rows] for name in ("plain", "kernel", "limit"))
     positions = range(len(rows))
     bar = 0.38
     low, high = limits
@@ -118,10 +144,8 @@ def _panel(axes: object, rows: list[Row], limits: tuple[float, float]) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    names = [row.name if row.dtype == "float32" else f"{row.name} {row.dtype}" for row in rows]
-    axes.set_yticks(list(positions), names)
+    axes.set_yticks(list(positions), [row.name for row in rows])
     axes.invert_yaxis()
-    axes.set_title(format_patch(rows[0].patch), loc="left", fontsize=10)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

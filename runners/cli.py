@@ -15,7 +15,7 @@ from ..errors import GfTvmError
 
 #: One module of this package each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``.
 #: Importing one must stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
-COMMANDS = ("devices", "tune", "farm", "logs", "build", "train", "compare", "evaluate")
+COMMANDS = ("devices", "tune", "farm", "logs", "build", "train", "compare", "evaluate", "report")
 
 #: A mistake of the user, or a file that cannot be read or written.
 EXIT_ERROR = 2

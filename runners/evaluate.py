@@ -147,7 +147,15 @@ class _Lines:
 
 def _print(evaluation: Evaluation, out: Path) -> None:
     print(f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads: {evaluation.conditions}\n")
-    headers = ["setting", f"{evaluation.metric} %", "spread", "points to exact", "forward ms", "backward ms", "update ms"]
+    headers = [
+        "setting",
+        f"{evaluation.metric} %",
+        "spread",
+        "points to exact",
+        "forward ms",
+        "backward ms",
+        "update ms",
+    ]
     headers += ["kept kB", "by convolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
     exact = {s.last: s.score for s in evaluation.settings if s.variant == "exact"}
     measured = any(s.energy_joules_per_step is not None for s in evaluation.settings)

@@ -22,6 +22,7 @@ from gf_tvm.errors import DeviceError, GfTvmError
 from gf_tvm.geometry import Geometry
 from gf_tvm.host_comparison import LimitedHost
 from gf_tvm.library import load
+from gf_tvm.report.roofline import roofline_plot
 from gf_tvm.rows import LimitedHostRow
 from gf_tvm.shapes import Case, workloads_of
 from gf_tvm.variants import ComparisonError, Data, Other, relative_error
@@ -39,7 +40,6 @@ import _cpu_report
 import _cpu_step
 import cpu
 from _authors import published
-from _roofline import roofline_plot
 
 SHAPES = {
     "n": 2, "kernel": 3, "padding": 1, "patches": [2, 4],

@@ -278,7 +278,7 @@ def test_no_meter_is_no_error_unless_asked_for(gpu: SimulatedGpu, monkeypatch: p
 def test_opening_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(
         name="GPU", arch="sm_80", capability=(8, 0), multiprocessors=1, total_memory=1, l2_bytes=7, clock_khz=1000,
-        driver=SimpleNamespace(version=12040),
+        driver=SimpleNamespace(version=12040, emulated=False),
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gf_cuda, "get_driver", lambda: SimpleNamespace(device=lambda ordinal: device))
@@ -290,7 +290,10 @@ def test_opening_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = gpu_comparison.open_graphics()
     assert (opened.meter, opened.no_meter, opened.l2_bytes) == (None, "no NVML", 7)
     assert opened.description["driver_cuda"] == "12.4"
+    assert "emulated" not in opened.description
     assert gpu_comparison.open_graphics(False).no_meter == "switched off"
+    device.driver.emulated = True
+    assert gpu_comparison.open_graphics().description["emulated"] is True
     with pytest.raises(DeviceError, match="energy cannot be measured here: no NVML"):
         gpu_comparison.open_graphics(True)
 

@@ -24,8 +24,8 @@ FOLDERS = {
     "runners": "gf_tvm/runners",
     "tuning_logs": "gf_tvm/tuning_logs",
 }
-#: What a package is made of: code, its type marker, data, and shipped tuning logs.
-SUFFIXES = {".py", ".json", ".jsonl", ".typed"}
+#: What a package is made of: code (in C, too), its type marker, data, a template, and shipped tuning logs.
+SUFFIXES = {".py", ".json", ".jsonl", ".typed", ".html", ".c"}
 #: What a board that trains with a bundle must not import.
 COMPILER = {"tvm", "tvm.te", "tvm.s_tir", "xgboost", "sklearn", "matplotlib", "transformers"}
 

@@ -131,7 +131,10 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     assert (result.stopped, result.measured, result.trials, result.failed) == ("exhausted", 2, 2, 1)
     assert (result.config, result.seconds, result.confirmed) == (winner.config, winner.seconds, True)
     assert result.default_seconds == winner.seconds
-    assert json.loads(json.dumps(summary.to_dict()))["tasks"][0]["config"] == winner.config
+    document = json.loads(json.dumps(summary.to_dict()))
+    assert document["schema"] == "gf_tvm.tune/1"
+    assert document["tasks"][0]["config"] == winner.config
+    assert document["tasks"][0]["trial_seconds"] == [trials[0].seconds, None]  # the second was rejected
     made = read_log(path).made
     assert made == summary.made
     assert {"gf_tvm", "tvm", "tvm_ffi", "llvm", "cpu", "threads", "python", "measurement"} <= set(made)

@@ -22,7 +22,7 @@ import socket
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +233,13 @@ def best_record(records: Iterable[Record]) -> Record | None:
     if winners:
         return winners[-1]
     return min(good, key=lambda record: record.seconds or math.inf, default=None)
+
+
+def trials_of(records: Sequence[Record], space: str) -> list[Record]:
+    """The trials in one kind of space, those that were rejected later counting as what they were rejected for."""
+    rejected = {record.id: record for record in records if record.kind == "rejected" and record.space == space}
+    trials = [record for record in records if record.kind == "trial" and record.space == space]
+    return [replace(rejected[r.id], kind="trial") if r.id in rejected else r for r in trials]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

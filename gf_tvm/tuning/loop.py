@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError, LogError
-from .log import SPACES, LogFolder, LogWriter, Record, best_record
+from .log import SPACES, LogFolder, LogWriter, Record, best_record, trials_of
 from .log import seeds as find_seeds
 from .measure import Measurer
 from .runner import Options, Result
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..farm.gpu import GpuInfo
     from ..workload import Workload
     from .remote import FarmOptions
+
+#: Of what ``gf-tvm tune --json`` writes; another number where a reader would misunderstand it.
+SCHEMA = "gf_tvm.tune/1"
 
 #: Candidates that are proposed, built and measured together, by kind of space. Ours learns from each batch at no cost
 #: to speak of; MetaSchedule's takes seconds to propose.
@@ -89,6 +92,7 @@ class TaskSummary:
         space, config: what won ("metaschedule" has a trace in place of a config); None if no trial ended well.
         seconds, default_seconds: median time of one call in the final comparison.
         confirmed: the winner went through the final comparison.
+        trial_seconds: of each of ``trials``, in their order, the median time of one call; None where it failed.
     """
 
     workload: str
@@ -102,6 +106,7 @@ class TaskSummary:
     seconds: float | None
     default_seconds: float | None
     confirmed: bool
+    trial_seconds: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {"schema": SCHEMA, **asdict(self)}
 
 
 def tune(
@@ -266,7 +271,7 @@ def tune_tasks(
         made = {**provenance(), **compiler, **measurer.made}
         # All logs are looked at before the first trial: one that does not fit is found now and not in an hour.
         found = [folder.peek(task.identity, made) for task in tasks]
-        missing = [max(0, trials - len(_trials(log.records if log else [], space))) for log in found]
+        missing = [max(0, trials - len(trials_of(log.records if log else [], space))) for log in found]
         end = None if minutes is None else started + 60 * minutes
         say = progress or (lambda event: None)
         plan = _Plan(measurer, trials, early_stop, space, seed, batch, say, missing, end, seed_logs)
@@ -320,13 +325,6 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _trials(records: Sequence[Record], space: str) -> list[Record]:
-    """The trials in one kind of space, those that were rejected later counting as what they were rejected for."""
-    rejected = {record.id: record for record in records if record.kind == "rejected" and record.space == space}
-    trials = [record for record in records if record.kind == "trial" and record.space == space]
-    return [replace(rejected[r.id], kind="trial") if r.id in rejected else r for r in trials]
-
-
 @dataclass
 class _Plan:
     """What all workloads of a run share."""
@@ -359,7 +357,7 @@ class _TaskRun:
         self.log = log
         self.index = index
         self.end = end  # of this workload, on the monotonic clock
-        self.trials = _trials(log.records, plan.space)
+        self.trials = trials_of(log.records, plan.space)
         self.measured = 0
         self.default = Candidate.of_config(task.space.default)  # of ours; a search of MetaSchedule's has none
         self.search: Search | None = None
@@ -515,7 +513,7 @@ class _TaskRun:
                 if results[name].status != "ok":
                     self.log.append(_record("rejected", candidate, results[name]))
                     self._say("note", message=f"{candidate.id} is rejected: {results[name].message}")
-            self.trials = _trials(self.log.records, self.plan.space)
+            self.trials = trials_of(self.log.records, self.plan.space)
             good = {name: result.seconds for name, result in results.items() if result.seconds is not None}
             if good:
                 winner = min(good, key=lambda name: good[name])
@@ -525,7 +523,7 @@ class _TaskRun:
 
     def _finalists(self) -> dict[str, Candidate]:
         """The fastest trials that were not rejected, of all spaces, and the default if it ran."""
-        good = [r for space in SPACES for r in _trials(self.log.records, space) if r.seconds is not None]
+        good = [r for space in SPACES for r in trials_of(self.log.records, space) if r.seconds is not None]
         good.sort(key=lambda record: record.seconds or math.inf)
         count = self.plan.measurer.options.final
         chosen = [r for i, r in enumerate(good) if i < count or r.id == self.default.id]
@@ -589,6 +587,7 @@ class _TaskRun:
             seconds=best.seconds if best else None,
             default_seconds=best.default_seconds if best else None,
             confirmed=best.confirmed if best else False,
+            trial_seconds=tuple(record.seconds for record in self.trials),
         )
 
 

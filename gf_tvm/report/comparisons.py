@@ -1,0 +1,158 @@
+"""Convolution by convolution: how much faster, how much less memory, and how near to the machine's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..plot import Bar, speedup_figure
+from ..shapes import format_patch
+from . import parts
+from .parts import Column, Part, Section, Table
+from .roofline import intensity, limits, roofline_figure, speed
+from .sources import Source
+
+
+def section(source: Source) -> Section:
+    """The figures of one file of ``gf-tvm compare``."""
+    document = source.document
+    rows = document["rows"]
+    conditions = tuple(_conditions(source))
+    basis = parts.basis_of(document["machine"])
+    paragraphs = []
+    other = document["conditions"].get("other_cores")
+    if isinstance(other, int | float) and other > 0.1:
+        paragraphs.append(
+            f"Doubtful: other programs kept {other:.1f} cores busy meanwhile; read the times as ratios, or measure on "
+            "an idle machine."
+        )
+    machine = dict(conditions)["Machine"].partition(",")[0]
+    return Section(
+        f"Backward pass of single convolutions: {machine}, threads: {document['threads']}",
+        (
+            _speed(rows, conditions, f"{basis}; the limit is estimated"),
+            _memory(rows, conditions),
+            _roofline(document, tuple(_conditions(source, medians=True)), f"{basis}; operations and bytes are counted"),
+        ),
+        tuple(paragraphs),
+    )
+
+
+def _conditions(source: Source, medians: bool = False) -> list[tuple[str, str]]:
+    """``medians``: the limits that the roofline is drawn with; else the best that were seen, of ``roofline_ms``."""
+    document = source.document
+    found = parts.conditions_of([source], document)
+    peak, bandwidth = limits(document) if medians else (document["peak_gflops"], document["bandwidth_gbs"])
+    found.append(("Limits", f"{bandwidth:.1f} GB/s copying, {peak:.0f} GFLOP/s sgemm"))
+    for name, title in (("date", "Date"), ("statistic", "Times"), ("outputs", "Outputs"), ("gradients", "Gradients")):
+        value = document["conditions"].get(name)
+        if isinstance(value, str):
+            found.append((title, value))
+    return found
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return str(row["name"]) if row["dtype"] == "float32" else f"{row['name']} {row['dtype']}"
+
+
+def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...], basis: str) -> Part:
+    panels: dict[str, list[Bar]] = {}
+    cells = []
+    for row in rows:
+        exact, plain, own, limit = (row[f"{name}_ms"] for name in ("baseline", "reference", "gf_tvm", "roofline"))
+        patch = format_patch(tuple(row["patch"]))
+        panels.setdefault(patch, []).append(Bar(_label(row), exact / plain, exact / own, exact / limit))
+        cells.append(
+            (
+                *(_label(row), patch, exact, plain, own, limit, exact / plain, exact / own),
+                *(row["schedule"], row["max_rel_error"]),
+            )
+        )
+    baselines = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
+    columns = (
+        *(Column("convolution"), Column("patch"), Column("exact ms", parts.digits), Column("plain ms", parts.digits)),
+        *(Column("gf_tvm ms", parts.digits), Column("limit ms", parts.digits)),
+        *(Column("exact / plain", parts.times), Column("exact / gf_tvm", parts.times), Column("schedule")),
+        Column("error", lambda value: f"{value:.0e}"),
+    )
+    return Part(
+        "speedup",
+        "Speed",
+        f"How many times as fast as the exact backward pass ({baselines}) gradient filtering is: with plain PyTorch "
+        "operators and with gf_tvm's kernels. The mark is what the machine's bandwidth and arithmetic would allow.",
+        speedup_figure(panels, narrow=True),
+        Table(columns, tuple(cells)),
+        conditions,
+        basis,
+    )
+
+
+def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...]) -> Part:
+    labels = list(dict.fromkeys(_label(row) for row in rows))
+    patches = list(dict.fromkeys(format_patch(tuple(row["patch"])) for row in rows))
+    exact: dict[str, float] = {}
+    filtered: dict[tuple[str, str], float] = {}
+    cells = []
+    for row in rows:
+        label, patch = _label(row), format_patch(tuple(row["patch"]))
+        exact[label], filtered[label, patch] = row["saved_bytes_baseline"], row["saved_bytes_gf_tvm"]
+        cells.append((label, patch, exact[label], filtered[label, patch], exact[label] / filtered[label, patch]))
+    series: dict[str, tuple[str, Sequence[float | None]]] = {
+        "exact": (parts.EXACT_COLOR, [exact[label] / 1e6 for label in labels])
+    }
+    for color, patch in zip(_cycle(len(patches)), patches, strict=True):
+        values = [filtered.get((label, patch)) for label in labels]
+        series[f"{patch} (plain and gf_tvm)"] = (color, [None if v is None else v / 1e6 for v in values])
+    figure = parts.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
+    axes = figure.subplots()
+    parts.horizontal_bars(axes, labels, series, parts.digits)
+    axes.set_xlabel("kept of the input for the backward pass, MB")
+    figure.legend(loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
+    columns = (
+        *(Column("convolution"), Column("patch"), Column("exact MB", parts.megabytes)),
+        *(Column("filtered MB", parts.megabytes), Column("exact / filtered", parts.times)),
+    )
+    return Part(
+        "memory",
+        "Memory",
+        "What autograd keeps of a convolution's input from the forward to the backward pass: all of x, or one sum per "
+        "patch. Megabytes of 1e6 bytes; the weights, which both keep, are not counted.",
+        figure,
+        Table(columns, tuple(cells)),
+        conditions,
+        "counted from the shapes of the tensors",
+    )
+
+
+def _cycle(count: int) -> list[str]:
+    colors = [color for color in parts.COLORS if color != parts.EXACT_COLOR]
+    return [colors[index % len(colors)] for index in range(count)]
+
+
+def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ...], basis: str) -> Part:
+    cells = [
+        (
+            *(_label(row), format_patch(tuple(row["patch"])), row["operations"], row["moved_bytes"], intensity(row)),
+            *(speed(row, "reference_ms"), speed(row, "gf_tvm_ms")),
+            None if row.get("gf_tvm_kernel_ms") is None else speed(row, "gf_tvm_kernel_ms"),
+            row["roofline_ms"] / row["gf_tvm_ms"],
+        )
+        for row in document["rows"]
+    ]
+    columns = (
+        *(Column("convolution"), Column("patch"), Column("GFLOP", parts.giga)),
+        *(Column("MB moved", parts.megabytes), Column("FLOP / byte", parts.digits)),
+        *(Column("plain GFLOP/s", parts.digits), Column("gf_tvm GFLOP/s", parts.digits)),
+        Column("into existing outputs GFLOP/s", parts.digits),
+        Column("of the limit %", lambda value: f"{100 * value:.0f}"),
+    )
+    return Part(
+        "roofline",
+        "Roofline",
+        "Operations a second over operations per byte that has to be moved at least. No point can lie above the lines, "
+        "which are the machine's copy bandwidth and its fastest matrix product, except where its data lay in caches.",
+        roofline_figure(document, stacked=True),
+        Table(columns, tuple(cells)),
+        conditions,
+        basis,
+    )
