@@ -248,7 +248,7 @@ def test_train_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "--last",
         "2",
     ]
-    options += ["--batch", "8", "--pretrain-epochs", "8", "--epochs", "2", "--shift", "1", "--flip", "--skew", "0.8"]
+    options += ["--batch", "8", "--pretrain-epochs", "10", "--epochs", "2", "--shift", "1", "--skew", "0.8"]
     arguments = ["train", *options, "--patch", "exact,2", "--json", str(out), "--checkpoint", str(tmp_path / "c")]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr()

@@ -43,15 +43,20 @@ def load_cifar(folder: Path, image_size: int) -> Images:
     names = _value(folder / meta, names_key, list)
     if not names or not all(isinstance(name, bytes) for name in names):
         raise ModelError(f"{str(folder / meta)!r} is not a file of CIFAR: its class names are no text")
-    pixels, labels, tests = [], [], []
+    pixels: list[np.ndarray[Any, Any]] = []
+    labels: list[int] = []
+    tests: list[bool] = []
     for name in (*train, test):
         path = folder / name
         content = _read(path)
-        x, y = _pixels(path, content.get(b"data")), content.get(labels_key)
-        known = isinstance(y, list) and all(type(label) is int and 0 <= label < len(names) for label in y)
-        if not known or len(y) != len(x):
-            raise ModelError(f"{str(path)!r} must have {len(x)} labels from 0 to {len(names) - 1}")
-        pixels.append(x)
+        images, y = _pixels(path, content.get(b"data")), content.get(labels_key)
+        if (
+            not isinstance(y, list)
+            or len(y) != len(images)
+            or not all(type(label) is int and 0 <= label < len(names) for label in y)
+        ):
+            raise ModelError(f"{str(path)!r} must have {len(images)} labels from 0 to {len(names) - 1}")
+        pixels.append(images)
         labels += y
         tests += [name == test] * len(y)
     check_memory(len(labels), image_size, str(folder))
