@@ -19,10 +19,11 @@ INSTALL    := $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 WARM_UP    := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck wheel clean
+.PHONY: help demo report test lint format typecheck wheel clean
 
 help:
 	@echo "make demo       tune, build, train and compare on this machine; ends with a table and a picture"
+	@echo "make report     evaluates two networks and makes docs/report; half an hour"
 	@echo "make test       the tests"
 	@echo "make lint       ruff: rules and formatting"
 	@echo "make format     ruff: formats and repairs what it can"
@@ -44,6 +45,22 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 demo: $(RUN_STAMP)
 	$(BIN)/python -m gf_tvm.runners.demo --out build/demo
+
+# What docs/report was made by, on an idle machine: two networks with their compiled kernels, evaluated over five and
+# three seeds, beside the convolutions measured by benchmarks/cpu.py. What is finished is not repeated.
+REPORT  := build/report
+DIGITS  := --model resnet18_025 --data digits --patch exact,2,4,7 --last 1,2,4 --seeds 0,1,2,3,4 --shift 0 \
+           --pretrain-epochs 12 --epochs 10
+SCENES  := --model fcn_resnet18_025 --data scenes --patch exact,2,4 --last 1,2 --seeds 0,1,2 --shift 0 --batch 16 \
+           --pretrain-epochs 20 --epochs 10
+report: $(RUN_STAMP)
+	@mkdir -p $(REPORT)
+	$(BIN)/gf-tvm build --model resnet18_025 --input 32x3x32x32 --last 4 --patch 2,4,7 --out $(REPORT)/digits.gfb
+	$(BIN)/gf-tvm evaluate $(DIGITS) --library $(REPORT)/digits.gfb --max-accuracy-drop 1 --out $(REPORT)/digits
+	$(BIN)/gf-tvm build --model fcn_resnet18_025 --input 16x3x32x32 --last 2 --patch 2,4 --out $(REPORT)/scenes.gfb
+	$(BIN)/gf-tvm evaluate $(SCENES) --library $(REPORT)/scenes.gfb --max-accuracy-drop 2 --out $(REPORT)/scenes
+	$(BIN)/gf-tvm report benchmarks/results/cpu.json $(REPORT)/digits/evaluation.json $(REPORT)/scenes/evaluation.json \
+	    tuning_logs/x86-64-v4/backward_n32_ci64_co64_56x56_*.jsonl --title "gf_tvm on a 2-core virtual machine" --out docs/report
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
