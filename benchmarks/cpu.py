@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _allocator import keep_freed_memory
 from _authors import published
 from _cpu_libraries import stock, tuned, untuned
 from _cpu_memory import extra_bytes
 from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, with_memory
 from _cpu_step import Layer, layers_of, measure_step, network
 
-from gf_tvm import keep_freed_memory, machine
+from gf_tvm import machine
 from gf_tvm.comparison import check_request, compare
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.errors import DeviceError, GfTvmError

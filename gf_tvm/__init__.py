@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import functional as functional
     from . import nn as nn
-    from .allocator import keep_freed_memory as keep_freed_memory
     from .autograd import FallbackWarning as FallbackWarning
     from .bundle import build as build
     from .comparison import compare as compare
@@ -47,7 +46,6 @@ _HOMES = {
     "filter_model": "nn",
     "filter_report": "nn",
     "functional": "",
-    "keep_freed_memory": "allocator",
     "load": "library",
     "nn": "",
     "select_layers": "nn",

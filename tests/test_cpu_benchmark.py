@@ -57,6 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small limits: what they are is not what is tested here."""
     monkeypatch.setattr(machine, "SGEMM_SIZE", 64)
     monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 26)
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
     monkeypatch.chdir(tmp_path)
     Path("shapes.json").write_text(json.dumps(SHAPES))
 
@@ -78,6 +79,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             return unknown if len(requests) > 1 else _cpu_memory.extra_bytes(*request)
 
         patch.setattr(cpu, "extra_bytes", extra_bytes)
+        patch.setattr(cpu, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
         command = ["--shapes", str(folder / "shapes.json"), "--seconds", "0", "--threads", "1"]
         files = ["--json", str(folder / "rows.json"), "--plot", str(folder / "roofline.png")]
         step = ["--step", "resnet18_025", "--input", "2x3x8x8", "--last", "2", "--patch", "2,4"]

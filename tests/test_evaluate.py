@@ -123,8 +123,8 @@ def test_kept_by_type_sums_to_what_is_kept() -> None:
 
 
 def test_peak_is_that_of_a_process_of_its_own(train: TrainConfig) -> None:
-    small = measure_apart(replace(train, last=1), 4, None, steps=2)
-    large = measure_apart(replace(train, last=1, image_size=64, batch=128), 4, None, steps=2)
+    small = measure_apart(replace(train, last=1), 4, False, None, steps=2)
+    large = measure_apart(replace(train, last=1, image_size=64, batch=128), 4, False, None, steps=2)
     assert small.peak_bytes is not None
     assert large.peak_bytes is not None
     # 128 images of 8 channels of 64x64 pixels: the convolution keeps its input, batch norm and ReLU theirs.
@@ -420,11 +420,11 @@ def test_mistakes_are_one_line(
 
 def test_a_step_that_dies_is_one_line(train: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match=r"a step of exact, last 3 could not be measured: last must be between"):
-        measure_apart(replace(train, last=3), 4, None, steps=1)
+        measure_apart(replace(train, last=3), 4, False, None, steps=1)
     died = subprocess.CompletedProcess("", -9, "", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: died)
     with pytest.raises(EvaluationError, match="killed by signal 9"):
-        measure_apart(train, 4, None, steps=1)
+        measure_apart(train, 4, False, None, steps=1)
 
 
 @pytest.mark.parametrize(

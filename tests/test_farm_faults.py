@@ -325,5 +325,6 @@ def test_the_tracker_is_away_for_a_while(farm: Farm, tmp_path: Path, monkeypatch
     assert "boards that are at work go on" in notes(events)
     assert "the tracker is back" in notes(events)
     assert summary.farm is not None
-    assert summary.farm["boards"]["board-1"]["troubles"]["board lost"] == 1
+    # Killed at work; or while the host was asking the tracker for it.
+    assert {"board lost", "no board"} & set(summary.farm["boards"]["board-1"]["troubles"])
     assert wait_until(lambda: all_free(tracker, 3))

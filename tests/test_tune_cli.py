@@ -175,7 +175,7 @@ def test_options_reach_the_library_and_progress_is_shown(
             show(Event("trial", *place, 2, 5, "crash", None, 2e-3, 2e-3, 75.0, 12.5, (1, 2), "while running: SIGSEGV"))
             show(Event("note", *place, 2, 5, message="the space is exhausted after 2 trials"))
             show(Event("done", *place, 2, 5, best=1.9e-3, default=2e-3, left=0.0))
-            tasks.append(TaskSummary(workload.key, "x", 2, 2, 1, "exhausted", "ours", {}, 1e-3, 2e-3, True))
+            tasks.append(TaskSummary(workload.key, "x", 2, 2, 1, "exhausted", "ours", {}, 1e-3, 2e-3, True, (2e-3,)))
         return Summary("some-device", "some-logs", 61.0, {}, tuple(tasks))
 
     monkeypatch.setattr("gf_tvm.tuning.tune", tune)

@@ -21,7 +21,7 @@ from ..errors import FarmError
 #: Where the files lie: in a checkout these packages are folders side by side, in an installation most are in gf_tvm's.
 _PACKAGES = ("gf_cuda", "gf_tvm", "gf_tvm.schedules", "gf_tvm.runners", "gf_tvm.tuning_logs")
 #: Code, the type marker, data and tuning logs; not bytecode, nor what editors leave.
-_SUFFIXES = frozenset({".py", ".typed", ".json", ".jsonl"})
+_SUFFIXES = frozenset({".c", ".html", ".py", ".typed", ".json", ".jsonl"})
 #: The earliest date that a zip file can have: the same code gives the same bytes.
 _DATE = (1980, 1, 1, 0, 0, 0)
 

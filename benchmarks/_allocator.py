@@ -14,8 +14,11 @@ def keep_freed_memory() -> bool:
 
     glibc returns blocks of more than 32 MB to the system at once. The next tensor of that size then consists of pages
     that the system has to clear, one fault each: for gradients of large maps that costs more than the kernels that
-    write them (docs/performance.md). The price: memory that other programs do not get back, and a heap that can be
-    fragmented. To be called before the large tensors are made; it cannot be undone.
+    write them (docs/performance.md). To be called before the large tensors are made; it cannot be undone.
+
+    Good for a benchmark, which makes the same few tensors again and again. Not offered to users: an aligned block is
+    found again only where nothing was allocated right behind it, and else the heap grows with every tensor (seen with
+    glibc 2.36).
 
     Returns:
         Whether the allocator could be told: only glibc's can.
