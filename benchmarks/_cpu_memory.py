@@ -8,16 +8,16 @@ then lies above is the kernel's, besides a few hundred kB for starting threads. 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from gf_tvm import machine
 from gf_tvm.library import load
 from gf_tvm.workload import Workload
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 _TIMEOUT = 300
 
 
@@ -57,21 +57,18 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
             _CLEAR.write_text("5")  # sets the peak (VmHWM) back to what is resident now
         except OSError as error:
             return {"extra_bytes": None, "reason": f"{_CLEAR}: {error.strerror}"}
-        before = _kilobytes("VmHWM")
+        before = machine.peak_bytes()
         kernel(*tensors)
-        calls.append((_kilobytes("VmHWM") - before) << 10)
+        after = machine.peak_bytes()
+        assert before is not None  # where the peak can be set back, it can be read
+        assert after is not None
+        calls.append(after - before)
     return {
         "extra_bytes": calls[0],
         "extra_bytes_second_call": calls[1],
         "argument_bytes": sum(t.nbytes for t in tensors),
         "output_bytes": sum(t.nbytes for t, output in zip(tensors, outputs, strict=True) if output),
     }
-
-
-def _kilobytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), flags=re.MULTILINE)
-    assert match is not None, field
-    return int(match[1])
 
 
 if __name__ == "__main__":

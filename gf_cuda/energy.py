@@ -80,6 +80,35 @@ class Meter:
         raise NotImplementedError
 
 
+def read_during(run: Callable[[], None], read: Callable[[], None], interval: float) -> None:
+    """Call ``read`` about every ``interval`` seconds while ``run`` runs, in a thread, and once more after it.
+
+    Raises:
+        GfCudaError: what ``read`` raised, after ``run`` has ended.
+    """
+    done = threading.Event()
+    failures: List[GfCudaError] = []
+
+    def follow() -> None:
+        while not done.wait(interval):
+            try:
+                read()
+            except GfCudaError as error:
+                failures.append(error)
+                return
+
+    thread = threading.Thread(target=follow, name="gf_cuda energy", daemon=True)
+    thread.start()
+    try:
+        run()
+    finally:
+        done.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+    read()
+
+
 class PowerMeter(Meter):
     """Integrates power over time: a thread reads it about every ``interval`` seconds."""
 
@@ -89,27 +118,7 @@ class PowerMeter(Meter):
 
     def _over(self, run: Callable[[], None]) -> Tuple[Dict[str, float], float, int]:
         samples = [self._sample()]
-        done = threading.Event()
-        failures: List[GfCudaError] = []
-
-        def follow() -> None:
-            while not done.wait(self._interval):
-                try:
-                    samples.append(self._sample())
-                except GfCudaError as error:
-                    failures.append(error)
-                    return
-
-        thread = threading.Thread(target=follow, name="gf_cuda energy", daemon=True)
-        thread.start()
-        try:
-            run()
-        finally:
-            done.set()
-            thread.join()
-        if failures:
-            raise failures[0]
-        samples.append(self._sample())
+        read_during(run, lambda: samples.append(self._sample()), self._interval)
         return integrate(samples), samples[-1][0] - samples[0][0], len(samples)
 
     def _sample(self) -> Tuple[float, Watts]:

@@ -9,14 +9,13 @@ Source of RAPL's files and units: the Linux kernel's documentation of the power 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gf_cuda import energy as gf_energy
-from gf_cuda.energy import Energy, Meter, NotMeasured, joules_a_step
+from gf_cuda.energy import Energy, Meter, NotMeasured, joules_a_step, read_during
 
 __all__ = ["SECONDS", "Energy", "Meter", "NotMeasured", "RaplMeter", "find_meter", "joules_a_step", "rapl"]
 
@@ -60,27 +59,7 @@ class RaplMeter(Meter):
                 joules[counter.name] += 1e-6 * (new - old if new >= old else new - old + counter.limit)
             before, readings = now, readings + 1
 
-        done = threading.Event()
-        failures: list[NotMeasured] = []
-
-        def follow() -> None:
-            while not done.wait(self._interval):
-                try:
-                    add()
-                except NotMeasured as error:
-                    failures.append(error)
-                    return
-
-        thread = threading.Thread(target=follow, name="gf_tvm energy", daemon=True)
-        thread.start()
-        try:
-            run()
-        finally:
-            done.set()
-            thread.join()
-        if failures:
-            raise failures[0]
-        add()
+        read_during(run, add, self._interval)
         return {**joules, _TOTAL: sum(joules.values())}, time.perf_counter() - start, readings
 
     def _read(self) -> list[int]:

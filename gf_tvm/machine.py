@@ -76,6 +76,18 @@ def available_bytes() -> int | None:
     return _meminfo("MemAvailable")
 
 
+def peak_bytes() -> int | None:
+    """Largest resident memory that this process has had since it began (Linux; None elsewhere).
+
+    Not ``resource.getrusage``: its figure is inherited from the process that started this one.
+    """
+    try:
+        match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) << 10 if match else None
+
+
 def last_level_cache_bytes() -> int | None:
     """Size of the largest data cache that the first CPU sees; None where the system does not say."""
     sizes = []

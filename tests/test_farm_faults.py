@@ -325,6 +325,6 @@ def test_the_tracker_is_away_for_a_while(farm: Farm, tmp_path: Path, monkeypatch
     assert "boards that are at work go on" in notes(events)
     assert "the tracker is back" in notes(events)
     assert summary.farm is not None
-    # Killed at work; or while the host was asking the tracker for it.
-    assert {"board lost", "no board"} & set(summary.farm["boards"]["board-1"]["troubles"])
+    # Killed at work, or while the host was asking the tracker for it, or between two candidates: then nothing was lost.
+    assert set(summary.farm["boards"]["board-1"]["troubles"]) <= {"board lost", "no board"}
     assert wait_until(lambda: all_free(tracker, 3))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import machine
 from ..errors import GfTvmError
 from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset, Images
@@ -88,7 +88,7 @@ def measure(config: TrainConfig, classes: int, masks: bool, library: Any, steps:
     # Nothing is kept of the frozen layers: a first epoch has to compute them all.
     run = replace(config, epochs=1, pretrain_epochs=0, lr=1e-6, cache="off")
     result = finetune(run, dataset, pretrain(run, dataset), library=library)
-    peak = peak_bytes()  # before anything below takes memory of its own
+    peak = machine.peak_bytes()  # before anything below takes memory of its own
     # Copies: what keeps a part of a tensor keeps, and is counted with, all of it.
     x, y = (t[: config.batch].clone() for t in (dataset.finetune_train.x, dataset.finetune_train.y))
     training_mode(result.model, "finetune")
@@ -104,18 +104,6 @@ def measure(config: TrainConfig, classes: int, masks: bool, library: Any, steps:
         energy_joules_per_step=joules,
         energy=energy,
     )
-
-
-def peak_bytes() -> int | None:
-    """Largest resident memory that this process has had since it began (Linux; None elsewhere).
-
-    Not ``resource.getrusage``: its figure is inherited from the process that started this one.
-    """
-    try:
-        match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) << 10 if match else None
 
 
 def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:

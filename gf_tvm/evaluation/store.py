@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from ..files import make_folder, replacing
 from ..training.checkpoint import file_name
 from .results import EvaluationError
 
@@ -25,10 +25,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe.{os.getpid()}.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
+            make_folder(folder)
         except OSError as error:
             raise EvaluationError(f"cannot write into the folder {str(folder)!r}: {error.strerror or error}") from None
 
@@ -61,16 +58,9 @@ class Store:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that the file is there whole or as it was before. Raises EvaluationError."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(staged, "w", encoding="utf-8") as file:
-                file.write(json.dumps(value, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        finally:
-            staged.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write((json.dumps(value, indent=2) + "\n").encode())
     except OSError as error:
         raise EvaluationError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 

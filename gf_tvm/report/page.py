@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import ReportError
+from ..files import make_folder, replacing
 from . import comparisons, settings, training, tuning
 from .parts import Column, Part, Section
 from .sources import Source, read_all
@@ -76,11 +77,8 @@ def check_packages() -> None:
 def check_folder(out: str | os.PathLike[str]) -> None:
     """Make the folder and see whether files can be written there. Raises ReportError."""
     folder = Path(out)
-    probe = folder / f".{PAGE}.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        make_folder(folder)
         if (folder / PAGE).is_dir():
             raise IsADirectoryError(21, "its index.html is a folder")
     except OSError as error:
@@ -167,11 +165,8 @@ def _write(folder: Path, contents: dict[str, bytes]) -> None:
     """Write the files, each whole or not at all. Raises ReportError."""
     check_folder(folder)
     for name, content in contents.items():
-        part = folder / f".{name}.{os.getpid()}.part"
         try:
-            part.write_bytes(content)
-            os.replace(part, folder / name)
+            with replacing(folder / name) as file:
+                file.write(content)
         except OSError as error:
             raise ReportError(f"cannot write '{folder / name}': {error.strerror or error}") from None
-        finally:
-            part.unlink(missing_ok=True)

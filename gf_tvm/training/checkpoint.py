@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..files import make_folder, replacing
 from .config import TrainingError
 
 #: Changes with the content of a checkpoint; another one is refused.
@@ -25,14 +26,11 @@ def prepare_folder(folder: Path) -> None:
         TrainingError: the folder cannot be created or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for file in folder.glob(".*.tmp"):
             match = re.search(r"\.(?:pt|bin|json)\.(\d+)\.tmp$", file.name)
             if match and not _running(int(match[1])):
                 file.unlink(missing_ok=True)
-        probe = folder / f".probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
         raise TrainingError(f"cannot write into the checkpoint folder {str(folder)!r}: {reason}") from None
@@ -54,16 +52,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         TrainingError: the disk is full or not writable; what was at ``path`` before is still there.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(staged, "wb") as file:
-                torch.save({"format": FORMAT, **content}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        finally:
-            staged.unlink(missing_ok=True)
+        with replacing(path) as file:
+            torch.save({"format": FORMAT, **content}, file)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself survives a power cut

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing
+
 FORMAT = "gf_tvm.features/1"
 ALIGNMENT = 64
 
@@ -47,25 +49,22 @@ def write(
     Raises:
         OSError: they cannot be written.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     offsets, size = _offsets(layouts)
-    try:
-        # Written as a file, not through memory: a full disk is then an error and not a signal.
-        with open(staged, "w+b") as file:
-            file.truncate(size)
-            for first, tensors in parts:
-                for layout, offset, tensor in zip(layouts, offsets, tensors, strict=True):
-                    row = prod(layout.shape[1:]) * layout.dtype.itemsize
-                    file.seek(offset + first * row)
-                    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-            head = {"format": FORMAT, "identity": identity, "tensors": _described(layouts), "sha256": _sha256(file)}
-        _replace_json(path.with_suffix(".json"), None)
-        os.replace(staged, path)
-        _replace_json(path.with_suffix(".json"), head)
-    finally:
-        staged.unlink(missing_ok=True)
+    description = path.with_suffix(".json")
+    # Written as a file, not through memory: a full disk is then an error and not a signal.
+    with replacing(path) as file:
+        file.truncate(size)
+        for first, tensors in parts:
+            for layout, offset, tensor in zip(layouts, offsets, tensors, strict=True):
+                row = prod(layout.shape[1:]) * layout.dtype.itemsize
+                file.seek(offset + first * row)
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # before the old file's description goes: a full disk leaves both
+        head = {"format": FORMAT, "identity": identity, "tensors": _described(layouts), "sha256": _sha256(file)}
+        description.unlink(missing_ok=True)
+    with replacing(description) as file:
+        file.write(json.dumps(head).encode())
 
 
 def read(path: Path, identity: dict[str, Any], layouts: list[Layout]) -> list[Tensor] | None:
@@ -118,19 +117,3 @@ def _sha256(file: Any) -> str:
     while chunk := file.read(1 << 20):
         h.update(chunk)
     return h.hexdigest()
-
-
-def _replace_json(path: Path, value: dict[str, Any] | None) -> None:
-    """Write ``value`` to ``path`` by staging and rename; None removes the file."""
-    if value is None:
-        path.unlink(missing_ok=True)
-        return
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staged, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
