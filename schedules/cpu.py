@@ -11,7 +11,7 @@ from gf_tvm.devices import DeviceProfile
 from gf_tvm.geometry import Geometry, ceil_div, pad
 from gf_tvm.kernels import definition, dense, depthwise, forward
 from gf_tvm.kernels.emit import PARALLEL_WORK
-from gf_tvm.kernels.simd import LINE, item_bytes
+from gf_tvm.kernels.simd import item_bytes
 from gf_tvm.kernels.sweep import Tiles, split
 from gf_tvm.workload import Workload
 
@@ -19,8 +19,10 @@ from .space import Config, Space
 
 #: Larger maps are written past the caches unless the tuner finds otherwise.
 STREAM_BYTES = 4 << 20
-#: Cycles of products for each line that the next block reads, above which they hide its being fetched.
-FETCH_CYCLES = 20
+#: Cycles between two lines that are fetched ahead; 0: none are. Faster than that, and the products wait for them.
+AHEAD = (0, 24)
+#: Maps in shorter pieces than this are not worth fetching ahead: of each piece, the last line is a part.
+FETCHED_BYTES = 1024
 #: Distances, in channels, at which pooling may prefetch.
 NEAR = (0, 2, 4, 8)
 
@@ -116,7 +118,7 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     most = max(profile.l2_share // (4 * geometry.co), 4 * lanes)
     by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 2 * profile.l2_bytes
     rows = _rows(geometry, 2 * lanes, most)
-    knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4), "ahead": (0, 1)}
+    knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4), "ahead": AHEAD}
     knobs["stream"], knobs["m"] = (0, 1), (1, 2, 3, 4)
     if needs_x:
         knobs["ci"] = _heights(cig)
@@ -129,8 +131,8 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
         for wide, high in (("m", "ci"), ("cv", "co")):
             if high in config and not _fits(config[wide], config[high], profile.registers, max(knobs[high])):
                 return False
-        # What was fetched during the products needs no prefetch while it is pooled; a single block has no next one.
-        if config["ahead"] and (config["near"] or config["rows"] in (0, geometry.n * geometry.grid[0])):
+        # A single block has no next one.
+        if config["ahead"] and config["rows"] in (0, geometry.n * geometry.grid[0]):
             return False
         return "together" not in config or config["together"] >= config["ci"]
 
@@ -173,7 +175,7 @@ def tiles_of(config: Config, geometry: Geometry, profile: DeviceProfile) -> Tile
         depth=depth,
         stream=bool(config.get("stream")),
         near=config["near"],
-        ahead=bool(config["ahead"]),
+        ahead=config["ahead"],
         by_channels=not config["rows"],
     )
 
@@ -202,18 +204,12 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
         config["cv"] = min(2, max(knobs["cv"]))
         config["co"] = high(config["cv"], knobs["co"], cog)
     threads = profile.threads or 4
-    item = item_bytes(workload.dtype)
-    # Of a patch: what a block reads, what its panels take, and multiply-adds of whole registers, two in a cycle.
-    fetched = geometry.co * geometry.rows.patch * geometry.cols.patch * item + 4 * geometry.ci
-    panels = 4 * (geometry.co + config.get("together", 0) + config.get("cv", 0) * lanes)
-    cycles = (("ci" in knobs) + ("co" in knobs)) * cig * geometry.co / lanes / 2
-    # On Arm it is left to the tuner.
-    can_hide = profile.arch == "x86_64" and cycles >= FETCH_CYCLES * fetched / LINE
+    height, width = geometry.y_shape[2:]
 
     def fetches_ahead(rows: int) -> bool:
-        """There is a next block, its reading can be hidden, and it finds room beside the panels."""
-        fits = rows * pw * (panels + fetched) <= 0.75 * profile.l2_share
-        return rows not in (0, patch_rows) and can_hide and fits
+        """There is a next block, and pieces of its channels are long enough. On Arm it is left to the tuner."""
+        piece = min(rows * geometry.rows.patch, height) * width * item_bytes(workload.dtype)
+        return profile.arch == "x86_64" and rows not in (0, patch_rows) and piece >= FETCHED_BYTES
 
     def cost_of(rows: int) -> float:
         if not rows:
@@ -224,12 +220,15 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
         busy = ceil_div(blocks, threads) * threads / blocks
         # Weights are read, and their sums read and written, once a block; each part's sums once more at the end.
         weights = 8.0 / patches + threads * 8.0 / (patch_rows * pw)
-        overflow = max(0.0, patches * panels / profile.l2_share - 0.7)
-        return padded * busy * (1 + weights) + 0.2 * overflow - 0.15 * fetches_ahead(rows)
+        ahead = fetches_ahead(rows)
+        panels = geometry.co * (1 + ahead) + config.get("together", 0) + config.get("cv", 0) * lanes
+        # What is fetched ahead needs room, too.
+        overflow = max(0.0, patches * panels * 4 / profile.l2_share - (0.3 if ahead else 0.7))
+        return padded * busy * (1 + weights) + 0.2 * overflow - 0.15 * ahead
 
     config["rows"] = min(knobs["rows"], key=lambda rows: (round(cost_of(rows), 2), rows))
-    config["ahead"] = int(fetches_ahead(config["rows"]))
-    config["near"] = 0 if config["ahead"] else 4
+    config["ahead"] = AHEAD[-1] if fetches_ahead(config["rows"]) else 0
+    config["near"] = 4
     if not config["rows"] and "together" in knobs:
         # Threads share the groups of channels.
         usable = [t for t in knobs["together"] if t >= config["ci"]]

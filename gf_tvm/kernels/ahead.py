@@ -1,9 +1,10 @@
-"""Fetching what the next block reads while a block's products are computed.
+"""Fetching what a block reads while the products of the block before it are computed.
 
 A core that pools, multiplies and writes one after the other uses either its arithmetic or its memory. Lines of the next
-block, asked for one at a time and evenly over all steps of the products, arrive meanwhile: on the machine of
-docs/performance.md that hides most of what reading grad_y costs. Asking for many at once does not: a core has a dozen
-places for lines that are under way, and loads of the products wait for the same ones.
+block's grad_y, asked for one at a time and evenly over the steps of the products, arrive meanwhile; between two groups
+of tiles the channels that have arrived are pooled, so that only their means have to be kept, not the map. Asking for
+many lines at once does not help: a core has a dozen places for lines that are under way, and loads of the products wait
+for the same ones.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from . import simd
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that the next block reads: ``pieces`` of ``size`` neighbouring elements, ``stride`` elements apart.
+    """Memory to be fetched: ``channels``, each in ``pieces`` of ``size`` neighbouring elements.
 
-    ``element_bytes`` is the size of one element.
+    ``channel_stride`` and ``piece_stride`` are the distances of their beginnings, ``element_bytes`` is the size of one
+    element.
     """
 
     buffer: Any
+    channels: int
     pieces: int
     size: int
-    stride: int
+    channel_stride: int
+    piece_stride: int
     element_bytes: int
 
     @property
@@ -42,9 +46,24 @@ class Region:
         return ceil_div(self.size, self.in_line)
 
     @property
-    def lines(self) -> int:
-        """Cache lines of all pieces."""
+    def channel_lines(self) -> int:
+        """Cache lines of one channel."""
         return self.pieces * self.piece_lines
+
+    @property
+    def lines(self) -> int:
+        """Cache lines of all channels."""
+        return self.channels * self.channel_lines
+
+    def offset(self, line: Any) -> Any:
+        """Where a line begins, in elements."""
+        piece, rest = line // self.piece_lines, line % self.piece_lines
+        offset = rest * self.in_line
+        if self.channels > 1:
+            offset += piece // self.pieces * self.channel_stride
+        if self.pieces > 1:
+            offset += piece % self.pieces * self.piece_stride
+        return offset
 
 
 class Ahead:
@@ -52,52 +71,53 @@ class Ahead:
 
     Args:
         steps: of all products of a block.
-        regions: what the next one reads, in this order.
+        cycles: of a step, roughly.
+        spacing: cycles between two lines, at least; what does not get its turn is not fetched.
+        now: what this block still needs, if anything: it comes first.
+        then: what the next one reads.
     """
 
-    def __init__(self, steps: int, regions: list[Region]) -> None:
-        self._regions = regions
-        self._lines = sum(region.lines for region in regions)
-        self.pace = max(1, steps // self._lines)
-        self._burst = ceil_div(self._lines * self.pace, steps)
+    def __init__(self, steps: int, cycles: float, spacing: int, now: Region | None, then: Region) -> None:
+        self._now, self._then = now, then
+        self._first = now.lines if now is not None else 0
+        self.pace = max(1, steps // (self._first + then.lines), round(spacing / cycles))
         self._next = T.alloc_buffer((1,), "int32", scope="local")
-        self._starts: list[Any] = []
 
-    def begin(self, starts: list[Any], is_last: Any) -> None:
+    def begin(self, now: Any, then: Any, is_last: Any) -> None:
         """A block's products begin.
 
         Args:
-            starts: where in their buffers the next block's regions begin.
+            now, then: where in their buffers the regions begin.
             is_last: whether no block follows.
         """
-        self._starts = [T.bind(start) for start in starts]
-        none, all_ = tirx.IntImm("int32", 0), tirx.IntImm("int32", self._lines)
-        T.buffer_store(self._next, tirx.Select(is_last, all_, none), [0])
+        self._starts = T.bind(now), T.bind(then)
+        self._end = T.bind(tirx.Select(is_last, _int(self._first), _int(self._first + self._then.lines)))
+        T.buffer_store(self._next, _int(0), [0])
 
     def fetch(self) -> None:
-        """Ask for the next line or lines, if any are left; to be called every :attr:`pace` steps."""
-        for _ in range(self._burst):
-            line = T.bind(tirx.BufferLoad(self._next, [0]))
-            with T.If(line < self._lines), T.Then():
-                T.buffer_store(self._next, line + 1, [0])
-                self._fetch(line, 0)
+        """Ask for the next line, if any is left; to be called every :attr:`pace` steps."""
+        line = T.bind(tirx.BufferLoad(self._next, [0]))
+        with T.If(line < self._end), T.Then():
+            T.buffer_store(self._next, line + 1, [0])
+            if self._now is None:
+                self._ask(self._then, self._starts[1], line)
+                return
+            with T.If(line < self._first):
+                with T.Then():
+                    self._ask(self._now, self._starts[0], line)
+                with T.Else():
+                    self._ask(self._then, self._starts[1], line - self._first)
 
-    def _fetch(self, line: Any, k: int) -> None:
-        """``line``: counted from the beginning of region ``k``."""
-        region = self._regions[k]
-        if k + 1 == len(self._regions):
-            self._ask(region, self._starts[k], line)
-            return
-        with T.If(line < region.lines):
-            with T.Then():
-                self._ask(region, self._starts[k], line)
-            with T.Else():
-                self._fetch(line - region.lines, k + 1)
+    def arrived(self) -> Any:
+        """Channels of the next block whose lines were asked for long enough ago; may be negative."""
+        line = tirx.BufferLoad(self._next, [0])
+        # One channel's time to arrive.
+        return tirx.floordiv(line - self._first, self._then.channel_lines) - 1
 
     @staticmethod
     def _ask(region: Region, start: Any, line: Any) -> None:
-        offset = line * region.in_line
-        if region.pieces > 1:
-            piece, rest = line // region.piece_lines, line % region.piece_lines
-            offset = piece * region.stride + rest * region.in_line
-        simd.prefetch(region.buffer, start + offset)
+        simd.prefetch(region.buffer, start + region.offset(line))
+
+
+def _int(value: int) -> Any:
+    return tirx.IntImm("int32", value)

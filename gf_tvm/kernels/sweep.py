@@ -49,7 +49,8 @@ class Tiles:
         depth: output channels in such a piece, at most: it should fit into L1.
         stream: grad_x is written past the caches, where its rows are aligned well enough.
         near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
-        ahead: what the next block reads is prefetched during a block's products, see :class:`ahead.Ahead`.
+        ahead: the next block is fetched and pooled during a block's products, a cache line every so many cycles at
+            least, see :class:`ahead.Ahead`; 0: it is not.
         by_channels: threads share channels, see :class:`ByChannels`, not blocks; then there is one block.
     """
 
@@ -62,7 +63,7 @@ class Tiles:
     depth: int = 128
     stream: bool = False
     near: int = 0
-    ahead: bool = False
+    ahead: int = 0
     by_channels: bool = False
 
 
@@ -90,8 +91,8 @@ class Sweep:
         self.wide = min(tiles.cv, power_of_two(cig, up=True))
         self.wide_lanes = min(lanes, self.wide)
         self.wide_tiles = ceil_div(cig, self.wide)
-
         self.ahead: Ahead | None = None
+        self.panel_at: Any = 0
 
     def emit(self) -> None:
         self.tensors = emit.arguments(self.workload)
@@ -145,63 +146,83 @@ class Sweep:
     def _sweep(self) -> None:
         geometry, lanes = self.geometry, self.lanes
         with T.parallel(0, self.parts) as part:
-            self.panel = T.alloc_buffer((geometry.co * self.padded,), ACC)
+            size = geometry.co * self.padded
+            self.panel = T.alloc_buffer((2 * size if self.tiles.ahead else size,), ACC)
             self.line = T.alloc_buffer((self.padded + lanes,), ACC)
             if self.needs_x:
                 self.tile = T.alloc_buffer((self.together * self.padded + lanes,), ACC)
             if self.needs_w:
                 self.panel_x = T.alloc_buffer((self.patches * self.wide,), ACC)
             if self.tiles.ahead:
-                self.ahead = Ahead(self._steps(), self._regions())
+                self.ahead = self._ahead()
+                self.pooled = T.alloc_buffer((1,), "int32", scope="local")
+                T.buffer_store(self.pooled, tirx.IntImm("int32", 0), [0])
             with emit.loop(geometry.co) as o:
                 simd.store(self.bias_parts, (part * geometry.co + o) * lanes, simd.splat(0.0, lanes))
             first, end = part * self.blocks // self.parts, (part + 1) * self.blocks // self.parts
             with T.serial(first, end) as block:
-                self._pool(part, block)
-                if self.ahead is not None:
-                    self.ahead.begin(self._region_starts(block + 1), block + 1 == end)
+                if self.ahead is None:
+                    self._pool(part, block, 0, geometry.co)
+                else:
+                    self.panel_at = T.bind((block - first) % 2 * size)
+                    self._pool(part, block, T.bind(tirx.BufferLoad(self.pooled, [0])), geometry.co)
+                    T.buffer_store(self.pooled, tirx.IntImm("int32", 0), [0])
+                    self.ahead.begin(self._saved_start(block), self._grad_start(block + 1), block + 1 == end)
                 if self.needs_x:
-                    self._input_grad(block)
+                    self._input_grad(part, block)
                 if self.needs_w:
                     self._weight_grad(part, block, block == first)
             if self.stream:
                 simd.fence()
 
-    def _steps(self) -> int:
-        """Steps of all products of a block."""
-        geometry, tiles, steps = self.geometry, self.tiles, 0
+    def _ahead(self) -> Ahead:
+        """Fetches grad_y of the next block and, before it, x~ of this one."""
+        geometry, tiles, rows, ph = self.geometry, self.tiles, self.tiles.rows, self.geometry.grid[0]
         cig, cog = geometry.ci_group, geometry.co_group
+        steps, sums = [], []
         if self.needs_x:
             tall = sum(count * len(_sizes(size, tiles.ci)) for size, _, count in split(cig, self.together))
-            steps += len(_sizes(self.padded, tiles.m)) * tall * cog
+            steps.append(geometry.groups * len(_sizes(self.padded, tiles.m)) * tall * cog)
+            sums.append(tiles.ci * tiles.m)
         if self.needs_w:
-            steps += self.wide_tiles * len(_sizes(cog, tiles.co)) * self.patches
-        return geometry.groups * steps
-
-    def _regions(self) -> list[Region]:
-        """What a block reads: grad_y, and x~."""
-        geometry, rows, ph = self.geometry, self.tiles.rows, self.geometry.grid[0]
+            steps.append(geometry.groups * self.wide_tiles * len(_sizes(cog, tiles.co)) * self.patches)
+            sums.append(tiles.co * self.wide)
+        # Two multiply-adds of whole registers in a cycle.
+        cycles = sum(count * size for count, size in zip(steps, sums, strict=True)) / self.lanes / 2 / sum(steps)
         height, width = geometry.y_shape[2:]
-        size = rows * geometry.rows.patch * width
-        if rows % ph == 0:
-            pieces, size = 1, rows // ph * geometry.co * height * width
-        else:
-            pieces = geometry.co
-        item = simd.item_bytes(self.dtype)
-        regions = [Region(self.tensors["grad_y"], pieces, size, height * width, item)]
-        if self.needs_w:
+        plane, item = height * width, simd.item_bytes(self.dtype)
+        images = max(1, rows // ph)
+        size = plane if rows % ph == 0 else rows * geometry.rows.patch * width
+        grad_y = Region(self.tensors["grad_y"], geometry.co, images, size, plane, geometry.co * plane, item)
+        saved = None
+        if self.needs_x and self.needs_w:
             size = self.patches * geometry.ci
-            regions.append(Region(self.tensors["saved"], 1, size, size, simd.item_bytes(ACC)))
-        return regions
+            saved = Region(self.tensors["saved"], 1, 1, size, size, size, simd.item_bytes(ACC))
+        return Ahead(sum(steps), cycles, tiles.ahead, saved, grad_y)
 
-    def _region_starts(self, block: Any) -> list[Any]:
-        """Where in grad_y and x~ that of ``block`` begins."""
+    def _grad_start(self, block: Any) -> Any:
+        """Where in grad_y that of ``block`` begins."""
         geometry, rows, ph = self.geometry, self.tiles.rows, self.geometry.grid[0]
         height, width = geometry.y_shape[2:]
         image, strip = block * rows // ph, block * rows % ph
         first = strip * geometry.rows.patch - geometry.rows.out_offset
-        start = image * (geometry.co * height * width) + first * width
-        return [start, block * (self.patches * geometry.ci)] if self.needs_w else [start]
+        return image * (geometry.co * height * width) + first * width
+
+    def _saved_start(self, block: Any) -> Any:
+        """Where in x~ that of ``block`` begins."""
+        return block * (self.patches * self.geometry.ci)
+
+    def _pool_arrived(self, part: Any, block: Any) -> None:
+        """Pool those channels of the block after ``block`` that have arrived meanwhile."""
+        if self.ahead is None:
+            return
+        here, size = self.panel_at, self.geometry.co * self.padded
+        start = T.bind(tirx.BufferLoad(self.pooled, [0]))
+        end = T.bind(tirx.max(start, self.ahead.arrived()))
+        self.panel_at = size - here
+        self._pool(part, block + 1, start, end, near=0)
+        self.panel_at = here
+        T.buffer_store(self.pooled, end, [0])
 
     def _each_row(self, block: Any, visit: Callable[[Any, Any, Any], None]) -> None:
         """``visit(image, patch row, row of the block)`` for every row of a block, with as few divisions as it takes."""
@@ -218,19 +239,19 @@ class Sweep:
             with emit.loop(rows) as q:
                 visit(block // (ph // rows), block % (ph // rows) * rows + q, q)
 
-    def _pool(self, part: Any, block: Any) -> None:
-        """grad_y into panels of g~ (tile of patches, co, patches), and into sums for grad_b."""
-        with emit.loop(self.geometry.co) as o:
+    def _pool(self, part: Any, block: Any, start: Any, end: Any, near: int | None = None) -> None:
+        """Channels of grad_y into panels of g~ (tile of patches, co, patches), and into sums for grad_b."""
+        with T.serial(start, end) as o:
             at = (part * self.geometry.co + o) * self.lanes
-            sums = self._pool_channel(block, o)
+            sums = self._pool_channel(block, o, self.tiles.near if near is None else near)
             simd.store(self.bias_parts, at, simd.load(self.bias_parts, at, self.lanes) + sums)
 
-    def _pool_channel(self, block: Any, o: Any) -> Any:
+    def _pool_channel(self, block: Any, o: Any, near: int) -> Any:
         """One output channel's part of the panels; returns the sums of its pixels, lane by lane."""
         geometry, lanes = self.geometry, self.lanes
         ph, pw = geometry.grid
         height, width = geometry.y_shape[2:]
-        ahead = self.tiles.near * height * width
+        ahead = near * height * width
         axes, grad_y = maps.out_axes(geometry), self.tensors["grad_y"]
 
         def row(n: Any, i: Any, q: Any) -> None:
@@ -251,7 +272,7 @@ class Sweep:
                 sums = T.bind(sums)
                 simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
                 means = sums * maps.mean_scale(geometry, self.scales, first + at, lanes)
-                simd.store(self.panel, start * geometry.co + o * width + inner, means)
+                simd.store(self.panel, self.panel_at + start * geometry.co + o * width + inner, means)
 
         for width, start, count in self.columns:
             # The last vector of a block may end in lanes of no patch.
@@ -263,7 +284,7 @@ class Sweep:
                 pack(start + loops * width, width)
         return simd.load(bias, 0, lanes)
 
-    def _input_grad(self, block: Any) -> None:
+    def _input_grad(self, part: Any, block: Any) -> None:
         geometry = self.geometry
         cig, cog = geometry.ci_group, geometry.co_group
         with emit.loop(geometry.groups) as group:
@@ -271,6 +292,7 @@ class Sweep:
                 with emit.loop(count) as k:
                     start = first + k * channels
                     self._input_channels(block, group, start, channels, (group * cig + start) * cog)
+                    self._pool_arrived(part, block)
 
     def _input_channels(self, block: Any, group: Any, start: Any, channels: int, taps: Any) -> None:
         """grad_x~ of some input channels, and their pixels of grad_x. ``taps``: where their W~ (tile, co, ci) begin.
@@ -286,7 +308,7 @@ class Sweep:
 
         def tile_of(column: Any, width: int, t: Any, rows: int, k_start: Any, k_count: int) -> None:
             at = t * tiles.ci * self.padded + column
-            panel = column * geometry.co + (group * cog + k_start) * width
+            panel = self.panel_at + column * geometry.co + (group * cog + k_start) * width
             own_taps = taps + t * (tiles.ci * cog) + k_start * rows
 
             def place(c: int, v: int) -> Any:
@@ -356,6 +378,7 @@ class Sweep:
                     for rows, first_o, count_o in split(geometry.co_group, self.tiles.co):
                         with emit.loop(count_o) as t:
                             self._weight_tile(part, is_first, group, column, first_o + t * rows, rows)
+                    self._pool_arrived(part, block)
 
     def _pack_x(self, block: Any, group: Any, column: Any, channels: int) -> None:
         """x~ of some channels, patch by patch, filled up with zeros to the tile's width."""
@@ -393,7 +416,7 @@ class Sweep:
         products = Products(channels, self.wide // lanes, lanes)
 
         def steps(column: Any, width: int, count: int) -> None:
-            panel = column * geometry.co + (group * geometry.co_group + start) * width
+            panel = self.panel_at + column * geometry.co + (group * geometry.co_group + start) * width
             products.add(
                 count,
                 lambda k, o: simd.load(self.panel, panel + o * width + k, 1),
