@@ -9,7 +9,7 @@ from tvm import s_tir
 
 from gf_tvm.devices import DeviceProfile
 from gf_tvm.geometry import Geometry, ceil_div, pad
-from gf_tvm.kernels import definition, dense, depthwise, forward
+from gf_tvm.kernels import definition, dense, depthwise, forward, on_grid
 from gf_tvm.kernels.emit import PARALLEL_WORK
 from gf_tvm.kernels.simd import item_bytes
 from gf_tvm.kernels.sweep import Tiles, split
@@ -107,19 +107,24 @@ def _rows(geometry: Geometry, least: int, most: int) -> tuple[int, ...]:
 
 
 def backward(workload: Workload, profile: DeviceProfile) -> Space:
-    """The backward pass as a sweep. Knobs are those of :class:`gf_tvm.kernels.sweep.Tiles`, vectors in registers.
+    """The backward pass, or one of its products on the patch grid, as a sweep.
 
-    ``rows`` 0: the work is shared by channels, and the whole batch is one block.
+    Knobs are those of :class:`gf_tvm.kernels.sweep.Tiles`, vectors in registers. ``rows`` 0: the work is shared by
+    channels, and the whole batch is one block.
     """
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog = geometry.ci_group, geometry.co_group
-    needs_x, needs_w = workload.kernel != "backward_weight", workload.kernel != "backward_input"
+    needs_x = workload.kernel not in ("backward_weight", "weight_grad")
+    needs_w = workload.kernel not in ("backward_input", "input_grad")
     # Panels of a block should stay in L2; where all of the batch's do, threads may share channels instead.
     most = max(profile.l2_share // (4 * geometry.co), 4 * lanes)
     by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 2 * profile.l2_bytes
     rows = _rows(geometry, 2 * lanes, most)
     knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4), "ahead": AHEAD}
-    knobs["stream"], knobs["m"] = (0, 1), (1, 2, 3, 4)
+    pools = workload.kernel.startswith("backward")
+    if not pools:
+        knobs["near"] = knobs["ahead"] = (0,)
+    knobs["stream"], knobs["m"] = (0, 1) if pools else (0,), (1, 2, 3, 4)
     if needs_x:
         knobs["ci"] = _heights(cig)
         knobs["together"] = tuple(t for t in (32, 64, 128) if t < cig) + ((cig,) if cig <= 128 else ())
@@ -137,7 +142,8 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
         return "together" not in config or config["together"] >= config["ci"]
 
     def build(config: Config) -> Any:
-        return dense.backward(workload, tiles_of(config, geometry, profile), lanes)
+        tiles = tiles_of(config, geometry, profile)
+        return dense.backward(workload, tiles, lanes) if pools else on_grid.products(workload, tiles, lanes)
 
     default = _default(workload, profile, knobs)
     assert rule(default), default
@@ -185,7 +191,11 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog, pw = geometry.ci_group, geometry.co_group, geometry.grid[1]
     patch_rows = geometry.n * geometry.grid[0]
-    config = {"stream": _streams(workload, profile), "m": 2 if patch_rows * pw > lanes else 1}
+    pools = workload.kernel.startswith("backward")
+    config = {
+        "stream": _streams(workload, profile) if pools else 0,
+        "m": 2 if patch_rows * pw > lanes else 1,
+    }
 
     def high(wide: int, values: tuple[int, ...], channels: int) -> int:
         """The tile that wastes least: time in the last, smaller one, then what is loaded for a product."""
@@ -209,7 +219,8 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     def fetches_ahead(rows: int) -> bool:
         """There is a next block, and pieces of its channels are long enough. On Arm it is left to the tuner."""
         piece = min(rows * geometry.rows.patch, height) * width * item_bytes(workload.dtype)
-        return profile.arch == "x86_64" and rows not in (0, patch_rows) and piece >= FETCHED_BYTES
+        can = pools and profile.arch == "x86_64" and rows not in (0, patch_rows)
+        return can and piece >= FETCHED_BYTES
 
     def cost_of(rows: int) -> float:
         if not rows:
@@ -228,7 +239,7 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
 
     config["rows"] = min(knobs["rows"], key=lambda rows: (round(cost_of(rows), 2), rows))
     config["ahead"] = AHEAD[-1] if fetches_ahead(config["rows"]) else 0
-    config["near"] = 4
+    config["near"] = 4 if pools else 0
     if not config["rows"] and "together" in knobs:
         # Threads share the groups of channels.
         usable = [t for t in knobs["together"] if t >= config["ci"]]

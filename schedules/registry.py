@@ -23,6 +23,9 @@ def get_space(workload: Workload, profile: DeviceProfile) -> Space:
         if geometry.depthwise:
             return cpu.depthwise_backward(workload, profile)
         return cpu.backward(workload, profile)
+    product = workload.kernel == "weight_grad" or (workload.kernel == "input_grad" and not geometry.dilated)
+    if product and not geometry.depthwise:
+        return cpu.backward(workload, profile)
     if workload.kernel == "filter_input":
         return (cpu.depthwise_filter_input if geometry.depthwise else cpu.filter_input)(workload, profile)
     return cpu.plain(workload, profile)

@@ -81,6 +81,8 @@ class Ahead:
         self._now, self._then = now, then
         self._first = now.lines if now is not None else 0
         self.pace = max(1, steps // (self._first + then.lines), round(spacing / cycles))
+        #: Channels of the next block that arrive during the products.
+        self.most_channels = min(then.channels, (steps // self.pace - self._first) // then.channel_lines - 1)
         self._next = T.alloc_buffer((1,), "int32", scope="local")
 
     def begin(self, now: Any, then: Any, is_last: Any) -> None:

@@ -36,7 +36,9 @@ class ByChannels(Sweep):
         pixels = geometry.n * geometry.rows.out * geometry.cols.out
         with emit.loop(geometry.co, parallel=pixels * geometry.co >= emit.PARALLEL_WORK) as o:
             self.line = T.alloc_buffer((self.padded + self.lanes,), ACC)
-            simd.store(self.tensors["grad_b"], o, emit.total(self._pool_channel(0, o, self.tiles.near)))
+            sums = self._pool_channel(0, o, self.tiles.near)
+            if sums is not None:
+                simd.store(self.tensors["grad_b"], o, emit.total(sums))
         with simd.streaming(self.dtype, self.stream):
             if self.needs_x:
                 self._share_input_channels()

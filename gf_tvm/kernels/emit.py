@@ -33,8 +33,13 @@ def arguments(workload: Workload) -> dict[str, Any]:
     """The function's parameters, in the order in which kernels take them, as flat memory."""
     geometry, dtype, kernel = workload.geometry, workload.dtype, workload.kernel
     found: list[tuple[str, tuple[int, ...], str]] = []
+    g, grad_x_grid = (geometry.n, geometry.co, *geometry.grid), (geometry.n, geometry.ci, *geometry.grid)
     if kernel == "filter_input":
         found += [("x", geometry.x_shape, dtype), ("filtered_x", geometry.saved_shape, ACC)]
+    elif kernel == "input_grad":
+        found += [("g", g, ACC), ("weight", geometry.weight_shape, dtype), ("grad_x_grid", grad_x_grid, ACC)]
+    elif kernel == "weight_grad":
+        found += [("g", g, ACC), ("saved", geometry.saved_shape, ACC), ("grad_w", geometry.weight_shape, dtype)]
     else:
         with_x, with_w = kernel != "backward_weight", kernel != "backward_input"
         found += [("grad_y", geometry.y_shape, dtype)]

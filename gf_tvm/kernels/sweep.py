@@ -75,8 +75,9 @@ class Sweep:
         self.geometry: Geometry = workload.geometry
         self.dtype, self.lanes = workload.dtype, lanes
         self.tiles = replace(tiles, ci=min(tiles.ci, self.geometry.ci_group), co=min(tiles.co, self.geometry.co_group))
-        self.needs_x = workload.kernel != "backward_weight"
-        self.needs_w = workload.kernel != "backward_input"
+        self.needs_x = workload.kernel not in ("backward_weight", "weight_grad")
+        self.needs_w = workload.kernel not in ("backward_input", "input_grad")
+        self.needs_b = workload.kernel.startswith("backward")
         ph, pw = self.geometry.grid
         self.patches = tiles.rows * pw
         self.padded = pad(self.patches, lanes)
@@ -99,7 +100,8 @@ class Sweep:
         geometry, lanes = self.geometry, self.lanes
         # Room for as many as there can be; memory that no part uses is never touched, so it is only addresses.
         most = min(self.blocks, MOST_PARTS)
-        self.bias_parts = T.alloc_buffer((most * geometry.co * lanes,), ACC)
+        if self.needs_b:
+            self.bias_parts = T.alloc_buffer((most * geometry.co * lanes,), ACC)
         if self.needs_w:
             self.weight_sums = geometry.co * self.wide_tiles * self.wide
             self.weight_parts = T.alloc_buffer((most * self.weight_sums,), ACC)
@@ -157,8 +159,9 @@ class Sweep:
                 self.ahead = self._ahead()
                 self.pooled = T.alloc_buffer((1,), "int32", scope="local")
                 T.buffer_store(self.pooled, tirx.IntImm("int32", 0), [0])
-            with emit.loop(geometry.co) as o:
-                simd.store(self.bias_parts, (part * geometry.co + o) * lanes, simd.splat(0.0, lanes))
+            if self.needs_b:
+                with emit.loop(geometry.co) as o:
+                    simd.store(self.bias_parts, (part * geometry.co + o) * lanes, simd.splat(0.0, lanes))
             first, end = part * self.blocks // self.parts, (part + 1) * self.blocks // self.parts
             with T.serial(first, end) as block:
                 if self.ahead is None:
@@ -242,26 +245,20 @@ class Sweep:
     def _pool(self, part: Any, block: Any, start: Any, end: Any, near: int | None = None) -> None:
         """Channels of grad_y into panels of g~ (tile of patches, co, patches), and into sums for grad_b."""
         with T.serial(start, end) as o:
-            at = (part * self.geometry.co + o) * self.lanes
             sums = self._pool_channel(block, o, self.tiles.near if near is None else near)
-            simd.store(self.bias_parts, at, simd.load(self.bias_parts, at, self.lanes) + sums)
+            if sums is not None:
+                at = (part * self.geometry.co + o) * self.lanes
+                simd.store(self.bias_parts, at, simd.load(self.bias_parts, at, self.lanes) + sums)
 
     def _pool_channel(self, block: Any, o: Any, near: int) -> Any:
-        """One output channel's part of the panels; returns the sums of its pixels, lane by lane."""
+        """One output channel's part of the panels; returns the sums of its pixels, lane by lane, if they are needed."""
         geometry, lanes = self.geometry, self.lanes
         ph, pw = geometry.grid
-        height, width = geometry.y_shape[2:]
-        ahead = near * height * width
-        axes, grad_y = maps.out_axes(geometry), self.tensors["grad_y"]
-
-        def row(n: Any, i: Any, q: Any) -> None:
-            plane = n * geometry.co + o
-            maps.pool_row(axes, grad_y, plane, (height, width), i, self.line, q * pw, lanes, ahead)
-
-        self._each_row(block, row)
+        self._fill_line(block, o, near)
         first = T.bind((block * self.tiles.rows) % ph * pw)
-        bias = T.alloc_buffer((lanes,), ACC, scope="local")
-        simd.store(bias, 0, simd.splat(0.0, lanes))
+        if self.needs_b:
+            bias = T.alloc_buffer((lanes,), ACC, scope="local")
+            simd.store(bias, 0, simd.splat(0.0, lanes))
 
         def pack(start: Any, width: int) -> None:
             for inner in range(0, width, lanes):
@@ -270,8 +267,9 @@ class Sweep:
                 if isinstance(at, int) and at + lanes > self.patches:
                     sums = simd.pick([sums], [k if at + k < self.patches else None for k in range(lanes)])
                 sums = T.bind(sums)
-                simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
-                means = sums * maps.mean_scale(geometry, self.scales, first + at, lanes)
+                if self.needs_b:
+                    simd.store(bias, 0, simd.load(bias, 0, lanes) + sums)
+                means = self._means(sums, first + at)
                 simd.store(self.panel, self.panel_at + start * geometry.co + o * width + inner, means)
 
         for width, start, count in self.columns:
@@ -282,7 +280,23 @@ class Sweep:
                     pack(start + t * width, width)
             if loops < count:
                 pack(start + loops * width, width)
-        return simd.load(bias, 0, lanes)
+        return simd.load(bias, 0, lanes) if self.needs_b else None
+
+    def _fill_line(self, block: Any, o: Any, near: int) -> None:
+        """Sums over the patches of a block of one output channel, one after the other."""
+        geometry = self.geometry
+        height, width = geometry.y_shape[2:]
+        axes, grad_y = maps.out_axes(geometry), self.tensors["grad_y"]
+
+        def row(n: Any, i: Any, q: Any) -> None:
+            at, ahead = q * geometry.grid[1], near * height * width
+            maps.pool_row(axes, grad_y, n * geometry.co + o, (height, width), i, self.line, at, self.lanes, ahead)
+
+        self._each_row(block, row)
+
+    def _means(self, sums: Any, at: Any) -> Any:
+        """Means from the sums of patches, from patch ``at`` of an image on."""
+        return sums * maps.mean_scale(self.geometry, self.scales, at, simd.lanes_of(sums))
 
     def _input_grad(self, part: Any, block: Any) -> None:
         geometry = self.geometry
@@ -437,13 +451,16 @@ class Sweep:
 
     def _add_up(self) -> None:
         """grad_b, and grad_W with every sum at all of its taps."""
+        if not (self.needs_b or self.needs_w):
+            return
         geometry, lanes = self.geometry, self.lanes
         cig, cog = geometry.ci_group, geometry.co_group
         taps = geometry.kernel[0] * geometry.kernel[1]
         work = geometry.co * (1 + taps) * (cig if self.needs_w else lanes)
         with emit.loop(geometry.co, parallel=work >= emit.PARALLEL_WORK) as o:
-            bias = self._over_parts(self.bias_parts, geometry.co * lanes, o * lanes, lanes)
-            simd.store(self.tensors["grad_b"], o, emit.total(bias))
+            if self.needs_b:
+                bias = self._over_parts(self.bias_parts, geometry.co * lanes, o * lanes, lanes)
+                simd.store(self.tensors["grad_b"], o, emit.total(bias))
             if self.needs_w:
                 line = T.alloc_buffer((self.wide_tiles * self.wide + lanes,), ACC, scope="local")
                 group, inner = o // cog, o % cog
