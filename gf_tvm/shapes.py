@@ -282,16 +282,21 @@ def _call_of(name: str, module: Any, x: torch.Tensor) -> tuple[Geometry, str]:
     return Geometry(n, ci, module.out_channels, h, w, module.kernel_size, (1, 1), *settings), dtype
 
 
-def workloads_of(cases: Iterable[Case]) -> list[Workload]:
+def workloads_of(cases: Iterable[Case], chained: bool = False) -> list[Workload]:
     """What training on these cases calls: each workload once, in the order of the cases.
 
     ``filter_input`` and ``backward`` for each; ``backward_weight`` too where the input of a layer needs no gradient
-    (as long as nothing before that layer is trained).
+    (as long as nothing before that layer is trained). With ``chained`` also ``input_grad`` and ``weight_grad``, which
+    chains of convolutions call (:mod:`gf_tvm.chains`).
     """
     kernels = [
         (kernel, case)
         for case in cases
-        for kernel in ("filter_input", "backward", *(("backward_weight",) if case.first else ()))
+        for kernel in (
+            *("filter_input", "backward"),
+            *(("backward_weight",) if case.first else ()),
+            *(("input_grad", "weight_grad") if chained else ()),
+        )
     ]
     return list(dict.fromkeys(Workload(kernel, case.geometry, case.dtype) for kernel, case in kernels))
 

@@ -36,6 +36,15 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 
 
+def add_chain_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --chain."""
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="also the kernels that chained convolutions call, see gf-tvm train --chain",
+    )
+
+
 def cases_from(args: argparse.Namespace) -> list[Case]:
     """The cases that the options of :func:`add_case_arguments` name. Raises GeometryError and ModelError."""
     from ..errors import GeometryError, ModelError

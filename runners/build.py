@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cases import add_case_arguments, cases_from
+from ._cases import add_case_arguments, add_chain_argument, cases_from
 from ._output import OutputError, Progress, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
         "logs, or the default ones where no log has any.",
     )
     add_case_arguments(parser)
+    add_chain_argument(parser)
     add_logs_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")
     parser.add_argument(
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     check_logs(args.logs)
     profile = get_profile(args.device)
     runtime = None if args.runtime is None else _runtime_folder(args.runtime, profile)
-    report = build_with_progress(workloads_of(cases_from(args)), profile, args.logs, args.out)
+    report = build_with_progress(workloads_of(cases_from(args), args.chain), profile, args.logs, args.out)
     rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
     print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
     print_reasons(report)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cases import add_case_arguments, cases_from
+from ._cases import add_case_arguments, add_chain_argument, cases_from
 from ._farm import add_tracker_arguments, environment_tracker, tracker_address
 from ._output import Progress, check_writable, format_table, write_json
 from .build import check_logs
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
         "Ctrl-C keeps all finished trials.",
     )
     add_case_arguments(parser)
+    add_chain_argument(parser)
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
     search = parser.add_argument_group("search")
     search.add_argument("--trials", type=int, default=64, metavar="T", help="trials per kernel in all (default: 64)")
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from ..shapes import workloads_of
     from ..tuning import tune
 
-    workloads = _pick_kernels(workloads_of(cases_from(args)), args.kernels)
+    workloads = _pick_kernels(workloads_of(cases_from(args), args.chain), args.kernels)
     display = _Display({workload.key: workload for workload in workloads})
     events = None if args.json_events is None else open(args.json_events, "a", encoding="utf-8")  # noqa: SIM115
 

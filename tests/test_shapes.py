@@ -306,6 +306,13 @@ def test_workloads() -> None:
         ("filter_input", a, "float16"),
         ("backward", a, "float16"),
     ]
+    assert [w.kernel for w in workloads_of(cases[1:2], chained=True)] == [
+        "filter_input",
+        "backward",
+        "backward_weight",
+        "input_grad",
+        "weight_grad",
+    ]
 
 
 def test_parse_input() -> None:
