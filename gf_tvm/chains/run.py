@@ -44,7 +44,7 @@ def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) 
     Args:
         entries: by ``plan.entries``. tensors: by ``plan.tensors``.
     """
-    results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)
+    results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -61,7 +61,7 @@ class _Chain(torch.autograd.Function):
         return exits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         of_entries, of_tensors = backward(plan, ctx.saved_tensors, dict(zip(plan.exits, grads, strict=True)))
