@@ -169,14 +169,16 @@ class Breaker(nn.Module):
         if how == "unfiltered":
             self.exact = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
         if how == "padding mode":
-            self.exact = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, padding_mode="reflect")
+            self.padded = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, padding_mode="circular")
         if how == "hook":
             self.hooked = nn.ReLU()
             self.hooked.register_forward_hook(lambda module, args, y: y * 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.how in ("unfiltered", "padding mode"):
-            return self.exact(F.pad(x, (1, 1, 1, 1)))
+        if self.how == "unfiltered":
+            return self.exact(x)
+        if self.how == "padding mode":
+            return self.padded(x)
         if self.how == "hook":
             return self.hooked(x)
         if self.how == "max pool":
@@ -190,7 +192,17 @@ class Breaker(nn.Module):
         return x.transpose(2, 3)
 
 
-BREAKERS = ("unfiltered", "padding mode", "hook", "max pool", "resize", "square", "side way", "transpose")
+#: And what reports say of it.
+BREAKERS = {
+    "unfiltered": "blocks.1.exact (Conv2d) is not filtered",
+    "padding mode": "blocks.1.padded pads in mode 'circular' before it filters",
+    "hook": "blocks.1.hooked (ReLU) has hooks",
+    "max pool": "max_pool2d cannot stay on the patch grid",
+    "resize": "interpolate cannot stay on the patch grid",
+    "square": "mul multiplies two maps",
+    "side way": "max_pool2d cannot stay on the patch grid",
+    "transpose": "transpose cannot stay on the patch grid",
+}
 
 
 class Twice(nn.Module):
@@ -248,7 +260,7 @@ BLOCKS = st.one_of(
     st.builds(Squeeze, st.sampled_from([*ACTIVATIONS]), st.booleans()),
     st.builds(Scaled, st.sampled_from(["times", "divided", "negative", "trained", "buffer"])),
     st.builds(Twice, UNITS),
-    st.builds(Breaker, st.sampled_from(BREAKERS)),
+    st.builds(Breaker, st.sampled_from([*BREAKERS])),
 )
 
 

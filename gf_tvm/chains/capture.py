@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,25 @@ class _Three(_Module):
 _WRAPPERS: dict[int, type[_Module]] = {1: _One, 2: _Two, 3: _Three}
 
 
+class _Proxy(fx.Proxy):
+    """Records ``y += x`` as what it is; fx would record ``y = y + x``, and another name of y would keep its value."""
+
+    def _inplace(self, operation: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, coarse: bool) -> None:
         super().__init__()
@@ -90,6 +110,13 @@ class _Tracer(fx.Tracer):
         if self.coarse and not any(isinstance(inner, FilteredConv2d) for inner in m.modules()):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """What is traced into has no hooks of its own; those for all modules must not run on stand-ins."""
+        return super().call_module(m, m.forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         """A tensor that forward made itself would be the same in every run (and is hung on the module by fx)."""
@@ -178,9 +205,9 @@ def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 #: Functions and methods whose result is never a view of an argument (unless they work in place on a fresh one).
 _MAKES = frozenset(
-    """add iadd sub isub mul imul truediv div neg cat concat mean adaptive_avg_pool2d relu relu6 hardtanh leaky_relu elu
-    hardswish hardsigmoid silu mish gelu softplus sigmoid tanh conv2d batch_norm interpolate max_pool2d avg_pool2d matmul
-    linear""".split()  # noqa: SIM905 (a list of forty strings is no better to read)
+    """add iadd sub isub mul imul truediv itruediv div neg cat concat mean adaptive_avg_pool2d relu relu6 hardtanh elu
+    leaky_relu hardswish hardsigmoid silu mish gelu softplus sigmoid tanh conv2d batch_norm interpolate max_pool2d
+    avg_pool2d matmul linear""".split()  # noqa: SIM905 (a list of forty strings is no better to read)
 )
 
 

@@ -7,16 +7,18 @@ the trace for its present mode, the plans for the shapes that come.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..filtered import FilteredConv2d
-from .capture import CannotTrace, capture
+from .capture import CannotTrace, Part, capture
 from .graph import Region
 from .partition import Layout
 from .plan import Plan
@@ -98,12 +100,25 @@ class ChainedForward:
         self.module = state["module"]
         self._forget()
 
+    # What inspects a forward pass, as torch.export does, sees the module's own.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        code: CodeType = type(self.module).forward.__code__
+        return code
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self._own(*args, **kwargs)
         program = self._program(args, kwargs)
         if program is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self._own(*args, **kwargs)
         return program(*args)
 
     def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program | None:
@@ -144,43 +159,48 @@ class ChainedForward:
         self.last = reason
 
 
+#: In the ``__dict__`` of a module that could not be traced: why.
+_UNTRACED = "_untraced_by_gf_tvm"
+
+
 def chain_model(model: M) -> M:
     """Chain the filtered convolutions of ``model``, in place; returns ``model``. See :func:`gf_tvm.filter_model`."""
     unchain_model(model)
-    for _, module, reason in _roots(model):
+    for module, reason in list(_roots(model)):
         if reason is None:
             module.forward = ChainedForward(module)
+        else:
+            vars(module)[_UNTRACED] = reason
     return model
 
 
 def unchain_model(model: M) -> M:
     """Give every module of ``model`` its own forward pass back, in place; returns ``model``."""
     for module in model.modules():
+        vars(module).pop(_UNTRACED, None)
         if isinstance(vars(module).get("forward"), ChainedForward):
             del module.forward
     return model
 
 
-def _roots(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, str | None]]:
-    """The largest modules that can be traced and have a region, and (with the reason) those that cannot."""
+def _roots(module: nn.Module) -> Iterator[tuple[nn.Module, str | None]]:
+    """The largest modules that can be traced and have a region, and (with the reason) those that cannot be traced."""
     if isinstance(module, FilteredConv2d) or not any(isinstance(m, FilteredConv2d) for m in module.modules()):
         return
-    reason: str | None
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        if "forward" in vars(module) and not isinstance(vars(module)["forward"], ChainedForward):
-            reason = "its forward was replaced on the instance"
-        else:
+        reason: str | None = "its forward was replaced on the instance"
+        if "forward" not in vars(module):
             try:
-                if any(not isinstance(what, torch.fx.Node) for what in _order_of(module)):
-                    yield name, module, None
+                if any(isinstance(what, Part) for what in _order_of(module)):
+                    yield module, None
                     return
                 reason = None
             except CannotTrace as error:
                 reason = str(error)
         if reason is not None:
-            yield name, module, reason
-    for child_name, child in module.named_children():
-        yield from _roots(child, f"{name}.{child_name}" if name else child_name)
+            yield module, reason
+    for child in module.children():
+        yield from _roots(child)
 
 
 def _order_of(module: nn.Module) -> tuple[Any, ...]:
@@ -211,13 +231,8 @@ def chains_of(model: nn.Module) -> ChainReport:
         found, others = _of_program(forward.last, prefix)
         chains += found
         alone |= others
-    untraced = {name: reason for name, _, reason in _untraced(model) if reason is not None}
+    untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
     return ChainReport(tuple(chains), alone, untraced, waiting)
-
-
-def _untraced(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
-    chained = any(isinstance(vars(module).get("forward"), ChainedForward) for module in model.modules())
-    return list(_roots(model)) if chained else []
 
 
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:

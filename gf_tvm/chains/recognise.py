@@ -339,6 +339,7 @@ _FUNCTIONS: dict[Any, tuple[str, Build]] = {
     operator.imul: (_BINARY, _multiply),
     torch.mul: (_BINARY, _multiply),
     operator.truediv: (_BINARY, _divide),
+    operator.itruediv: (_BINARY, _divide),
     operator.neg: ("input", _negate),
     torch.cat: ("tensors, dim=0", _concatenate),
     torch.concat: ("tensors, dim=0", _concatenate),

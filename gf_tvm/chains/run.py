@@ -92,7 +92,7 @@ def forward(
             assert stash is not None
             result = stash if (offset, width) == (0, stash.shape[1]) else stash[:, offset : offset + width]
             if len(factor) > 1:
-                result = result * products[factor[:-1], width]
+                result = _product(products[factor[:-1], width], result)
             products[factor, width] = result
             for slot in product.means:
                 mean = plan.slots[slot]
@@ -104,6 +104,10 @@ def forward(
             del values[value]
     exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
     return exits, tuple(kept[slot] for slot in range(len(plan.slots)))
+
+
+def _product(before: Tensor, factor: Tensor) -> Tensor:
+    return before * factor
 
 
 def _operation(
