@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from . import nn as nn
     from .autograd import FallbackWarning as FallbackWarning
     from .bundle import build as build
+    from .chains import ChainReport as ChainReport
+    from .chains import chains_of as chains_of
     from .comparison import compare as compare
     from .evaluation import EvaluateConfig as EvaluateConfig
     from .evaluation import evaluate as evaluate
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 #: Where each name lives; "" marks a module of its own.
 _HOMES = {
+    "ChainReport": "chains",
     "EvaluateConfig": "evaluation",
     "FallbackWarning": "autograd",
     "FilterReport": "nn",
@@ -40,6 +43,7 @@ _HOMES = {
     "Library": "library",
     "Workload": "workload",
     "build": "bundle",
+    "chains_of": "chains",
     "compare": "comparison",
     "errors": "",
     "evaluate": "evaluation",

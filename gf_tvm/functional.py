@@ -73,15 +73,21 @@ def conv2d(
         x, padding = _pad(x, padding, weight, stride, dilation)
     else:
         padding = as_pair(padding, "padding", 0)
+    x, weight, bias = cast_for_convolution(x, weight, bias)
+    save = torch.is_grad_enabled() and weight.requires_grad
+    digest = "" if library is None else library.digest
+    y: Tensor = autograd.conv2d(x, weight, bias, stride, padding, dilation, groups, patch, digest, save)[0]
+    return y if batched else y.squeeze(0)
+
+
+def cast_for_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtype that autocast, where it is on, gives torch's conv2d."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    save = torch.is_grad_enabled() and weight.requires_grad
-    digest = "" if library is None else library.digest
-    y: Tensor = autograd.conv2d(x, weight, bias, stride, padding, dilation, groups, patch, digest, save)[0]
-    return y if batched else y.squeeze(0)
+    return x, weight, bias
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .chains.model import chain_model, unchain_model
 from .errors import ModelError
-from .functional import conv2d
+from .filtered import FilteredConv2d as FilteredConv2d
+from .filtered import Patch, check_library
 from .geometry import Pair, as_pair
 
 if TYPE_CHECKING:
@@ -24,76 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gf_tvm")
 
 M = TypeVar("M", bound=nn.Module)
-Patch = int | Sequence[int]
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
-
-
-class FilteredConv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`gf_tvm.functional.conv2d`.
-
-    Args:
-        patch: pixels of the output that share one gradient; an integer or a pair (height, width).
-        library: what :func:`gf_tvm.load` returned, or None for plain PyTorch operators.
-        args, kwargs: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs to
-            the map that is filtered.
-
-    Raises:
-        GeometryError: ``patch`` is not one or two positive integers.
-    """
-
-    patch: Pair
-    library: Library | None
-
-    def __init__(self, *args: Any, patch: Patch = 2, library: Library | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.patch, self.library = as_pair(patch, "patch", 1), _library(library)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, patch: Patch = 2, library: Library | None = None) -> FilteredConv2d:
-        """A new module with the same settings and the same Parameter objects as ``conv``, which stays as it is.
-
-        Hooks stay with ``conv``. Raises ModelError for anything but a plain Conv2d or FilteredConv2d.
-        """
-        if type(conv) not in (nn.Conv2d, FilteredConv2d) or "weight" not in conv._parameters:
-            raise ModelError(f"from_conv takes a plain Conv2d with its own weight, got {conv}")
-        new = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device="meta",  # no memory and no random numbers for parameters that are replaced at once
-            patch=patch,
-            library=library,
-        )
-        new.weight, new.bias = conv.weight, conv.bias
-        return new.train(conv.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x (n, ci, h, w) or (ci, h, w) -> y, as ``torch.nn.Conv2d``."""
-        padding: str | tuple[int, ...] = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
-        return conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            patch=self.patch,
-            library=self.library,
-        )
-
-    def extra_repr(self) -> str:
-        library = "" if self.library is None else f", library={self.library!r}"
-        return f"{super().extra_repr()}, patch={self.patch}{library}"  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -171,6 +103,7 @@ def filter_model(
     last: int | None = None,
     layers: Layers | None = None,
     library: Library | None = None,
+    chain: bool = False,
 ) -> M:
     """Give convolutions of ``model`` a filtered backward pass, in place.
 
@@ -186,6 +119,10 @@ def filter_model(
             mapping without ``last`` and ``layers`` also says which convolutions.
         last, layers: see :func:`select_layers`.
         library: what :func:`gf_tvm.load` returned; None for plain PyTorch operators.
+        chain: keep gradients on the patch grid between filtered convolutions (all of the model's, also those of
+            earlier calls) where that is exact, so that the backward pass neither reads nor keeps maps of full size
+            there; see docs/patch_grid.md. :func:`gf_tvm.chains_of` tells the chains after a training step. Without it
+            the model has no chains, whatever earlier calls said.
 
     Returns:
         ``model``.
@@ -198,7 +135,7 @@ def filter_model(
     if isinstance(patch, Mapping) and last is None and layers is None:
         layers = list(patch)
     selected = select_layers(model, last, layers)
-    _library(library)
+    check_library(library)
     patches = _patches(model, selected, patch)
     obstacles = {name: reason for name, module in selected if (reason := _obstacle(module))}
     by_name = last is None and not callable(layers)
@@ -211,12 +148,14 @@ def filter_model(
             continue
         _become(module, FilteredConv2d)
         module.patch, module.library = patches[name], library  # type: ignore[assignment]
+    (chain_model if chain else unchain_model)(model)
     logger.info("%s", filter_report(model))
     return model
 
 
 def unfilter_model(model: M) -> M:
     """Turn every FilteredConv2d of ``model`` back into a Conv2d, in place; returns ``model``."""
+    unchain_model(model)
     for module in model.modules():
         if parametrize.type_before_parametrizations(module) is FilteredConv2d:
             _become(module, nn.Conv2d)
@@ -279,13 +218,6 @@ def _named(model: nn.Module, name: str, convs: list[str]) -> nn.Conv2d:
     if not isinstance(module, nn.Conv2d):
         raise ModelError(f"layer {name!r} is a {type(module).__name__}, not a Conv2d; {hint}")
     return module
-
-
-def _library(library: Library | None) -> Library | None:
-    """``library``, if it is one. Raises ModelError."""
-    if library is not None and not isinstance(getattr(library, "device_type", None), str):
-        raise ModelError(f"library must be what gf_tvm.load(FILE) returned, or None; got {library!r}")
-    return library
 
 
 def _shown(name: str) -> str:

@@ -1,0 +1,20 @@
+"""Chains of filtered convolutions whose backward pass never leaves the patch grid; see docs/patch_grid.md.
+
+Modules, each using those before it:
+
+* ``grids``: patches as cut points, what two grids share, means over patches
+* ``elementwise``: activations and their derivatives
+* ``graph``: operations on numbered values
+* ``steps``: what a backward pass consists of
+* ``lowering``: the gradient algebra, from a graph to steps
+* ``partition``: which operations form chains, for given shapes
+* ``plan``: one chain, with everything about shapes settled
+* ``run``: the autograd function: a plan's forward and backward pass in PyTorch
+* ``recognise``, ``capture``: from a module to graphs, by torch.fx
+* ``program``: a captured module, running
+* ``model``: chains in a live model, and the report
+"""
+
+from .model import Chain, ChainReport, chain_model, chains_of, unchain_model
+
+__all__ = ["Chain", "ChainReport", "chain_model", "chains_of", "unchain_model"]

@@ -1,0 +1,435 @@
+"""Traces a module with torch.fx and finds the regions of it that may stay on the patch grid."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..filtered import FilteredConv2d
+from .graph import Conv, Op, Region
+from .recognise import Alias, Found, Other, Pieces, Recognised, attribute, changes_input, has_hooks, recognise
+
+#: Why a convolution is in no chain.
+UNTRAINED = "has nothing trained in it or before it"
+
+
+class CannotTrace(Exception):
+    """Why a module cannot be traced; the message completes "cannot be traced: ..."."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A region, and where its values and tensors are found.
+
+    Attributes:
+        nodes: the step that computes each value, entries first.
+        tensors: paths of parameters and buffers.
+    """
+
+    region: Region
+    nodes: tuple[fx.Node, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A traced module.
+
+    Attributes:
+        graph: its steps; modules are named relative to it.
+        order: steps and regions in the order of execution.
+        alone: filtered convolutions that are in no region, and why.
+    """
+
+    graph: fx.Graph
+    order: tuple[fx.Node | Part, ...]
+    alone: dict[str, str]
+
+
+class _Module(nn.Module):
+    """Calls a module's own forward pass, without its hooks: those run around it in any case."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class _One(_Module):
+    def forward(self, a: Tensor) -> Any:
+        return type(self.module).forward(self.module, a)
+
+
+class _Two(_Module):
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        return type(self.module).forward(self.module, a, b)
+
+
+class _Three(_Module):
+    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        return type(self.module).forward(self.module, a, b, c)
+
+
+#: By number of tensors that the module is called with; a tracer reads names of arguments from a signature.
+_WRAPPERS: dict[int, type[_Module]] = {1: _One, 2: _Two, 3: _Three}
+
+
+class _Proxy(fx.Proxy):
+    """Records ``y += x`` as what it is; fx would record ``y = y + x``, and another name of y would keep its value."""
+
+    def _inplace(self, operation: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.itruediv, other)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, coarse: bool) -> None:
+        super().__init__()
+        self.coarse = coarse
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """What has hooks is one step, and what has nothing filtered inside where Python code cannot be traced."""
+        if isinstance(m, FilteredConv2d) or has_hooks(m):
+            return True
+        if self.coarse and not any(isinstance(inner, FilteredConv2d) for inner in m.modules()):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """What is traced into has no hooks of its own; those for all modules must not run on stand-ins."""
+        return super().call_module(m, m.forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """A tensor that forward made itself would be the same in every run (and is hung on the module by fx)."""
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            held = any(a is buffer for buffer in self.root.buffers()) or a in self.tensor_attrs
+            if not held:
+                raise CannotTrace("its Python code makes a tensor")
+        return super().create_arg(a)
+
+
+def capture(module: nn.Module, needs: Sequence[bool], everything: bool = False) -> Capture:
+    """Trace ``module`` in its present mode.
+
+    Args:
+        needs: for each tensor that it is called with, whether its gradient is needed.
+        everything: take all parameters as trained, whatever they say.
+
+    Raises:
+        CannotTrace: its Python code depends on values, makes tensors, draws random numbers, or changes maps in place
+            that are used elsewhere.
+    """
+    if len(needs) not in _WRAPPERS:
+        raise CannotTrace(f"it is called with {len(needs)} tensors")
+    wrapper = _WRAPPERS[len(needs)](module)
+    wrapper.training = module.training
+    graph = _trace(wrapper)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = str(node.target).removeprefix("module.")
+    modules = dict(module.named_modules(remove_duplicate=False))
+    _refuse_shared_changes(graph, modules)
+    known: dict[fx.Node, Recognised] = {}
+    for node in graph.nodes:
+        known[node] = recognise(node, modules, known)
+    _settle(graph, known)
+    _leave_untrained(graph, known, modules, needs, everything)
+    parts, alone = _parts(graph, known, modules)
+    return Capture(graph, _order(graph, known, parts), alone)
+
+
+def _trace(wrapper: _Module) -> fx.Graph:
+    before = _generators()
+    failure: Exception | None = None
+    for coarse in (False, True):
+        try:
+            graph = _Tracer(coarse).trace(wrapper)
+        except Exception as error:  # the module is the user's code, and tracing runs it on stand-ins
+            failure = failure or error
+            continue
+        if _generators() != before:
+            raise CannotTrace("its Python code draws random numbers")
+        return graph
+    assert failure is not None
+    text = " ".join(str(failure).split())[:160]
+    raise CannotTrace(text if isinstance(failure, CannotTrace) else f"{type(failure).__name__}: {text}") from None
+
+
+def _generators() -> tuple[bytes, str]:
+    return torch.get_rng_state().numpy().tobytes(), repr(random.getstate())
+
+
+def _refuse_shared_changes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Steps are run in another order, so nothing may be changed in place that something else reads, too."""
+    for node in graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method") or not changes_input(node, modules):
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or not _fresh(source, modules):
+            raise CannotTrace(f"{node.name} changes in place what may be used elsewhere")
+
+
+def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a step's result is memory of its own."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten | nn.modules.dropout._DropoutNd):
+            return False
+        if getattr(module, "inplace", False):  # its input was seen to be fresh
+            return True
+        return isinstance(module, nn.Conv2d) or type(module).__module__.startswith("torch.nn")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return name in _MAKES
+    return node.op == "call_method" and str(node.target).rstrip("_") in _MAKES
+
+
+#: Functions and methods whose result is never a view of an argument (unless they work in place on a fresh one).
+_MAKES = frozenset(
+    """add iadd sub isub mul imul truediv itruediv div neg cat concat mean adaptive_avg_pool2d relu relu6 hardtanh elu
+    leaky_relu hardswish hardsigmoid silu mish gelu softplus sigmoid tanh conv2d batch_norm interpolate max_pool2d
+    avg_pool2d matmul linear""".split()  # noqa: SIM905 (a list of forty strings is no better to read)
+)
+
+
+def _settle(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> None:
+    """Pieces that are used in other ways than one by one are steps like any other, and so are their users."""
+    for node in graph.nodes:
+        if isinstance(known[node], Pieces) and not all(isinstance(known[user], Found) for user in node.users):
+            known[node] = Other("cannot stay on the patch grid")
+            for user in node.users:
+                known[user] = Other("cannot stay on the patch grid")
+
+
+def _leave_untrained(
+    graph: fx.Graph,
+    known: dict[fx.Node, Recognised],
+    modules: Mapping[str, nn.Module],
+    needs: Sequence[bool],
+    everything: bool,
+) -> None:
+    """Steps that no gradient is needed of run as they are, and form no region."""
+    flags = iter(needs)
+    needed: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            needed[node] = next(flags)
+            continue
+        trained = False
+        if node.op == "call_module":
+            trained = any(p.requires_grad or everything for p in modules[str(node.target)].parameters())
+        elif node.op == "get_attr":
+            value = attribute(modules, str(node.target))
+            trained = isinstance(value, Tensor) and (value.requires_grad or (everything and value.is_floating_point()))
+        needed[node] = trained or any(needed[source] for source in node.all_input_nodes)
+        if isinstance(known[node], Found) and not needed[node]:
+            known[node] = Other(UNTRAINED)
+
+
+def _source(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> fx.Node:
+    """The step whose result ``node`` returns as it is."""
+    while isinstance(found := known[node], Alias):
+        node = found.source
+    return node
+
+
+def _inputs(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    found = known[node]
+    steps = found.inputs if isinstance(found, Found) else node.all_input_nodes
+    return [_source(step, known) for step in steps]
+
+
+def _parts(
+    graph: fx.Graph, known: Mapping[fx.Node, Recognised], modules: Mapping[str, nn.Module]
+) -> tuple[list[Part], dict[str, str]]:
+    """Regions: connected operations with nothing between them that is none.
+
+    A step's depth counts how often the way to it leaves and enters regions; operations of one depth can run together.
+    """
+    depth = _depths(graph, known)
+    group = _groups(graph, known, lambda source, node: depth[source] == depth[node])
+    parts, alone = [], {}
+    positions = {node: k for k, node in enumerate(graph.nodes)}
+    for members in {id(g): g for g in group.values()}.values():
+        ordered = sorted(members, key=positions.__getitem__)
+        convs = [op for node in ordered if isinstance(op := _op(known[node]), Conv) and op.filtered]
+        if convs and len(ordered) > 1:
+            parts.append(_part(ordered, known, modules, graph))
+        else:
+            alone.update({op.name: _only_neighbours(ordered[0], known, modules) for op in convs})
+    for node in graph.nodes:
+        found = known[node]
+        filtered = node.op == "call_module" and isinstance(modules[str(node.target)], FilteredConv2d)
+        if filtered and isinstance(found, Other):
+            alone[str(node.target)] = found.reason
+    return parts, alone
+
+
+def _depths(graph: fx.Graph, known: Mapping[fx.Node, Recognised]) -> dict[fx.Node, int]:
+    """How often the way to a step leaves and enters regions, at least; later, where that joins it to its users."""
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        inputs = _inputs(node, known)
+        if isinstance(known[node], Found):
+            depth[node] = max((depth[i] + (not isinstance(known[i], Found)) for i in inputs), default=0)
+        else:
+            depth[node] = max((depth[i] for i in inputs), default=-1)
+    readers = _readers(graph, known)
+    leaves = {
+        node
+        for node in readers
+        if any(not isinstance(known[user], Found) and not only_metadata(user) for user in readers[node])
+    }
+    while True:
+        # What a value that has to leave in any case would connect is connected by nothing.
+        group = _groups(graph, known, lambda source, node: depth[source] == depth[node] and source not in leaves)
+        for members in {id(g): g for g in group.values()}.values():
+            users = {user for node in members for user in readers[node]} - members
+            inside = {user for user in users if isinstance(known[user], Found)}
+            later = min((depth[user] for user in inside), default=-1)
+            if users == inside and later > max(depth[node] for node in members):
+                depth.update(dict.fromkeys(members, later))
+                break
+        else:
+            return depth
+
+
+def _readers(graph: fx.Graph, known: Mapping[fx.Node, Recognised]) -> dict[fx.Node, set[fx.Node]]:
+    """By step, the steps that read its result, perhaps through one that hands it on."""
+    readers: dict[fx.Node, set[fx.Node]] = {node: set() for node in graph.nodes}
+    for node in graph.nodes:
+        if not isinstance(known[node], Alias | Pieces):
+            for source in _inputs(node, known):
+                readers[source].add(node)
+    return readers
+
+
+def _groups(
+    graph: fx.Graph, known: Mapping[fx.Node, Recognised], joined_by: Callable[[fx.Node, fx.Node], bool]
+) -> dict[fx.Node, set[fx.Node]]:
+    """Operations that are connected by what ``joined_by`` (source, reader) says."""
+    group: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        if not isinstance(known[node], Found):
+            continue
+        joined = {node}
+        for source in _inputs(node, known):
+            if source in group and joined_by(source, node):
+                joined |= group[source]
+        for member in joined:
+            group[member] = joined
+    return group
+
+
+def only_metadata(node: fx.Node) -> bool:
+    """Whether a step reads a tensor's shape or type and not its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
+    )
+
+
+def _op(found: Recognised) -> Op | None:
+    return found.op if isinstance(found, Found) else None
+
+
+def _part(
+    ordered: list[fx.Node],
+    known: Mapping[fx.Node, Recognised],
+    modules: Mapping[str, nn.Module],
+    graph: fx.Graph,
+) -> Part:
+    members = set(ordered)
+    entries = list(dict.fromkeys(i for node in ordered for i in _inputs(node, known) if i not in members))
+    numbers = {node: v for v, node in enumerate((*entries, *ordered))}
+    paths: dict[str, int] = {}
+    ops = []
+    for node in ordered:
+        found = known[node]
+        assert isinstance(found, Found)
+        tensors = tuple(None if path is None else paths.setdefault(path, len(paths)) for path in found.tensors)
+        ops.append(replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors))
+    exits: dict[int, str] = {}
+    seen: set[int] = set()
+    for node in graph.nodes:
+        if node in members or isinstance(known[node], Alias | Pieces):
+            continue
+        for source in _inputs(node, known):
+            if source in members and only_metadata(node):
+                seen.add(numbers[source])
+            elif source in members:
+                exits.setdefault(numbers[source], _user(node, known, modules))
+    names = tuple(str(node.target) if node.op == "call_module" else node.name for node in entries)
+    return Part(
+        Region(len(entries), tuple(ops), exits, frozenset(seen - exits.keys()), names),
+        (*entries, *ordered),
+        tuple(paths),
+    )
+
+
+def _user(node: fx.Node, known: Mapping[fx.Node, Recognised], modules: Mapping[str, nn.Module]) -> str:
+    """Why a gradient that comes from ``node`` has full size."""
+    found = known[node]
+    if node.op == "output":
+        return "it is a result of the traced module"
+    name = str(node.target) if node.op == "call_module" else node.name
+    if isinstance(found, Other):
+        return f"{name} {found.reason}"
+    return f"{name} reads something else as well that comes later"
+
+
+def _only_neighbours(node: fx.Node, known: Mapping[fx.Node, Recognised], modules: Mapping[str, nn.Module]) -> str:
+    users = list(node.users)
+    return _user(users[0], known, modules) if users else "nothing reads it"
+
+
+def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Part]) -> tuple[fx.Node | Part, ...]:
+    """Every step after what it reads, as near to the traced order as regions allow."""
+    part_of = {node: part for part in parts for node in part.nodes[part.region.entries :]}
+    order: list[fx.Node | Part] = []
+    done: set[int] = set()
+
+    def emit(what: fx.Node | Part) -> None:
+        if id(what) in done:
+            return
+        done.add(id(what))
+        if isinstance(what, Part):
+            for entry in what.nodes[: what.region.entries]:
+                visit(entry)
+        else:
+            for step in what.all_input_nodes:
+                visit(step)
+        order.append(what)
+
+    def visit(node: fx.Node) -> None:
+        emit(part_of.get(node, node))
+
+    def superfluous(node: fx.Node) -> bool:
+        """Whether a step only hands on what regions read from its source."""
+        passes = isinstance(known[node], Alias | Pieces)
+        return passes and all(user in part_of or superfluous(user) for user in node.users)
+
+    for node in graph.nodes:
+        if node not in part_of and not superfluous(node):
+            visit(node)
+    return tuple(order)

@@ -1,0 +1,261 @@
+"""Puts chains into a live model, and tells which there are.
+
+The forward pass of a traced module is replaced on the instance, by an object that holds nothing but the module, so
+that parameters, names, classes, copies and pickles stay what they are. Everything else is found when the module runs:
+the trace for its present mode, the plans for the shapes that come.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..filtered import FilteredConv2d
+from .capture import CannotTrace, Part, capture
+from .graph import Region
+from .partition import Layout
+from .plan import Plan
+from .program import Program, has_global_hooks
+from .recognise import has_hooks
+
+logger = logging.getLogger("gf_tvm")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Filtered convolutions whose gradients stay on patch grids between them.
+
+    Attributes:
+        convolutions: fully qualified names, in the order of execution.
+        ends: where gradients of full size (or of a single pixel) come in, and why.
+        needs_input: whether it gives a gradient of full size to what comes before it.
+        kept_values: numbers that the forward pass keeps for the backward pass, parameters not counted.
+    """
+
+    convolutions: tuple[str, ...]
+    ends: tuple[str, ...]
+    needs_input: bool
+    kept_values: int
+
+    def __str__(self) -> str:
+        lines = [f"chain of {len(self.convolutions)}: {', '.join(self.convolutions)}"]
+        lines += [f"  ends {end}" for end in self.ends]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ChainReport:
+    """The chains of a model's last training step. ``str()`` is a readable list.
+
+    Attributes:
+        chains: in the order of execution.
+        alone: filtered convolutions that are in no chain, by fully qualified name, and why.
+        untraced: modules that could not be traced, and why; their children were tried.
+        waiting: traced modules that have not run a training step, or ran the last one unchained, and why.
+    """
+
+    chains: tuple[Chain, ...]
+    alone: Mapping[str, str]
+    untraced: Mapping[str, str]
+    waiting: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.chains)} chains of {sum(len(c.convolutions) for c in self.chains)} filtered convolutions"]
+        lines += [f"  {line}" for chain in self.chains for line in str(chain).splitlines()]
+        lines += [f"  {name}: by itself, {reason}" for name, reason in self.alone.items()]
+        lines += [f"  {name or 'the model'}: unchained, {reason}" for name, reason in self.waiting.items()]
+        lines += [f"  {name or 'the model'}: cannot be traced, {reason}" for name, reason in self.untraced.items()]
+        return "\n".join(lines)
+
+
+class ChainedForward:
+    """A module's forward pass with chains; it stands for ``forward`` in the module's ``__dict__``.
+
+    The module runs as it is where gradients are off, while it is compiled, exported or traced, where hooks are
+    registered for all modules, and in a mode in which it cannot be traced.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._forget()
+
+    def _forget(self) -> None:
+        self._programs: dict[Any, Program | str] = {}
+        self.last: Program | str = "it has not run a training step"
+
+    # Copies and pickles take the module along and trace it anew.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module = state["module"]
+        self._forget()
+
+    # What inspects a forward pass, as torch.export does, sees the module's own.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        code: CodeType = type(self.module).forward.__code__
+        return code
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._own(*args, **kwargs)
+        program = self._program(args, kwargs)
+        if program is None:
+            return self._own(*args, **kwargs)
+        return program(*args)
+
+    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program | None:
+        if not torch.is_grad_enabled() or torch._C._is_tracing():
+            return None
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+            if not any(isinstance(arg, torch.fx.Proxy) for arg in (*args, *kwargs.values())):
+                self._unchained("it is called with something else than tensors")
+            return None
+        if has_global_hooks():
+            self._unchained("hooks are registered for all modules")
+            return None
+        needs = tuple(arg.requires_grad for arg in args)
+        key = (needs, *self._mode())
+        if key not in self._programs:
+            try:
+                self._programs[key] = Program(self.module, capture(self.module, needs))
+            except CannotTrace as reason:
+                self._programs[key] = f"it cannot be traced in this mode: {reason}"
+        program = self._programs[key]
+        if isinstance(program, str):
+            self._unchained(program)
+            return None
+        self.last = program
+        return program
+
+    def _mode(self) -> Iterator[Any]:
+        """What a trace depends on, besides the number of tensors."""
+        for module in self.module.modules():
+            trained = tuple(p is not None and p.requires_grad for p in module._parameters.values())
+            yield id(module), type(module), module.training, has_hooks(module), trained
+            if isinstance(module, FilteredConv2d):
+                yield module.patch, None if module.library is None else module.library.digest
+
+    def _unchained(self, reason: str) -> None:
+        if self.last != reason:
+            logger.warning("%s runs without chains: %s", type(self.module).__name__, reason)
+        self.last = reason
+
+
+#: In the ``__dict__`` of a module that could not be traced: why.
+_UNTRACED = "_untraced_by_gf_tvm"
+
+
+def chain_model(model: M) -> M:
+    """Chain the filtered convolutions of ``model``, in place; returns ``model``. See :func:`gf_tvm.filter_model`."""
+    unchain_model(model)
+    for module, reason in list(_roots(model)):
+        if reason is None:
+            module.forward = ChainedForward(module)
+        else:
+            vars(module)[_UNTRACED] = reason
+    return model
+
+
+def unchain_model(model: M) -> M:
+    """Give every module of ``model`` its own forward pass back, in place; returns ``model``."""
+    for module in model.modules():
+        vars(module).pop(_UNTRACED, None)
+        if isinstance(vars(module).get("forward"), ChainedForward):
+            del module.forward
+    return model
+
+
+def _roots(module: nn.Module) -> Iterator[tuple[nn.Module, str | None]]:
+    """The largest modules that can be traced and have a region, and (with the reason) those that cannot be traced."""
+    if isinstance(module, FilteredConv2d) or not any(isinstance(m, FilteredConv2d) for m in module.modules()):
+        return
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        reason: str | None = "its forward was replaced on the instance"
+        if "forward" not in vars(module):
+            try:
+                if any(isinstance(what, Part) for what in _order_of(module)):
+                    yield module, None
+                    return
+                reason = None
+            except CannotTrace as error:
+                reason = str(error)
+        if reason is not None:
+            yield module, reason
+    for child in module.children():
+        yield from _roots(child)
+
+
+def _order_of(module: nn.Module) -> tuple[Any, ...]:
+    """The order of steps and regions of a module, called with as many tensors as it takes."""
+    code = type(module).forward.__code__ if hasattr(type(module).forward, "__code__") else None
+    defaults = len(getattr(type(module).forward, "__defaults__", None) or ())
+    arguments = 1 if code is None else max(code.co_argcount - 1 - defaults, 1)
+    return capture(module, [True] * arguments, everything=True).order
+
+
+def chains_of(model: nn.Module) -> ChainReport:
+    """The chains of ``model``'s last training step: a forward pass with gradients on.
+
+    Chains depend on shapes and on what is trained, so they are known once the model has run.
+    """
+    chains: list[Chain] = []
+    alone: dict[str, str] = {}
+    waiting: dict[str, str] = {}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if not isinstance(forward, ChainedForward):
+            continue
+        if isinstance(forward.last, str):
+            waiting[name] = forward.last
+            continue
+        prefix = f"{name}." if name else ""
+        alone |= {prefix + conv: reason for conv, reason in forward.last.captured.alone.items()}
+        found, others = _of_program(forward.last, prefix)
+        chains += found
+        alone |= others
+    untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
+    return ChainReport(tuple(chains), alone, untraced, waiting)
+
+
+def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:
+    chains, alone = [], {}
+    for region, layout, plans in program.layouts:
+        chained = {name for plan in plans for name in plan.convolutions}
+        for plan in plans:
+            names = tuple(prefix + name for name in plan.convolutions)
+            chains.append(Chain(names, tuple(_ends(plan, layout, region)), bool(plan.needs), plan.kept_values))
+        for op, value in region.filtered():
+            if op.name in chained:
+                continue
+            reason = layout.reasons.get(value, "nothing next to it can stay on the patch grid")
+            alone[prefix + op.name] = reason
+    return chains, alone
+
+
+def _ends(plan: Plan, layout: Layout, region: Region) -> Iterator[str]:
+    for value in plan.exits:
+        op = region.ops[value - region.entries]
+        if value in region.seen:
+            continue
+        if value in layout.reasons:
+            yield f"after {op.name}: {layout.reasons[value]}"
+        else:
+            yield f"after {op.name}: its map is one pixel, so the gradient is the same on every grid"

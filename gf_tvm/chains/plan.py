@@ -1,0 +1,181 @@
+"""Everything that one chain does in one training step, settled before it runs: a function of shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
+from .lowering import Factor, Kept, Mean, Situation, lower
+from .steps import Step
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of derivatives, made by the forward pass as soon as its last factor is there.
+
+    Attributes:
+        factor, width: which product, and of how many channels.
+        means: the slots that its means over the patches go to.
+    """
+
+    factor: Factor
+    width: int
+    means: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One operation in the forward pass, and what becomes of memory around it.
+
+    Attributes:
+        keep: slots that are filled from the operation itself (x~, weight, scale, gate).
+        stash: whether its derivative (normalised map, input) is a factor of some product.
+        inplace: whether nobody reads its first input any more, so that it may be overwritten.
+        products: what can be made now.
+        forget: values, and forget_products: products, that are of no use after this operation.
+    """
+
+    index: int
+    op: Op
+    result: int
+    keep: dict[str, int]
+    stash: bool
+    inplace: bool
+    products: tuple[Product, ...]
+    forget: tuple[int, ...]
+    forget_products: tuple[tuple[Factor, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One chain.
+
+    Attributes:
+        convolutions: names, in the order of execution.
+        entries: the values that it reads; exits: the values that it gives, maps of full size or of one pixel.
+        shapes: of entries and exits, by value.
+        flat: exits that are (n, c), not (n, c, 1, 1).
+        tensors: numbers of the parameters and buffers that it reads, among the region's.
+        needs: entries whose gradients are needed. trained: of ``tensors`` those whose gradients are needed.
+        forward: its operations.
+        slots: what the forward pass keeps: means of products, and per operation x~, weight, scale or gate.
+        steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
+        libraries: digests of the libraries that its convolutions are to use.
+        kept_values: numbers that are kept for the backward pass, parameters not counted.
+    """
+
+    convolutions: tuple[str, ...]
+    entries: tuple[int, ...]
+    exits: tuple[int, ...]
+    shapes: dict[int, Shape]
+    flat: frozenset[int]
+    tensors: tuple[int, ...]
+    needs: frozenset[int]
+    trained: frozenset[int]
+    forward: tuple[Forward, ...]
+    slots: tuple[Mean | Kept, ...]
+    steps: tuple[Step, ...]
+    registers: tuple[tuple[int, int, int], ...]
+    libraries: frozenset[str]
+    kept_values: int
+
+
+def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
+    """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`."""
+    lowered = lower(region, situation, ops)
+    assert not lowered.problems, lowered.problems
+    members = set(ops)
+    made = {region.result(i) for i in ops}
+    entries = tuple(dict.fromkeys(v for i in ops for v in region.ops[i].inputs if v not in made))
+    used_outside = {v for j, op in enumerate(region.ops) if j not in members for v in op.inputs}
+    used_outside |= region.exits.keys() | region.seen
+    exits = tuple(region.result(i) for i in ops if region.result(i) in used_outside)
+    tensors = tuple(dict.fromkeys(t for i in ops for t in region.ops[i].tensors if t is not None))
+    convs = [op for i in ops if isinstance(op := region.ops[i], Conv)]
+    return Plan(
+        convolutions=tuple(op.name for op in convs if op.filtered),
+        entries=entries,
+        exits=exits,
+        shapes={v: situation.shape(v) for v in (*entries, *exits)},
+        flat=frozenset(region.result(i) for i in ops if isinstance(op := region.ops[i], Pool) and op.flat),
+        tensors=tensors,
+        needs=frozenset(v for v in entries if situation.needs[v]),
+        trained=frozenset(t for t in tensors if t in situation.trained),
+        forward=_schedule(region, ops, lowered.slots, exits),
+        slots=tuple(lowered.slots),
+        steps=tuple(lowered.steps),
+        registers=tuple(lowered.registers),
+        libraries=frozenset(op.library for op in convs if op.library),
+        kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
+    )
+
+
+def _numbers(what: Mean | Kept, region: Region, situation: Situation) -> int:
+    """How many numbers a slot holds that would not be there without the chain."""
+    if isinstance(what, Mean):
+        index, _ = what.factor[0]
+        return math.prod((situation.shape(region.result(index))[0], what.width, *what.grid.shape))
+    op = region.ops[what.op]
+    if what.what == "x~" and isinstance(op, Conv):
+        return math.prod(op.geometry(situation.shape(op.inputs[0])).saved_shape)
+    shape = situation.shape(region.result(what.op))
+    return {"scale": shape[1], "gate": shape[0] * shape[1]}.get(what.what, 0)
+
+
+def _schedule(
+    region: Region, ops: Sequence[int], slots: Sequence[Mean | Kept], exits: Sequence[int]
+) -> tuple[Forward, ...]:
+    """When each product is made, and how long values, derivatives and products are held."""
+    means: dict[tuple[Factor, int], list[int]] = {}
+    kept: dict[int, dict[str, int]] = {i: {} for i in ops}
+    for slot, what in enumerate(slots):
+        if isinstance(what, Kept):
+            kept[what.op][what.what] = slot
+        else:
+            means.setdefault((what.factor, what.width), []).append(slot)
+    # A product is made of the one without its last factor, so that what several have in common is made once.
+    wanted = {(factor[:k], width) for factor, width in means for k in range(1, len(factor) + 1)}
+    made_at: dict[int, list[tuple[Factor, int]]] = {i: [] for i in ops}
+    for key in sorted(wanted):
+        made_at[key[0][-1][0]].append(key)
+    last_use = {key: key[0][-1][0] for key in wanted}
+    for factor, width in wanted:
+        if len(factor) > 1:
+            last_use[factor[:-1], width] = max(last_use[factor[:-1], width], factor[-1][0])
+    readers: dict[int, list[int]] = {}
+    for i in ops:
+        for v in region.ops[i].inputs:
+            readers.setdefault(v, []).append(i)
+    made = {region.result(i): region.ops[i] for i in ops}
+    result = []
+    for i in ops:
+        op = region.ops[i]
+        first = op.inputs[0]
+        source = made.get(first)
+        inplace = (
+            isinstance(op, Map | Add)
+            and source is not None
+            and not isinstance(source, Slice)  # a view of its input
+            and readers[first] == [i]
+            and first not in exits
+        )
+        forget = {v for v in op.inputs if readers[v][-1] == i and v not in exits}
+        if region.result(i) not in readers and region.result(i) not in exits:
+            forget.add(region.result(i))
+        result.append(
+            Forward(
+                index=i,
+                op=op,
+                result=region.result(i),
+                keep=kept[i],
+                stash=bool(made_at[i]),
+                inplace=inplace,
+                products=tuple(Product(*key, tuple(means.get(key, ()))) for key in made_at[i]),
+                forget=tuple(sorted(forget)),
+                forget_products=tuple(sorted(key for key, last in last_use.items() if last == i)),
+            )
+        )
+        assert not made_at[i] or isinstance(op, Map | Gate | Norm)
+    return tuple(result)

@@ -1,0 +1,336 @@
+"""Runs a chain: an exact forward pass that keeps what the plan says, and one backward pass on the patch grid.
+
+:func:`backward` is all that a compiled backward pass of a chain has to replace: the plan, what was kept and the
+gradients that come in are its arguments, and every intermediate map is a register of the plan, of known size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import autograd, reference
+from ..functional import cast_for_convolution
+from ..geometry import Geometry
+from ..library import get
+from . import elementwise, grids
+from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
+from .grids import vector
+from .lowering import Factor, Mean
+from .plan import Forward, Plan
+from .steps import (
+    Channels,
+    ConvInput,
+    ConvWeight,
+    Expand,
+    Filter,
+    Gather,
+    MapSum,
+    PatchSum,
+    Plus,
+    Take,
+    Times,
+    TimesSaved,
+)
+
+
+def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The chain's exits, with its own backward pass.
+
+    Args:
+        entries: by ``plan.entries``. tensors: by ``plan.tensors``.
+    """
+    results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
+        entries, tensors = given[: len(plan.entries)], given[len(plan.entries) :]
+        exits, kept = forward(plan, entries, tensors)
+        ctx.plan = plan
+        ctx.dtypes = [t.dtype for t in given]
+        ctx.shapes = [t.shape for t in given]
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return exits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        of_entries, of_tensors = backward(plan, ctx.saved_tensors, dict(zip(plan.exits, grads, strict=True)))
+        found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in plan.tensors)]
+        results = [
+            None if grad is None else grad.reshape(shape).to(dtype)
+            for grad, shape, dtype in zip(found, ctx.shapes, ctx.dtypes, strict=True)
+        ]
+        return (None, *results)
+
+
+# Forward
+
+
+def forward(
+    plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The chain's exits, and what :func:`backward` needs, by slot. Gradients must be off."""
+    values = dict(zip(plan.entries, entries, strict=True))
+    numbered = dict(zip(plan.tensors, tensors, strict=True))
+    kept: dict[int, Tensor] = {}
+    products: dict[tuple[Factor, int], Tensor] = {}
+    for step in plan.forward:
+        values[step.result], stash = _operation(plan, step, values, numbered, kept)
+        for product in step.products:
+            factor, width = product.factor, product.width
+            (_, offset) = factor[-1]
+            assert stash is not None
+            result = stash if (offset, width) == (0, stash.shape[1]) else stash[:, offset : offset + width]
+            if len(factor) > 1:
+                result = _product(products[factor[:-1], width], result)
+            products[factor, width] = result
+            for slot in product.means:
+                mean = plan.slots[slot]
+                assert isinstance(mean, Mean)
+                kept[slot] = grids.patch_means(result, mean.grid)
+        for key in step.forget_products:
+            del products[key]
+        for value in step.forget:
+            del values[value]
+    exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
+    return exits, tuple(kept[slot] for slot in range(len(plan.slots)))
+
+
+def _product(before: Tensor, factor: Tensor) -> Tensor:
+    return before * factor
+
+
+def _operation(
+    plan: Plan, step: Forward, values: Mapping[int, Tensor], tensors: Mapping[int, Tensor], kept: dict[int, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """One operation's result, and what of it is a factor of products."""
+    op = step.op
+    inputs = [values[v] for v in op.inputs]
+    own = [None if t is None else tensors[t] for t in op.tensors]
+    x = inputs[0]
+    if isinstance(op, Conv):
+        return _convolution(op, step, x, own, kept), None
+    if isinstance(op, Norm):
+        return _normalisation(op, step, x, own, kept)
+    if isinstance(op, Map):
+        return elementwise.run(op.kind, op.settings, x, step.inplace, step.stash)
+    if isinstance(op, Gate):
+        scale = inputs[1] if len(inputs) == 2 else own[0]
+        assert scale is not None
+        scale = scale if scale.dim() == 4 else scale.unsqueeze(0)
+        if "gate" in step.keep:
+            kept[step.keep["gate"]] = scale
+        return x * scale, x if step.stash else None
+    if isinstance(op, Scale):
+        return x * op.factor, None
+    if isinstance(op, Add):
+        other = inputs[1]
+        if step.inplace and x.dtype == torch.promote_types(x.dtype, other.dtype):
+            return x.add_(other, alpha=op.alpha), None
+        return torch.add(x, other, alpha=op.alpha), None
+    if isinstance(op, Cat):
+        return torch.cat(inputs, dim=1), None
+    if isinstance(op, Slice):
+        start, width = op.channels(x.shape[1])
+        part = x[:, start : start + width]
+        # A view of an entry cannot leave an autograd function.
+        return part.clone() if step.result in plan.exits else part, None
+    assert isinstance(op, Pool)
+    return x.mean(dim=(2, 3), keepdim=True), None
+
+
+def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None], kept: dict[int, Tensor]) -> Tensor:
+    weight, bias = own
+    assert weight is not None
+    if "weight" in step.keep:
+        kept[step.keep["weight"]] = weight
+    x, weight, bias = cast_for_convolution(x, weight, bias)
+    y: Tensor
+    y, filtered = autograd.conv2d(
+        x, weight, bias, op.stride, op.padding, op.dilation, op.groups, op.patch, op.library, "x~" in step.keep
+    )
+    if "x~" in step.keep:
+        kept[step.keep["x~"]] = filtered
+    return y
+
+
+def _normalisation(
+    op: Norm, step: Forward, x: Tensor, own: Sequence[Tensor | None], kept: dict[int, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    mean, variance, scale, shift = own
+    assert mean is not None
+    assert variance is not None
+    dtype = reference.sum_dtype(torch.promote_types(x.dtype, variance.dtype))
+    inverse = (variance.to(dtype) + op.eps).rsqrt()
+    if "scale" in step.keep:
+        slope = inverse if scale is None else inverse * scale.to(dtype)
+        kept[step.keep["scale"]] = slope.view(1, -1, 1, 1)
+    normalised = None
+    if step.stash:
+        normalised = (x.to(dtype) - mean.to(dtype).view(1, -1, 1, 1)).mul_(inverse.view(1, -1, 1, 1))
+    return F.batch_norm(x, mean, variance, scale, shift, False, 0.0, op.eps), normalised
+
+
+# Backward
+
+
+def backward(
+    plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The backward pass of a chain, in plain PyTorch operators.
+
+    Args:
+        kept: what :func:`forward` returned, by slot.
+        grads: the gradient of each exit, None where there is none.
+
+    Returns:
+        The gradients of entries (full size) and of tensors (flat), by their numbers; those that are zero may lack.
+    """
+    like = next((grad for grad in grads.values() if grad is not None), None)
+    if like is None:
+        return {}, {}
+    for digest in plan.libraries:
+        autograd._say_once(
+            (digest, "chains"), f"{get(digest)} has no kernels for chains: plain PyTorch operators run instead"
+        )
+    with autograd._without_autocast(like.device.type):
+        return _Backward(plan, kept, grads).run()
+
+
+class _Backward:
+    def __init__(self, plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> None:
+        self.plan, self.kept, self.grads = plan, kept, grads
+        self.registers: list[Tensor | None] = [None] * len(plan.registers)
+        self.last_use = _last_use(plan)
+        self.of_entries: dict[int, Tensor] = {}
+        self.of_tensors: dict[int, Tensor] = {}
+
+    def run(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        for number, step in enumerate(self.plan.steps):
+            if isinstance(step, Filter | Take):
+                self._incoming(step)
+            elif isinstance(step, Gather):
+                self.registers[step.dst] = self._gather(step)
+            elif isinstance(step, Plus):
+                a, b = self.registers[step.a], self.registers[step.b]
+                self.registers[step.dst] = a if b is None else b if a is None else a + b
+            else:
+                src = self.registers[step.src]
+                if src is not None:
+                    self._from(step, src)
+            for register in self.last_use.get(number, ()):
+                self.registers[register] = None
+        return self.of_entries, self.of_tensors
+
+    def _incoming(self, step: Filter | Take) -> None:
+        grad = self.grads[step.value]
+        if grad is None:
+            return
+        if isinstance(step, Filter):
+            self.registers[step.dst] = reference.filter_grad(grad, step.geometry)
+        else:
+            self.registers[step.dst] = grad.reshape(*grad.shape[:2], 1, 1).to(reference.sum_dtype(grad.dtype))
+
+    def _gather(self, step: Gather) -> Tensor | None:
+        total: Tensor | None = None
+        for part in step.parts:
+            t = self.registers[part.src]
+            if t is None:
+                continue
+            for dim, cells in ((2, part.rows), (3, part.cols)):
+                t = grids.to_cells(t, dim, cells.in_b)
+            if part.mean is not None:
+                t = t * self._kept(part.mean, t)
+            t = _weighted(t, part.weight_rows, part.weight_cols)
+            t = t.expand(*t.shape[:2], part.rows.cells.patches, part.cols.cells.patches)
+            t = grids.add_cells(t, 2, part.rows.in_a, step.grid.rows.patches)
+            t = grids.add_cells(t, 3, part.cols.in_a, step.grid.cols.patches)
+            if part.width < step.channels:
+                t = F.pad(t, (0, 0, 0, 0, part.start, step.channels - part.start - part.width))
+            total = t if total is None else total + t
+        return total
+
+    def _kept(self, slot: int, like: Tensor) -> Tensor:
+        return self.kept[slot].to(like.dtype)
+
+    def _from(self, step: Any, src: Tensor) -> None:
+        if isinstance(step, ConvInput):
+            self.registers[step.dst] = reference.input_grad(src, self.kept[step.weight], step.geometry)
+        elif isinstance(step, ConvWeight):
+            filtered = _channels_first(self.kept[step.filtered], step.geometry).to(src.dtype)
+            self._give(step.tensor, reference.weight_grad(src, filtered, step.geometry).flatten())
+        elif isinstance(step, PatchSum):
+            mean = None if step.mean is None else self._kept(step.mean, src)
+            sums = _pixel_sums(src, mean, step.grid).sum(0)
+            self._give(step.tensor, F.pad(sums, (step.start, step.channels - step.start - step.width)))
+        elif isinstance(step, MapSum):
+            sums = _pixel_sums(src, self._kept(step.mean, src), step.grid)
+            self.registers[step.dst] = (sums.sum(0, keepdim=True) if step.batch else sums)[:, :, None, None]
+        elif isinstance(step, Times):
+            self.registers[step.dst] = src * step.factor
+        elif isinstance(step, TimesSaved):
+            scale = self._kept(step.slot, src)
+            self.registers[step.dst] = src * scale[:, step.start : step.start + step.width]
+        elif isinstance(step, Channels):
+            self.registers[step.dst] = src[:, step.start : step.start + step.width]
+        else:
+            assert isinstance(step, Expand)
+            full = grids.expand(src, step.grid)
+            channels = self.plan.shapes[step.value][1]
+            if step.width < channels:
+                full = F.pad(full, (0, 0, 0, 0, step.start, channels - step.start - step.width))
+            before = self.of_entries.get(step.value)
+            self.of_entries[step.value] = full if before is None else before + full
+
+    def _give(self, tensor: int, grad: Tensor) -> None:
+        before = self.of_tensors.get(tensor)
+        self.of_tensors[tensor] = grad if before is None else before + grad
+
+
+def _last_use(plan: Plan) -> dict[int, list[int]]:
+    """By step, the registers that nobody reads afterwards."""
+    last: dict[int, int] = {}
+    for number, step in enumerate(plan.steps):
+        for register in _reads(step):
+            last[register] = number
+    found: dict[int, list[int]] = {}
+    for register, number in last.items():
+        found.setdefault(number, []).append(register)
+    return found
+
+
+def _reads(step: Any) -> list[int]:
+    if isinstance(step, Filter | Take):
+        return []
+    if isinstance(step, Gather):
+        return [part.src for part in step.parts]
+    return [step.a, step.b] if isinstance(step, Plus) else [step.src]
+
+
+def _channels_first(filtered: Tensor, geometry: Geometry) -> Tensor:
+    return filtered if geometry.depthwise else filtered.permute(0, 3, 1, 2)
+
+
+def _weighted(t: Tensor, rows: tuple[float, ...], cols: tuple[float, ...]) -> Tensor:
+    if any(weight != 1 for weight in rows):
+        t = t * vector(rows, t)[:, None]
+    if any(weight != 1 for weight in cols):
+        t = t * vector(cols, t)
+    return t
+
+
+def _pixel_sums(t: Tensor, mean: Tensor | None, grid: grids.Grid) -> Tensor:
+    """Per image and channel, the sum over all pixels of the map that is t * mean on each patch."""
+    t = t if mean is None else t * mean
+    t = t @ vector(tuple(float(c) for c in grid.cols.counts), t)
+    return t @ vector(tuple(float(c) for c in grid.rows.counts), t)
