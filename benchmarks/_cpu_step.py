@@ -119,9 +119,9 @@ def measure_step(
         for workload in layer.workloads:
             _check(library, workload)
     steps = {
-        "exact": _Step(model, shape),
-        "plain": _Step(gf_tvm.filter_model(copy.deepcopy(model), patch, layers=names), shape),
-        "gf_tvm": _Step(gf_tvm.filter_model(copy.deepcopy(model), patch, layers=names, library=library), shape),
+        "exact": TrainingStep(model, shape),
+        "plain": TrainingStep(gf_tvm.filter_model(copy.deepcopy(model), patch, layers=names), shape),
+        "gf_tvm": TrainingStep(gf_tvm.filter_model(copy.deepcopy(model), patch, layers=names, library=library), shape),
     }
     calls: dict[str, Call] = {f"step {variant}": step for variant, step in steps.items()}
     for index, layer in enumerate(layers):
@@ -130,7 +130,7 @@ def measure_step(
         warnings.simplefilter("ignore", gf_tvm.FallbackWarning)  # the plain copy has no library on purpose
         for call in calls.values():  # warm-up; oneDNN compiles at the first call
             call()
-        _agree(steps)
+        agree(steps["plain"], steps["gf_tvm"])
         once = sum(_seconds(call) for call in calls.values())
         rounds = max(ROUNDS_LEAST, min(ROUNDS_MOST, int(seconds / once)))
         for step in steps.values():
@@ -151,7 +151,7 @@ def measure_step(
     }
 
 
-class _Step:
+class TrainingStep:
     """One training step of a model, on the same batch every time; ``times`` has its phases."""
 
     def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
@@ -174,15 +174,15 @@ class _Step:
         self.times.add(start, forward, backward, time.perf_counter())
 
 
-def _agree(steps: dict[str, _Step]) -> None:
-    """Raise ComparisonError unless plain operators and kernels gave the same gradients."""
-    for plain, kernel in zip(steps["plain"].parameters, steps["gf_tvm"].parameters, strict=True):
-        assert plain.grad is not None
-        assert kernel.grad is not None
-        error = relative_error(kernel.grad, plain.grad.double())
+def agree(one: TrainingStep, other: TrainingStep) -> None:
+    """Raise ComparisonError unless two steps gave the same gradients."""
+    for wanted, got in zip(one.parameters, other.parameters, strict=True):
+        assert wanted.grad is not None
+        assert got.grad is not None
+        error = relative_error(got.grad, wanted.grad.double())
         if not error <= AGREEMENT:
             raise ComparisonError(
-                f"the steps do not agree, so they were not timed: a gradient of shape {tuple(plain.shape)} differs "
+                f"the steps do not agree, so they were not timed: a gradient of shape {tuple(wanted.shape)} differs "
                 f"by {error:.3g} of its largest value"
             )
 

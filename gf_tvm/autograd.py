@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,19 @@ from . import reference
 from .errors import GeometryError, GfTvmError
 from .geometry import Axis, Geometry, Pair
 
+if TYPE_CHECKING:
+    from .workload import Workload
+
 #: Storage dtypes that kernels exist for, as :mod:`gf_tvm.workload` names them.
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class Kernel(Protocol):
     """Takes contiguous tensors of its device, inputs, then outputs, which it writes in place."""
+
+    @property
+    def workload(self) -> Workload:
+        """What it computes."""
 
     @property
     def alignment(self) -> int:
@@ -66,8 +73,17 @@ def _say_once(topic: object, message: str) -> None:
         raise
 
 
-def _find(names: Sequence[str], geometry: Geometry, like: Tensor, library: str) -> tuple[str, Kernel] | None:
-    """The first of the kernels ``names`` that the library has for ``like``'s dtype and device, or None, said once."""
+def _find(
+    names: Sequence[str],
+    geometry: Geometry,
+    like: Tensor,
+    library: str,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> tuple[str, Kernel] | None:
+    """The first of the kernels ``names`` that the library has for ``like``'s device, or None, said once.
+
+    ``dtypes``: storage dtypes that will do, the best first; None: ``like``'s.
+    """
     if geometry.n == 0:
         return None  # nothing to compute, so nothing is missing
     if not library:
@@ -80,13 +96,14 @@ def _find(names: Sequence[str], geometry: Geometry, like: Tensor, library: str) 
     from .library import get  # here, because without a library PyTorch alone is enough
 
     loaded = get(library)
-    dtype = _DTYPE_NAMES.get(like.dtype)
-    if dtype is not None and like.device.type == loaded.device_type:
+    dtypes = dtypes or (like.dtype,)
+    if like.device.type == loaded.device_type:
         for name in names:
-            kernel = loaded.find(name, geometry, dtype)
-            if kernel is not None:
-                return name, kernel
-    what = (names[0], geometry.key, str(like.dtype).removeprefix("torch."), like.device.type)
+            for dtype in dtypes:
+                kernel = loaded.find(name, geometry, _DTYPE_NAMES.get(dtype, ""))
+                if kernel is not None:
+                    return name, kernel
+    what = (names[0], geometry.key, str(dtypes[0]).removeprefix("torch."), like.device.type)
     _say_once((library, *what), f"{loaded} lacks {' '.join(what)}: plain PyTorch operators run instead")
     return None
 

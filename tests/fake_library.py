@@ -14,6 +14,7 @@ from torch import Tensor
 import gf_tvm.library
 from gf_tvm import reference
 from gf_tvm.geometry import Geometry
+from gf_tvm.workload import Workload
 
 BACKWARD = ("backward", "backward_input", "backward_weight")
 
@@ -70,19 +71,25 @@ class FakeKernel:
     dtype: str
     alignment: int = 64
 
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.name, self.geometry, self.dtype)
+
     def __call__(self, *tensors: Tensor) -> None:
         with self.library.lock:
             self.library.calls.append((self.name, [tensor.data_ptr() for tensor in tensors]))
         g = self.geometry
         shapes = {
             "x": g.x_shape, "xt": g.saved_shape, "w": g.weight_shape, "gy": g.y_shape, "gx": g.x_shape,
-            "gw": g.weight_shape, "gb": (g.co,),
+            "gw": g.weight_shape, "gb": (g.co,), "g~": (g.n, g.co, *g.grid), "gx~": (g.n, g.ci, *g.grid),
         }  # fmt: skip
         arguments = {
             "filter_input": ("x", "xt"),
             "backward": ("gy", "xt", "w", "gx", "gw", "gb"),
             "backward_input": ("gy", "w", "gx", "gb"),
             "backward_weight": ("gy", "xt", "gw", "gb"),
+            "input_grad": ("g~", "w", "gx~"),
+            "weight_grad": ("g~", "xt", "gw"),
         }[self.name]
         assert len(tensors) == len(arguments)
         named = dict(zip(arguments, (tensor.detach() for tensor in tensors), strict=True))
@@ -91,7 +98,7 @@ class FakeKernel:
             assert tensor.is_contiguous(), name
             assert tensor.data_ptr() % 64 == 0, name
             assert tensor.device.type == "cpu"
-            assert tensor.dtype == (torch.float32 if name == "xt" else getattr(torch, self.dtype)), name
+            assert tensor.dtype == (torch.float32 if name in ("xt", "g~", "gx~") else getattr(torch, self.dtype)), name
         if self.name == "filter_input":
             sums = reference.filter_input(named["x"], g)
             named["xt"].copy_(sums if g.depthwise else sums.permute(0, 2, 3, 1))
@@ -99,6 +106,13 @@ class FakeKernel:
         sums = named.get("xt")
         if sums is not None and not g.depthwise:
             sums = sums.permute(0, 3, 1, 2)
+        if self.name == "input_grad":
+            named["gx~"].copy_(reference.input_grad(named["g~"], named["w"], g))
+            return
+        if self.name == "weight_grad":
+            assert sums is not None
+            named["gw"].copy_(reference.weight_grad(named["g~"], sums, g))
+            return
         weight = named.get("w", torch.zeros(g.weight_shape, dtype=named["gy"].dtype))
         needs = ("gx" in named, "gw" in named, True)
         grad_x, grad_w, grad_b = reference.backward(named["gy"], sums, weight, g, needs)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import random
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -533,16 +534,23 @@ def test_second_derivatives_are_refused() -> None:
         grad.square().sum().backward()
 
 
-def test_libraries_serve_the_forward_pass_and_their_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("products", [("input_grad", "weight_grad"), ("weight_grad",), ()])
+def test_a_library_serves_both_passes_and_what_it_lacks_is_said(
+    products: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gf_tvm.autograd._said", set())
-    library = FakeLibrary(digest="chains")
-    with loaded(library):
+    library = FakeLibrary(digest="chains", has=("filter_input", *products))
+    with loaded(library), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         chained, plain = small(library=library).float(), small(chain=False).float()
         x = images(2, 14, torch.float32)
-        with pytest.warns(gf_tvm.FallbackWarning, match="has no kernels for chains: plain PyTorch operators run"):
-            actual = gradients(chained, x)
-    assert worst(actual, gradients(plain, x)) < 1e-4
-    assert library.called == ["filter_input"] * 5
+        actual = gradients(chained, x)
+        called = Counter(library.called)
+        assert worst(actual, gradients(plain, x)) < 1e-4
+    assert called == {"filter_input": 5, **dict.fromkeys(products, 5)}
+    lacking = {"input_grad", "weight_grad"} - {*products}
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, gf_tvm.FallbackWarning)]
+    assert {name for name in ("input_grad", "weight_grad") if any(f"lacks {name}" in line for line in said)} == lacking
 
 
 class Untraceable(nn.Module):

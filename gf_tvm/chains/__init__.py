@@ -9,6 +9,7 @@ Modules, each using those before it:
 * ``lowering``: the gradient algebra, from a graph to steps
 * ``partition``: which operations form chains, for given shapes
 * ``plan``: one chain, with everything about shapes settled
+* ``kernels``: the products, by a library where there is one
 * ``run``: the autograd function: a plan's forward and backward pass in PyTorch
 * ``recognise``, ``capture``: from a module to graphs, by torch.fx
 * ``program``: a captured module, running

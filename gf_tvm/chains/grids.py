@@ -13,8 +13,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from ..autograd import _without_autocast
 from ..geometry import Axis, Geometry
-from ..reference import _patch_sums, sum_dtype
+from ..reference import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,6 @@ class Cuts:
     def counts(self) -> tuple[int, ...]:
         """Pixels of each patch."""
         return tuple(b - a for a, b in zip(self.points, self.points[1:], strict=False))
-
-    @cached_property
-    def window(self) -> tuple[int, int] | None:
-        """(size, offset) if patch i covers [i * size - offset, (i + 1) * size - offset), clipped; None if none is."""
-        counts = self.counts
-        if not counts or min(counts) < 1:
-            return None
-        size = max(counts)
-        inner = all(count == size for count in counts[1:-1])
-        begins = counts[0] == size or self.points[0] == 0
-        ends = counts[-1] == size or self.points[-1] == self.size
-        # One clipped patch is a window of its own; its surroundings, if there are any, are cut off.
-        return (size, size - self.points[1]) if inner and begins and ends else None
 
 
 def _clipped(axis: Axis, window: int, offset: int, size: int) -> Cuts:
@@ -134,23 +122,20 @@ def patch_means(t: Tensor, grid: Grid) -> Tensor:
 
     Zero where a patch is empty.
     """
-    rows, cols = grid.rows, grid.cols
-    if rows.window and cols.window:
-        (rh, oh), (rw, ow) = rows.window, cols.window
-        sums = _patch_sums(t, (oh, ow), (rh, rw), grid.shape)
-    else:
+    with _without_autocast(t.device.type):
         t = t.to(sum_dtype(t.dtype))
-        sums = torch.matmul(_membership(rows, t), torch.matmul(t, _membership(cols, t).transpose(0, 1)))
-    return sums.mul_(vector(tuple(1 / max(c, 1) for c in rows.counts), sums)[:, None]).mul_(
-        vector(tuple(1 / max(c, 1) for c in cols.counts), sums)
-    )
+        # Twice as fast as torch's pooling on CPUs, whose loops over a patch are not vectorised.
+        by_rows = torch.matmul(t, _means(grid.cols, t.dtype, t.device).transpose(0, 1))
+        return torch.matmul(_means(grid.rows, t.dtype, t.device), by_rows)
 
 
-def _membership(cuts: Cuts, like: Tensor) -> Tensor:
-    """(patches, pixels): 1 where the pixel lies in the patch."""
-    pixel = torch.arange(cuts.size, device=like.device)
-    points = torch.tensor(cuts.points, device=like.device)
-    return ((pixel >= points[:-1, None]) & (pixel < points[1:, None])).to(like.dtype)
+@lru_cache(maxsize=256)
+def _means(cuts: Cuts, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(patches, pixels): one over the pixels of a patch where the pixel lies in it, else zero."""
+    pixel = torch.arange(cuts.size, device=device)
+    points = torch.tensor(cuts.points, device=device)
+    inside = (pixel >= points[:-1, None]) & (pixel < points[1:, None])
+    return inside.to(dtype) / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 def expand(t: Tensor, grid: Grid) -> Tensor:

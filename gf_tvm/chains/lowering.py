@@ -289,13 +289,13 @@ class _Lowering:
         weight, bias = op.tensors
         if weight in self.at.trained:
             assert weight is not None
-            self.out.steps.append(ConvWeight(weight, g, self._slot(Kept(i, "x~")), geometry))
+            self.out.steps.append(ConvWeight(weight, g, self._slot(Kept(i, "x~")), geometry, op.library))
         if bias is not None and bias in self.at.trained:
             self.out.steps.append(PatchSum(bias, geometry.co, g, None, 0, geometry.co, grid))
         if self.at.needs[x]:
             inside = Grid.of_input(geometry)
             dst = self._register(geometry.ci, inside)
-            self.out.steps.append(ConvInput(dst, g, self._slot(Kept(i, "weight")), geometry))
+            self.out.steps.append(ConvInput(dst, g, self._slot(Kept(i, "weight")), geometry, op.library))
             self._deliver(i, x, Term(dst, inside, (), 0, geometry.ci))
 
     def _norm(self, i: int, op: Norm, terms: list[Term]) -> None:

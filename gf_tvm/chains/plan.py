@@ -62,7 +62,6 @@ class Plan:
         forward: its operations.
         slots: what the forward pass keeps: means of products, and per operation x~, weight, scale or gate.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
-        libraries: digests of the libraries that its convolutions are to use.
         kept_values: numbers that are kept for the backward pass, parameters not counted.
     """
 
@@ -78,7 +77,6 @@ class Plan:
     slots: tuple[Mean | Kept, ...]
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
-    libraries: frozenset[str]
     kept_values: int
 
 
@@ -107,7 +105,6 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
         slots=tuple(lowered.slots),
         steps=tuple(lowered.steps),
         registers=tuple(lowered.registers),
-        libraries=frozenset(op.library for op in convs if op.library),
         kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
     )
 

@@ -1,7 +1,8 @@
 """Runs a chain: an exact forward pass that keeps what the plan says, and one backward pass on the patch grid.
 
-:func:`backward` is all that a compiled backward pass of a chain has to replace: the plan, what was kept and the
-gradients that come in are its arguments, and every intermediate map is a register of the plan, of known size.
+The products of the backward pass are a library's kernels where it has them (:mod:`.kernels`). :func:`backward` is all
+that one compiled backward pass of a whole chain would have to replace: the plan, what was kept and the gradients that
+come in are its arguments, and every intermediate map is a register of the plan, of known size.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from torch import Tensor
 
 from .. import autograd, reference
 from ..functional import cast_for_convolution
-from ..geometry import Geometry
-from ..library import get
-from . import elementwise, grids
+from . import elementwise, grids, kernels
 from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
 from .grids import vector
 from .lowering import Factor, Mean
@@ -187,7 +186,7 @@ def _normalisation(
 def backward(
     plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The backward pass of a chain, in plain PyTorch operators.
+    """The backward pass of a chain: the products by kernels where the library has them, the rest by PyTorch.
 
     Args:
         kept: what :func:`forward` returned, by slot.
@@ -199,10 +198,6 @@ def backward(
     like = next((grad for grad in grads.values() if grad is not None), None)
     if like is None:
         return {}, {}
-    for digest in plan.libraries:
-        autograd._say_once(
-            (digest, "chains"), f"{get(digest)} has no kernels for chains: plain PyTorch operators run instead"
-        )
     with autograd._without_autocast(like.device.type):
         return _Backward(plan, kept, grads).run()
 
@@ -265,10 +260,11 @@ class _Backward:
 
     def _from(self, step: Any, src: Tensor) -> None:
         if isinstance(step, ConvInput):
-            self.registers[step.dst] = reference.input_grad(src, self.kept[step.weight], step.geometry)
+            weight = self.kept[step.weight]
+            self.registers[step.dst] = kernels.input_grad(src, weight, step.geometry, step.library)
         elif isinstance(step, ConvWeight):
-            filtered = _channels_first(self.kept[step.filtered], step.geometry).to(src.dtype)
-            self._give(step.tensor, reference.weight_grad(src, filtered, step.geometry).flatten())
+            grad = kernels.weight_grad(src, self.kept[step.filtered], step.geometry, step.library)
+            self._give(step.tensor, grad.flatten())
         elif isinstance(step, PatchSum):
             mean = None if step.mean is None else self._kept(step.mean, src)
             sums = _pixel_sums(src, mean, step.grid).sum(0)
@@ -315,10 +311,6 @@ def _reads(step: Any) -> list[int]:
     if isinstance(step, Gather):
         return [part.src for part in step.parts]
     return [step.a, step.b] if isinstance(step, Plus) else [step.src]
-
-
-def _channels_first(filtered: Tensor, geometry: Geometry) -> Tensor:
-    return filtered if geometry.depthwise else filtered.permute(0, 3, 1, 2)
 
 
 def _weighted(t: Tensor, rows: tuple[float, ...], cols: tuple[float, ...]) -> Tensor:

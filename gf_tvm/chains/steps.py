@@ -68,6 +68,7 @@ class ConvInput:
     src: int
     weight: int  # slot
     geometry: Geometry
+    library: str  # digest, or none
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ConvWeight:
     src: int
     filtered: int  # slot of x~
     geometry: Geometry
+    library: str  # digest, or none
 
 
 @dataclass(frozen=True)

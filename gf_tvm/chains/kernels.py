@@ -1,0 +1,43 @@
+"""The products of a chain's backward pass: by the kernels of a convolution's library, else by PyTorch operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import autograd, reference
+from ..geometry import Geometry
+
+#: Gradients on the grid are float32 whatever the convolution's dtype is, which only says how grad_W is stored.
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def input_grad(g: Tensor, weight: Tensor, geometry: Geometry, library: str) -> Tensor:
+    """grad_x~ (n, ci, ph, pw) from g~ (n, co, ph, pw), in g~'s dtype."""
+    found = _find("input_grad", g, geometry, library, (weight.dtype,))
+    if found is None:
+        return reference.input_grad(g, weight, geometry)
+    grad = g.new_empty((geometry.n, geometry.ci, *geometry.grid))
+    found(*(autograd._for_kernel(tensor, found) for tensor in (g, weight)), grad)
+    return grad
+
+
+def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> Tensor:
+    """grad_W from g~ (n, co, ph, pw) and x~ as it was kept (:attr:`Geometry.saved_shape`)."""
+    found = _find("weight_grad", g, geometry, library, _STORAGE)
+    if found is None:
+        filtered = saved if geometry.depthwise else saved.permute(0, 3, 1, 2)
+        return reference.weight_grad(g, filtered.to(g.dtype), geometry)
+    grad = g.new_empty(geometry.weight_shape, dtype=getattr(torch, found.workload.dtype))
+    found(*(autograd._for_kernel(tensor, found) for tensor in (g, saved)), grad)
+    return grad
+
+
+def _find(
+    name: str, g: Tensor, geometry: Geometry, library: str, dtypes: Sequence[torch.dtype]
+) -> autograd.Kernel | None:
+    """The library's kernel, for weights of one of ``dtypes``; where it has none, that is said once."""
+    found = autograd._find((name,), geometry, g, library, dtypes if g.dtype == torch.float32 else None)
+    return None if found is None else found[1]
