@@ -121,6 +121,10 @@ def test_chained_gradients_equal_unchained_ones(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids, "MAX_CELLS", cells)  # above 1 grids may cut a map in different places
         actual, expected, report = both(model, by_name, x.requires_grad_(needs_input))
+    if not torch.equal(actual["result"], expected["result"]):
+        # Chains run as wholes, so that several dropouts may draw their noise in another order.
+        assert sum(isinstance(module, nn.Dropout) for module in model.modules()) > 1
+        assume(False)
     assert worst(actual, expected) < 1e-10, str(report)
     lengths = [len(chain.convolutions) for chain in report.chains]
     MET.update({"networks": 1, "chained": bool(lengths), "of several": max(lengths, default=0) > 1})
