@@ -16,7 +16,6 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from ..geometry import Geometry
-from ..library import get
 from . import elementwise, grids
 from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
 from .grids import vector
@@ -200,6 +199,8 @@ def backward(
     if like is None:
         return {}, {}
     for digest in plan.libraries:
+        from ..library import get  # here, because without a library PyTorch alone is enough
+
         autograd._say_once(
             (digest, "chains"), f"{get(digest)} has no kernels for chains: plain PyTorch operators run instead"
         )
