@@ -58,6 +58,11 @@ def add_parser(subparsers: Any) -> None:
     )
     option(parser, "--last", int, "K", "fine-tune the last K convolutions")
     parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="keep gradients on the patch grid between filtered convolutions where that is exact",
+    )
     option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
     protocol = parser.add_argument_group("protocol")
     option(protocol, "--epochs", int, "N", "fine-tuning epochs")
@@ -258,6 +263,9 @@ def _print_summary(results: list[TrainResult]) -> None:
         )
     print(format_table(headers, rows, floats=".1f"))
     print("\n".join(_cache_lines(results)))
+    for result in results:
+        for chain in result.chains:
+            print(f"{result.config.variant}: a chain of {len(chain)}: {', '.join(chain)}")
     for result in results:
         if result.best_epoch is not None:
             print(f"{result.config.variant}: weights of epoch {result.best_epoch}, trained {len(result.rows)}")

@@ -83,7 +83,7 @@ def test_every_setting_is_an_option() -> None:
         "pretrain_epochs": 6, "lr": 0.3, "pretrain_lr": 0.4, "momentum": 0.5, "weight_decay": 0.6,
         "schedule": "constant", "clip": 0.7, "flip": True, "shift": 3, "seed": 8, "skew": 0.8, "test_fraction": 0.3,
         "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 9, "step_factor": 0.25, "amp": "bfloat16",
-        "patience": 10, "min_delta": 0.01, "cache": "off",
+        "patience": 10, "min_delta": 0.01, "cache": "off", "chain": True,
     }  # fmt: skip
     assert set(values) | {"patch"} == set(TrainConfig("resnet18").to_dict())
     options = [

@@ -118,13 +118,13 @@ def test_config_round_trip() -> None:
 
 def test_exactly_what_decides_pretraining_decides_its_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
     # Every field is changed once: two runs share pretrained weights exactly if none of these fields differs.
-    fine_tuning_only = {"patch", "last", "epochs", "lr", "train_bn_affine", "patience", "min_delta", "cache"}
+    fine_tuning_only = {"patch", "last", "epochs", "lr", "train_bn_affine", "patience", "min_delta", "cache", "chain"}
     changes: dict[str, Any] = {
         "model": "training_models:pointwise", "data": patterns(tmp_path / "other.npz"), "patch": 4, "last": 2,
         "image_size": 10, "batch": 4, "epochs": 1, "pretrain_epochs": 1, "lr": 0.01, "pretrain_lr": 0.01,
         "momentum": 0.5, "weight_decay": 0.0, "schedule": "constant", "clip": None, "flip": True, "shift": 1,
         "seed": 1, "skew": 0.6, "test_fraction": 0.5, "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 2,
-        "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off",
+        "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off", "chain": True,
     }  # fmt: skip
     assert set(changes) == set(config.to_dict())
     changed = {
@@ -157,6 +157,20 @@ def test_only_the_last_convolutions_and_the_head_are_trained(
     assert isinstance(result.model[3], gf_tvm.FilteredConv2d) == (patch is not None)
     assert not any(isinstance(result.model[i], gf_tvm.FilteredConv2d) for i in (0, 9))
     assert result.kernels == {"3": "exact" if patch is None else "torch"}
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_chained_runs_train_alike_and_keep_less(config: TrainConfig, cache: str) -> None:
+    config = replace(config, model="training_models:pointwise", patch=2, last=2, shift=0, flip=False, cache=cache)
+    dataset = load_data(config)
+    pretrained = pretrain(config, dataset)
+    plain, chained = (finetune(replace(config, chain=chain), dataset, pretrained) for chain in (False, True))
+    assert (plain.chains, chained.chains) == ((), (("3", "5"),))
+    assert (plain.config.variant, chained.config.variant) == ("R2", "R2 chained")
+    for a, b in zip(plain.rows, chained.rows, strict=True):
+        assert b.train_loss == pytest.approx(a.train_loss, rel=1e-4)
+        assert 0 < b.kept_bytes_convolutions <= b.kept_bytes < a.kept_bytes
+    assert chained.cache["kind"] == cache
 
 
 def by_hand(config: TrainConfig, dataset: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:

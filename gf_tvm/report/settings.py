@@ -63,7 +63,8 @@ class Study:
 
 def variant_order(variant: str) -> tuple[Any, ...]:
     """Sorts exact first, then by the patch's size, whatever the files' order."""
-    numbers = [int(part) for part in variant[1:].split("x") if part.isdigit()]
+    patch = variant.partition(" ")[0][1:]
+    numbers = [int(part) for part in patch.split("x") if part.isdigit()]
     return (variant != "exact", not numbers, numbers[0] * numbers[-1] if numbers else 0, variant)
 
 

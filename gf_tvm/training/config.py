@@ -59,6 +59,8 @@ class TrainConfig:
             None trains all epochs and keeps the last weights.
         cache: where the frozen layers' results are kept while fine-tuning: ``memory``, ``disk`` (in the checkpoint
             folder), ``auto`` (memory if they fit, else disk if there is a folder) or ``off``.
+        chain: gradients stay on the patch grid between filtered convolutions, see :mod:`gf_tvm.chains`; means nothing
+            to the exact backward pass.
 
     Raises:
         TrainingError: a value is out of range. GeometryError: a patch that is none.
@@ -91,6 +93,7 @@ class TrainConfig:
     patience: int | None = None
     min_delta: float = 0.0
     cache: str = "auto"
+    chain: bool = False
 
     def __post_init__(self) -> None:
         patch = None if self.patch in (None, "exact") else self.patch
@@ -130,13 +133,18 @@ class TrainConfig:
         if self.amp not in AMP:
             why = " (float16 needs a CUDA device, training runs on the CPU)" if self.amp == "float16" else ""
             raise TrainingError(f"unknown amp {self.amp!r}; known: {', '.join(AMP)}{why}")
+        if not isinstance(self.chain, bool):
+            raise TrainingError(f"chain must be true or false, got {self.chain!r}")
         if self.cache not in CACHES:
             raise TrainingError(f"unknown cache {self.cache!r}; known: {', '.join(CACHES)}")
 
     @property
     def variant(self) -> str:
-        """``exact``, or the patch as ``R2`` or ``R2x1``."""
-        return "exact" if self.patch is None else format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
+        """``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` behind it where it is."""
+        if self.patch is None:
+            return "exact"
+        patch = format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
+        return f"{patch} chained" if self.chain else patch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``TrainConfig(**d)`` gives an equal configuration."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import machine
+from ..chains import chain_model
 from . import feature_files as files
 from .checkpoint import file_name, state_digest
 from .config import TrainConfig
@@ -61,7 +62,7 @@ class Features:
 
     def __init__(self, parts: Split, images: Images, values: list[Any], report: CacheReport) -> None:
         """``values``: a tensor (n, ...) with one entry per image, or what is the same for all images."""
-        self._rest, self._values, self._report = parts.rest, values, report
+        self.rest, self._values, self._report = parts.rest, values, report
         #: In place of the images, for :func:`~.data.batches`: their numbers.
         self.numbers = replace(images, x=torch.arange(len(images)))
 
@@ -69,7 +70,7 @@ class Features:
         """Image numbers (batch) -> the model's output for these images."""
         self._report.hits += len(numbers)
         # Copies: a layer of the rest may work in place.
-        return self._rest(*(v.tensor[numbers] if isinstance(v, PerImage) else deepcopy(v) for v in self._values))
+        return self.rest(*(v.tensor[numbers] if isinstance(v, PerImage) else deepcopy(v) for v in self._values))
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def build(
         with precision():
             for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
                 parts = split(model, images.x[: min(config.batch, len(images))], enter)
+                if config.chain and config.patch is not None and name == "train":
+                    chain_model(parts.rest)
                 enter()
                 sets.append(_Set(name, images, parts, _layout(parts, images), enter))
     except CannotSplit as error:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import machine
+from ..chains import chains_of
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import Images, batches
@@ -75,6 +76,9 @@ class Fit:
         # The cache takes image numbers for images, so batches are drawn in the same order with and without it.
         self.train_network: Callable[[Tensor], Any] = model
         self.test_network: Callable[[Tensor], Any] = model
+        self.chained: nn.Module | None = None
+        if phase == "finetune" and config.chain and config.patch is not None:
+            self.chained = model if cache is None else cache.train.rest
         if cache is not None:
             self.train_network, self.train_images = cache.train, cache.train.numbers
             self.test_network, self.test_images = cache.test, cache.test.numbers
@@ -205,9 +209,12 @@ class Fit:
             self.optimizer.zero_grad(set_to_none=True)
             start = time.perf_counter()
             if step == 0:
-                with count_kept_bytes(self.model, self.layers) as kept:
+                # Hooks on single layers would end the chains.
+                with count_kept_bytes(self.model, self.layers if self.chained is None else {}) as kept:
                     logits, loss = self._forward(x, y)
                 kept_bytes, kept_in_layers = kept.total, kept.in_layers
+                if self.chained is not None:
+                    kept_in_layers = sum(4 * chain.kept_values for chain in chains_of(self.chained).chains)
             else:
                 logits, loss = self._forward(x, y)
             forward = time.perf_counter()
@@ -240,6 +247,14 @@ class Fit:
             kept_bytes=kept_bytes,
             kept_bytes_convolutions=kept_in_layers,
         )
+
+    @property
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the convolutions of each chain of the last step."""
+        if self.chained is None:
+            return ()
+        chains = chains_of(self.chained).chains
+        return tuple(tuple(name.removeprefix("model.") for name in chain.convolutions) for chain in chains)
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with precision(self.config):

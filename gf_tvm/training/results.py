@@ -27,7 +27,8 @@ class EpochRow:
         forward_seconds, backward_seconds, update_seconds: sums over the steps (loss counted as forward, clipping as
             update); forward_ms, backward_ms, update_ms: medians of one step.
         kept_bytes: what the epoch's first step kept for the backward pass (see :class:`~.measure.KeptBytes`);
-        kept_bytes_convolutions: what the fine-tuned convolutions kept of it (0 while pretraining).
+        kept_bytes_convolutions: what the fine-tuned convolutions kept of it (0 while pretraining); in a chained run
+            what the chains kept, for batch norms and activations, too.
     """
 
     epoch: int
@@ -104,6 +105,7 @@ class TrainResult:
         model: the fine-tuned network; not part of :meth:`to_dict`.
         cache: what became of the frozen layers' results, see :class:`gf_tvm.training.frozen.CacheReport`.
         best_epoch: whose weights the network has, where early stopping was on; None: those of the last one.
+        chains: names of the convolutions of each chain, in a chained run.
     """
 
     config: TrainConfig
@@ -129,6 +131,7 @@ class TrainResult:
     model: nn.Module = field(repr=False, compare=False)
     cache: dict[str, Any] = field(default_factory=dict)
     best_epoch: int | None = None
+    chains: tuple[tuple[str, ...], ...] = ()
 
     @property
     def test_accuracy(self) -> float:

@@ -222,7 +222,7 @@ def finetune(
     head = _freeze(model, names, config.train_bn_affine)
     kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
     if config.patch is not None:
-        filter_model(model, patch=_patch(config), last=config.last, library=library)
+        filter_model(model, patch=_patch(config), last=config.last, library=library, chain=config.chain)
         kernels, missing = _kernels(model, names, config, library)
     if checkpoint is not None:
         files.prepare_folder(Path(checkpoint))
@@ -288,6 +288,7 @@ def finetune(
         model=model,
         cache=cache_report.to_dict(),
         best_epoch=fit.best_epoch,
+        chains=fit.chains,
     )
 
 
@@ -366,7 +367,7 @@ def _kernels(
         for case in model_cases(model, shape, layers=filtered, patches=[_patch(config)]):
             # `backward` serves where its specialised form is not in the library, so that one may lack.
             case = case if config.amp == "off" else replace(case, dtype=config.amp)
-            wanted = [w for w in workloads_of([case]) if w.kernel in ("filter_input", "backward")]
+            wanted = [w for w in workloads_of([case], config.chain) if w.kernel != "backward_weight"]
             lacking = [w.key for w in wanted if library.find(w.kernel, w.geometry, w.dtype) is None]
             missing += lacking
             sources.update(dict.fromkeys(case.layers, "torch" if lacking else "tvm"))
