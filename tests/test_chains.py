@@ -358,7 +358,7 @@ def test_report() -> None:
         "    ends after pool: its map is one pixel, so the gradient is the same on every grid",
     ]
     assert not report.chains[0].needs_input
-    gradients(model, images(2, 14).requires_grad_())
+    model(x=images(2, 14).requires_grad_())
     assert chains_of(model).chains[0].needs_input
     assert chains_of(nn.Linear(2, 3)).chains == ()
 
@@ -591,6 +591,20 @@ class ChangesShared(Untraceable):
         return self.head((z + y.mul_(2)).mean((2, 3)))
 
 
+class SwitchesGradients(Untraceable):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.stem(x)
+        return self.head(self.blocks(F.relu(y)).mean((2, 3)))
+
+
+class SwitchesAutocast(Untraceable):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.blocks(F.relu(self.stem(x)))
+        return self.head(y.mean((2, 3)))
+
+
 class ChangesByAnotherName(Untraceable):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -602,6 +616,8 @@ class ChangesByAnotherName(Untraceable):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (SwitchesGradients, "switches gradients or autocast on or off"),
+        (SwitchesAutocast, "switches gradients or autocast on or off"),
         (ChangesByAnotherName, "changes in place what may be used elsewhere"),
         (Untraceable, "symbolically traced variables cannot be used as inputs to control flow"),
         (MakesTensors, "makes a tensor"),

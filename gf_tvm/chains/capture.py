@@ -102,6 +102,13 @@ class _Tracer(fx.Tracer):
     def __init__(self, coarse: bool) -> None:
         super().__init__()
         self.coarse = coarse
+        self.context = _context()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A graph does not record under which ``torch.no_grad`` or ``torch.autocast`` a step ran."""
+        if _context() != self.context:
+            raise CannotTrace("its Python code switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """What has hooks is one step, and what has nothing filtered inside where Python code cannot be traced."""
@@ -172,6 +179,13 @@ def _trace(wrapper: _Module) -> fx.Graph:
     assert failure is not None
     text = " ".join(str(failure).split())[:160]
     raise CannotTrace(text if isinstance(failure, CannotTrace) else f"{type(failure).__name__}: {text}") from None
+
+
+def _context() -> tuple[Any, ...]:
+    """Switches of this thread that decide how a step runs."""
+    devices = ("cpu", "cuda")
+    autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
 
 
 def _generators() -> tuple[bytes, str]:

@@ -116,16 +116,27 @@ class ChainedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._own(*args, **kwargs)
-        program = self._program(args, kwargs)
+        given = self._positional(args, kwargs)
+        program = self._program(given)
         if program is None:
             return self._own(*args, **kwargs)
-        return program(*args)
+        return program(*given)
 
-    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program | None:
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments without names, or with what cannot be given so."""
+        if not kwargs:
+            return args
+        try:
+            bound = inspect.signature(self).bind(*args, **kwargs)
+        except TypeError:  # the module's own call will say so
+            return (*args, kwargs)
+        return (*bound.args, bound.kwargs) if bound.kwargs else bound.args
+
+    def _program(self, args: tuple[Any, ...]) -> Program | None:
         if not torch.is_grad_enabled() or torch._C._is_tracing():
             return None
-        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
-            if not any(isinstance(arg, torch.fx.Proxy) for arg in (*args, *kwargs.values())):
+        if not args or not all(isinstance(arg, Tensor) for arg in args):
+            if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
                 self._unchained("it is called with something else than tensors")
             return None
         if has_global_hooks():
