@@ -1,4 +1,4 @@
-"""FilteredConv2d under DistributedDataParallel: two processes with half of the batch each, over gloo."""
+"""Filtered convolutions, chained too, under DistributedDataParallel: two processes, half of the batch each, over gloo."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def work(rank: int, folder: str, bundle: str) -> None:
         x, y = (tensor.chunk(WORLD)[rank] for tensor in images())
         fast = gf_tvm.filter_model(network(), patch=2, layers=["2"], library=gf_tvm.load(bundle))
         results = {"kernels": gradients(DistributedDataParallel(fast), x, y)}
+        chained = gf_tvm.filter_model(network(), 2, layers=["0", "2"], library=gf_tvm.load(bundle), chain=True)
+        results["chained"] = gradients(DistributedDataParallel(chained), x, y)
+        assert [chain.convolutions for chain in gf_tvm.chains_of(chained).chains] == [("0", "2")]
         warnings.simplefilter("ignore", gf_tvm.FallbackWarning)
         plain = gf_tvm.filter_model(network(), patch=2, layers=["2"])
         results["plain"] = gradients(DistributedDataParallel(plain), x, y)
@@ -59,17 +62,18 @@ def work(rank: int, folder: str, bundle: str) -> None:
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     bundle = str(tmp_path / "half.gfb")
-    cases = model_cases(network(), (BATCH // WORLD, 3, 9, 9), layers=["2"], patches=[2])
-    # As the layer before it is trained, too, the convolution's input needs a gradient.
-    workloads = [w for w in workloads_of(cases) if w.kernel in ("filter_input", "backward")]
+    cases = model_cases(network(), (BATCH // WORLD, 3, 9, 9), layers=["0", "2"], patches=[2])
+    # As the layer before it is trained, too, the last convolution's input needs a gradient; the first one's does not.
+    workloads = [w for w in workloads_of(cases, chained=True) if w.kernel != "backward_weight"]
     gf_tvm.build(workloads, "host", out=bundle, shipped=False)
     torch.multiprocessing.spawn(work, (str(tmp_path), bundle), nprocs=WORLD)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
     whole = gradients(gf_tvm.filter_model(network(), patch=2, layers=["2"]), *images())
+    both = gradients(gf_tvm.filter_model(network(), patch=2, layers=["0", "2"]), *images())
     exact = gradients(network(), *images())
     assert len(whole) == len(exact) == 6
-    for name in ("kernels", "plain"):
-        for a, b, expected in zip(first[name], second[name], whole, strict=True):
+    for name, wanted in (("kernels", whole), ("plain", whole), ("chained", both)):
+        for a, b, expected in zip(first[name], second[name], wanted, strict=True):
             assert a.equal(b)
             torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(exact[2], whole[2], rtol=1e-2)  # filtered, and not by accident the exact gradient
