@@ -29,15 +29,20 @@ def _steps(out: Path) -> dict[str, list[str]]:
     logs, bundle = str(out / "logs"), str(out / "demo.gfb")
     tune = ["tune", "--device", "host", *model, "--patch", "4", "--kernels", "backward_weight"]
     train = ["train", "--model", MODEL, "--data", "digits", "--last", str(LAST), "--batch", str(BATCH)]
-    train += ["--image-size", str(IMAGE), *PROTOCOL, "--patch", f"exact,{PATCHES}"]
+    train += ["--image-size", str(IMAGE), *PROTOCOL, "--library", bundle, "--checkpoint", str(out / "checkpoints")]
     return {
         "Tune one kernel here; the logs of the others are shipped": [
             *tune, "--trials", "12", "--minutes", "1", "--logs", logs,
         ],
         "Build the network's kernels": [
-            "build", "--device", "host", *model, "--patch", PATCHES, "--logs", logs, "--out", bundle,
+            "build", "--device", "host", *model, "--patch", PATCHES, "--chain", "--logs", logs, "--out", bundle,
         ],
-        "Fine-tune on images of handwritten digits": [*train, "--library", bundle, "--json", str(out / "train.json")],
+        "Fine-tune on images of handwritten digits": [
+            *train, "--patch", f"exact,{PATCHES}", "--json", str(out / "train.json"),
+        ],
+        "The same in chains: between filtered convolutions gradients stay on the patch grid": [
+            *train, "--patch", PATCHES, "--chain", "--json", str(out / "train_chained.json"),
+        ],
         "Compare the network's convolutions": [
             "compare", "--device", "host", *model, "--patch", PATCHES, "--library", bundle, "--seconds", "1",
             "--json", str(out / "compare_model.json"),
@@ -59,7 +64,9 @@ def run(out: Path) -> int:
         print(f"\n=== {number}. {title}\n$ {shlex.join(['gf-tvm', *command])}", flush=True)
         if code := cli.main(command):
             return code
-    runs = json.loads((out / "train.json").read_text())["runs"]
+    runs = [
+        run for name in ("train", "train_chained") for run in json.loads((out / f"{name}.json").read_text())["runs"]
+    ]
     rows = [
         row
         for name in ("compare_model.json", "compare_paper.json")
@@ -85,10 +92,11 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
                 f"{step['backward']:.1f}",
                 f"{exact['step_ms']['backward'] / step['backward']:.1f}x",
                 f"{last['kept_bytes_convolutions'] / 1e6:.2f}",
+                f"{last['kept_bytes'] / 1e6:.2f}",
             )
         )
-    headers = ["backward", "accuracy %", "points", "backward ms a step", "speed-up", "kept by the convolutions MB"]
-    print(format_table(headers, table))
+    headers = ["backward", "accuracy %", "points", "backward ms a step", "speed-up"]
+    print(format_table([*headers, "kept by the convolutions (chains: by all of it) MB", "kept in all MB"], table))
     table = [
         (
             row["name"],
@@ -109,11 +117,11 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
 def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels: dict[str, Any] = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"]])
-    accuracy, step, speed = panels["accuracy"], panels["step"], panels["speed"]
-    names = [entry["variant"] for entry in runs]
-    colors = ["#999999", "#0072B2", "#56B4E9"]
+    figure = Figure(figsize=(11, 9.5), layout="constrained")
+    panels: dict[str, Any] = figure.subplot_mosaic([["accuracy", "speed"], ["step", "speed"], ["kept", "speed"]])
+    accuracy, step, kept, speed = panels["accuracy"], panels["step"], panels["kept"], panels["speed"]
+    names = [entry["variant"].replace(" ", "\n") for entry in runs]
+    colors = ["#999999", "#0072B2", "#56B4E9", "#0072B2", "#56B4E9"]
 
     values = [100 * entry["test_accuracy"] for entry in runs]
     bars = accuracy.bar(names, values, color=colors[: len(names)])
@@ -130,6 +138,11 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     step.set_title("One training step, ms")
     step.legend(loc="upper right")
 
+    bars = kept.bar(names, [entry["rows"][-1]["kept_bytes"] / 1e6 for entry in runs], color=colors[: len(names)])
+    kept.bar_label(bars, fmt="%.2g")
+    kept.margins(y=0.15)
+    kept.set_title("Kept for the backward pass, MB")
+
     labels = [f"{row['name']}  R{row['patch'][0]}" for row in rows]
     for shift, key, color, label in (
         (-0.2, "reference_ms", "#999999", "plain PyTorch operators"),
@@ -145,7 +158,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     speed.invert_yaxis()
     speed.set_title("Backward pass of one convolution:\ntimes as fast as the exact one")
     speed.legend(loc="lower center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
-    for axes in (accuracy, step, speed):
+    for axes in (accuracy, step, kept, speed):
         axes.spines[["top", "right"]].set_visible(False)
     machine = runs[0]["machine"]
     figure.suptitle(f"Measured on {machine.get('cpu', 'this machine')}, {runs[0]['threads']} threads", fontsize=11)

@@ -1,4 +1,4 @@
-"""Filtered convolutions, chained too, under DistributedDataParallel: two processes, half of the batch each, over gloo."""
+"""Filtered convolutions, chained too, under DistributedDataParallel: two processes with half of the batch each."""
 
 from __future__ import annotations
 
