@@ -6,8 +6,8 @@ Nothing that is timed is expected to be fast or slow.
 from __future__ import annotations
 
 import json
-import mmap
 import math
+import mmap
 import statistics
 import sys
 from pathlib import Path
