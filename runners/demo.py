@@ -136,7 +136,8 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
         step.bar(names, values, bottom=bottom, color=color, label=phase)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     step.set_title("One training step, ms")
-    step.legend(loc="upper right")
+    step.margins(y=0.25)  # room for the legend
+    step.legend(loc="upper right", ncols=3, frameon=False)
 
     bars = kept.bar(names, [entry["rows"][-1]["kept_bytes"] / 1e6 for entry in runs], color=colors[: len(names)])
     kept.bar_label(bars, fmt="%.2g")
