@@ -73,7 +73,7 @@ def _score(study: Study) -> Part:
     )
     return Part(
         "score",
-        study.metric[:1].upper() + study.metric[1:],
+        study.metric.capitalize() if study.metric.islower() else study.metric,  # mIoU stays
         f"The {study.metric} on test images after fine-tuning, mean over the seeds; bars reach from the lowest to the "
         "highest seed.",
         figure,
