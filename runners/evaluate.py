@@ -146,7 +146,10 @@ class _Lines:
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:
-    print(f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads: {evaluation.conditions}\n")
+    print(f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads")
+    for what, how in evaluation.conditions.items():
+        print(f"  {what}: {how}")
+    print()
     headers = [
         "setting",
         f"{evaluation.metric} %",
@@ -168,6 +171,9 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         row += [None if s.peak_bytes is None else s.peak_bytes / 1e6, s.forward_flops / 1e6, s.backward_flops / 1e6]
         rows.append([*row, s.energy_joules_per_step] if measured else row)
     print(format_table([*headers, "J a step"] if measured else headers, rows, floats=".1f"))
+    busiest = max((s.other_cores or 0.0 for s in evaluation.settings), default=0.0)
+    if busiest > 0.1:
+        print(f"Doubtful times: other programs kept up to {busiest:.1f} cores busy meanwhile")
     if evaluation.layers:
         print("\ncosine of the filtered and the exact gradient")
         cells = [[layer.name, layer.variant, layer.cosine_weight, layer.cosine_input] for layer in evaluation.layers]
@@ -175,9 +181,16 @@ def _print(evaluation: Evaluation, out: Path) -> None:
     print("\nstill kept in a step, by the type of the module that saved it:")
     for s in evaluation.settings:
         print(f"  {s.name}: {', '.join(f'{name} {size / 1e3:.0f} kB' for name, size in s.kept_bytes_by_type.items())}")
+    found = evaluation.obstacles
+    if found.filtering:
+        print("\nnot filtered, exact in every setting:")
+        for name, reason in found.filtering.items():
+            print(f"  {name}: {reason}")
+    if found.cache is not None:
+        print(f"\nthe frozen layers are computed in every step: {found.cache}")
     best = evaluation.recommendation
     if best is None:
-        print(f"\nno recommendation: {evaluation.obstacles}")
+        print(f"\nno recommendation: {found.limits}")
     else:
         print(f"\nrecommended: {best.variant}, last {best.last}: {best.why}")
         print(f"train with it: gf-tvm train --config {out / 'train.json'}")

@@ -107,7 +107,7 @@ def evaluation() -> dict[str, Any]:
     return {
         "schema": "gf_tvm.evaluate/1",
         **HEAD,
-        "conditions": "batch 32",
+        "conditions": {"data": "batch 32", "scores": "on 40 images", "step times": "medians", "cosines": "4 batches"},
         "model": "mobilenetv2",
         "data": "digits",
         "task": "classification",
@@ -115,6 +115,7 @@ def evaluation() -> dict[str, Any]:
         "settings": settings,
         "layers": layers,
         "limits": {"memory_budget": 64_000_000, "max_score_drop": 0.01},
+        "obstacles": {"limits": None, "filtering": {}, "cache": None},
         "recommendation": {"variant": "R4", "last": 2, "why": "It keeps the least."},
     }
 
@@ -135,7 +136,9 @@ def tuning() -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What a page shows: ``tables[part][row][column]`` as (text, numbers), headers, addresses and running text."""
+    """What a page shows: ``tables[part][row][column]`` as (text, numbers), headers, addresses and running text;
+    ``stated`` are the lists of conditions by id (under a figure: by part), ``described[part]`` the ids of those that a
+    figure refers to."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -144,7 +147,11 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self.text = ""
+        self.stated: dict[str, list[tuple[str, str]]] = {}
+        self.described: dict[str, list[str]] = {}
         self._part = ""
+        self._list: list[tuple[str, str]] = []
+        self._term: str | None = None
         self._cell: list[Any] | None = None
         self.feed(html)
         self.close()
@@ -156,6 +163,12 @@ class Page(HTMLParser):
         if tag == "article":
             self._part = str(values["id"])
             self.tables[self._part], self.headers[self._part] = [], []
+        elif tag == "figure":
+            self.described[self._part] = (values.get("aria-describedby") or "").split()
+        elif tag == "dl":
+            self._list = self.stated[values.get("id") or self._part] = []
+        elif tag in ("dt", "dd"):
+            self._term = ""
         elif tag == "tr":
             self.tables[self._part].append([])
         elif tag in ("td", "th"):
@@ -171,11 +184,23 @@ class Page(HTMLParser):
             else:
                 self.headers[self._part].append(self._cell[0])
             self._cell = None
+        elif tag == "dt" and self._term is not None:
+            self._list.append((self._term, ""))
+            self._term = None
+        elif tag == "dd" and self._term is not None:
+            self._list[-1] = (self._list[-1][0], self._term)
+            self._term = None
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self._term is not None:
+            self._term += data
         if self._cell is not None:
             self._cell[0] += data
+
+    def conditions(self, part: str) -> list[tuple[str, str]]:
+        """All conditions of a figure: those that it refers to, and those under it."""
+        return [pair for name in (*self.described[part], part) for pair in self.stated.get(name, [])]
 
     def rows(self, part: str) -> list[dict[str, tuple[str, list[float]]]]:
         """A table's rows by header."""

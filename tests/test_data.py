@@ -585,8 +585,8 @@ def test_scenes() -> None:
     assert 0 <= float(scenes.x.min()) < float(scenes.x.max()) <= 1
     assert set(scenes.y.unique().tolist()) == set(range(11))
     digits = [len(set(mask.unique().tolist()) - {0}) for mask in scenes.y]
-    assert min(digits) == 1
-    assert max(digits) > 1
+    assert min(digits) == 1  # of one class, or only one had a place
+    assert max(digits) == 4
     ink = scenes.y > 0  # digits are brighter than what is around them
     assert float(scenes.x.mean(1)[ink].mean()) > float(scenes.x.mean(1)[~ink].mean()) + 0.15
     again, other = load_images("scenes", image_size=24), load_images("scenes", image_size=24, seed=1)
@@ -612,7 +612,7 @@ def test_scenes_for_testing_show_other_digits(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(scenes, "_compose", compose)
     images = scenes.load_scenes(8)
     assert images.test is not None
-    assert int(images.test.sum()) == 300
+    assert int(images.test.sum()) == 1200
     assert len(drawn[True]) > 200
     assert len(drawn[False]) > 700
     assert not drawn[True] & drawn[False]

@@ -29,6 +29,7 @@ from gf_tvm.training import TrainConfig, load_data, pretrain
 from gf_tvm.training.data import batches
 from gf_tvm.training.loop import derived, seeded
 from gf_tvm.training.measure import count_kept_bytes
+from gf_tvm.training.trainer import finetune, obstacles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,6 +319,8 @@ def test_evaluate_and_resume(train: TrainConfig, tmp_path: Path, monkeypatch: py
     assert [layer.name for layer in evaluation.layers] == ["0", "3"]
     none = evaluate(replace(config, memory_budget=1), out)
     assert none.recommendation is None
+    assert none.obstacles.limits is not None
+    assert none.to_dict()["obstacles"]["limits"] in (out / "evaluation.json").read_text()
     assert not (out / "train.json").exists()  # of the evaluation before
 
 
@@ -355,8 +358,12 @@ def test_command(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert content["limits"] == {"memory_budget": 10**6, "max_score_drop": 1.0}
     assert set(content) == {
         *("schema", "machine", "threads", "versions", "conditions", "model", "data", "task", "metric", "settings"),
-        *("layers", "limits", "recommendation"),
+        *("layers", "limits", "obstacles", "recommendation"),
     }
+    shifted = "training images are flipped or shifted at random"
+    assert content["obstacles"] == {"limits": None, "filtering": {}, "cache": shifted}
+    assert content["conditions"]["scores"] == "on 20 test images after the last epoch"
+    assert f"scores: {content['conditions']['scores']}" in shown
     best = content["recommendation"]
     assert f"recommended: {best['variant']}, last {best['last']}: {best['why']}" in shown
     assert "of the weight" in shown
@@ -375,6 +382,41 @@ def test_command(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(command) == 0
     (run,) = json.loads(result.read_text())["runs"]
     assert len(run["rows"]) == 2
+
+
+def test_what_stood_in_the_way_is_said(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution that cannot be filtered, frozen layers whose results cannot be kept, limits that nothing meets."""
+    monkeypatch.setattr(evaluator, "measure_apart", measure)
+    options = ["--model", "training_models:half_filterable", "--last", "2", "--memory-budget", "1B", "--threads", "1"]
+    assert cli.main([*arguments, *options, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())["obstacles"]
+    assert set(found) == {"limits", "filtering", "cache"}
+    assert list(found["filtering"]) == ["2"]  # the first convolution is filtered
+    assert "the memory budget" in found["limits"]
+    assert found["cache"] == "training images are flipped or shifted at random"  # the default shift
+    shown = capsys.readouterr().out
+    assert f"not filtered, exact in every setting:\n  2: {found['filtering']['2']}" in shown
+    assert f"the frozen layers are computed in every step: {found['cache']}" in shown
+    assert f"no recommendation: {found['limits']}" in shown
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("training_models:not_traceable", "the model cannot be traced: "),
+        ("training_models:tiny", None),
+    ],
+)
+def test_whether_frozen_results_are_kept_is_known_before(train: TrainConfig, model: str, reason: str | None) -> None:
+    """The same reason as the run itself gives later."""
+    train = replace(train, model=model, last=1, patch=2)
+    dataset = load_data(train)
+    filtering, cache = obstacles(train, dataset)
+    assert filtering == {}
+    assert cache == finetune(train, dataset, pretrain(train, dataset)).cache["reason"]
+    assert cache is None if reason is None else reason in str(cache)
 
 
 @pytest.mark.parametrize(

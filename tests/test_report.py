@@ -146,6 +146,51 @@ def test_page_equals_evaluation() -> None:
     assert "at most 64 MB, accuracy at most 1 percentage points below exact" in page.text
 
 
+def test_conditions_are_stated_once_and_found_from_each_figure() -> None:
+    files = [save(name, make()) for name, make in MAKERS.items()]
+    page = page_of(*files)
+    for section in numbered(sections_of(read_all(files))):
+        for part in section.parts:
+            assert sorted(page.conditions(part.name)) == sorted(part.conditions)
+    assert {
+        what for name in ("score", "step", "training-memory", "cosine") for what, _ in page.stated.get(name, [])
+    } == {
+        *("Scores", "Step times", "Cosines"),
+    }
+    assert dict(page.stated["step"]) == {"Step times": "medians"}
+    assert page.text.count("torch 2.13.0") == len(files) - 1  # once in a section; tuning's versions are others
+
+
+def test_obstacles_are_said() -> None:
+    document = evaluation()
+    document["recommendation"] = None
+    reasons = {"limits": "none meets the limits", "filtering": {"conv9": "padding is circular"}, "cache": "no trace"}
+    document["obstacles"] = reasons
+    document["settings"][1]["other_cores"] = 0.84
+    text = page_of(save("evaluate.json", document)).text
+    for said in (
+        *("None meets the limits.", "Not filtered, exact in every setting: conv9: padding is circular."),
+        *("The frozen layers are computed in every step: no trace.", "kept up to 0.8 cores busy"),
+    ):
+        assert said in text
+    del document["obstacles"]  # a file of an earlier version
+    assert "No setting meets the limits." in page_of(save("evaluate.json", document)).text
+
+
+def test_the_committed_report_equals_its_files() -> None:
+    folder = ROOT / "docs/report"
+    page = Page((folder / "index.html").read_text())
+    names = [ROOT / "benchmarks/results/cpu.json", *sorted(folder.glob("*.json"))]
+    assert len(names) > 1
+    fresh = page_of(*names)
+    assert set(fresh.tables) <= set(page.tables)
+    for part, rows in fresh.tables.items():
+        assert page.tables[part] == rows, part
+        assert page.conditions(part) == fresh.conditions(part), part
+    for part in page.tables:
+        assert (folder / f"{part}.svg").is_file()
+
+
 def test_figures_of_an_evaluation() -> None:
     document = evaluation()
     parts = parts_of(save("evaluate.json", document))
@@ -285,6 +330,8 @@ def changed(make: Callable[[], dict[str, Any]], change: Callable[[dict[str, Any]
         (changed(training, lambda d: d["runs"][1].update(rows=[])), "run 2 (R2): 'rows' is empty"),
         (changed(training, lambda d: d["runs"][0]["step_ms"].pop("update")), "step_ms: 'update' is missing"),
         (changed(evaluation, lambda d: d.update(settings=[])), "'settings' is empty"),
+        (changed(evaluation, lambda d: d.update(conditions="batch 32")), "'conditions' must be an object of texts"),
+        (changed(evaluation, lambda d: d["obstacles"].pop("cache")), "obstacles: 'cache' is missing"),
         (changed(evaluation, lambda d: d["settings"][1].pop("scores")), "setting 2 (R4): 'scores' is missing"),
         (changed(evaluation, lambda d: d["settings"][0]["scores"].append(0.5)), "one number per seed, 2, got 3"),
         (changed(evaluation, lambda d: d["settings"][0].update(scores=[90, 91])), "a number from 0 to 1"),

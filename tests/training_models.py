@@ -27,6 +27,26 @@ def pointwise(num_classes: int) -> nn.Module:
     )
 
 
+class _ByValues(nn.Module):
+    """Python code that depends on values, which torch.fx cannot trace."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.last(torch.relu(self.first(x)))
+        if h.mean() > 1e6:
+            h = -h
+        logits: Tensor = self.head(h.mean(dim=(2, 3)))
+        return logits
+
+
+def not_traceable(num_classes: int) -> nn.Module:
+    return _ByValues(num_classes)
+
+
 class SubclassedConv(nn.Conv2d):
     """A convolution that filter_model leaves alone."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .results import Evaluation as Evaluation
     from .results import EvaluationError as EvaluationError
     from .results import Layer as Layer
+    from .results import Obstacles as Obstacles
     from .results import Progress as Progress
     from .results import Setting as Setting
 
@@ -23,6 +24,7 @@ _HOMES = {
     "Evaluation": "results",
     "EvaluationError": "results",
     "Layer": "results",
+    "Obstacles": "results",
     "Progress": "results",
     "Recommendation": "recommendation",
     "Setting": "results",

@@ -7,7 +7,7 @@ processor and threads, so that an evaluation can be stopped at any moment, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,12 @@ from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset
 from ..training.loop import seeded
 from ..training.results import Event, Pretrained
-from ..training.trainer import check, finetune, load_data, pretrain
+from ..training.trainer import check, finetune, load_data, obstacles, pretrain
 from .alignment import cosines
 from .config import EvaluateConfig
 from .flops import count_step
 from .recommendation import recommend
-from .results import Callback, Evaluation, Layer, Progress, Setting
+from .results import Callback, Evaluation, Layer, Obstacles, Progress, Setting
 from .step import StepCost, measure_apart
 from .store import Store, write_json
 
@@ -127,6 +127,8 @@ class _Work:
         with seeded(seed.config.seed, "weights"):
             model = build_model(seed.config.model, len(seed.dataset.classes), CHANNELS, seed.config.image_size)
         count_step(model.eval(), seed.dataset.pretrain_train.x[:2])
+        patch = next((patch for patch in config.patches if patch is not None), None)
+        self._obstacles = obstacles(config.run(patch, max(config.last), config.seeds[0]), seed.dataset)  # type: ignore[arg-type]
 
     def _order(self) -> list[tuple[str, int, str, int]]:
         """All parts. Steps first: they take seconds and fail where the training would fail after minutes."""
@@ -189,6 +191,7 @@ class _Work:
         else:
             assert weights is not None
             follow = self._follow(f"{label}, seed {seed}")
+            others = machine.OtherLoad()
             result = finetune(run, dataset, weights, library=self.library, callback=follow)
             made = {
                 "task": result.task,
@@ -196,6 +199,7 @@ class _Work:
                 "score": result.test_accuracy,
                 "initial_score": result.initial_test_accuracy,
                 "step_ms": result.step_ms,
+                "other_cores": others.cores(),
                 "kernels": result.kernels,
                 "test_images": dataset.sizes["finetune_test"],
             }
@@ -210,6 +214,7 @@ class _Work:
             cost = StepCost(**parts["step", first, name, last])
             energy.append(cost.energy)
             plain = {key: value for key, value in vars(cost).items() if key != "energy"}
+            busy = [run.get("other_cores") for run in runs]  # parts of earlier versions have none
             settings.append(
                 Setting(
                     variant=name,
@@ -218,12 +223,13 @@ class _Work:
                     scores=tuple(run["score"] for run in runs),
                     initial_scores=tuple(run["initial_score"] for run in runs),
                     step_ms={phase: median(run["step_ms"][phase] for run in runs) for phase in PHASES},
+                    other_cores=None if None in busy else median(busy),
                     **plain,
                 )
             )
         layers = [Layer(**layer) for name in self._filtered for layer in parts["layers", first, name, max(config.last)]]
-        best, obstacles = recommend(settings, config.memory_budget, config.max_score_drop)
-        images = runs[0]["test_images"]
+        best, ruled_out = recommend(settings, config.memory_budget, config.max_score_drop)
+        images = [parts["run", seed, name, last]["test_images"] for seed in config.seeds]
         evaluation = Evaluation(
             machine=machine.describe(),
             threads=torch.get_num_threads(),
@@ -235,7 +241,7 @@ class _Work:
             layers=tuple(layers),
             limits={"memory_budget": config.memory_budget, "max_score_drop": config.max_score_drop},
             recommendation=best,
-            obstacles=obstacles,
+            obstacles=Obstacles(ruled_out, *self._obstacles),
             train_config=None if best is None else self._train_config(best.variant, best.last),
             task=runs[0]["task"],
             metric=runs[0]["metric"],
@@ -247,19 +253,31 @@ class _Work:
             write_json(self.out / "train.json", evaluation.train_config)
         return evaluation
 
-    def _conditions(self, test_images: int, energy: str) -> str:
-        train = self.config.train
+    def _conditions(self, test_images: Sequence[int], energy: str) -> dict[str, str]:
+        train, first = self.config.train, self.config.seeds[0]
+        sizes = self._use(first).dataset.sizes
         kernels = "PyTorch operators" if self.library is None else f"the compiled kernels of {self.library.path.name}"
-        return (
-            f"measured on this machine, batch {train.batch}, images of {train.image_size}x{train.image_size}; filtered "
-            f"gradients by {kernels}; scores on {test_images} test images after {train.epochs} epochs, seeds "
-            f"{', '.join(map(str, self.config.seeds))}; step times: medians of the runs, cache of the frozen layers: "
-            f"{train.cache}; kept bytes: tensors saved by "
-            f"autograd in a step, without parameters; peak: largest resident memory of a fresh process that trains "
-            f"{self.config.peak_steps} steps, without the data set; FLOPs: counted by formula (convolutions and linear "
-            f"layers); cosines: with the last {max(self.config.last)} convolutions filtered together, at the "
-            f"pretrained weights, means of at most {self.config.cosine_batches} batches; energy: {energy}"
+        off = self._obstacles[1]
+        frozen = "kept between epochs" if off is None else f"computed in every step ({off})"
+        before = (
+            f"{train.pretrain_epochs} epochs of {sizes['pretrain_train']} images" if train.pretrain_epochs else "none"
         )
+        return {
+            "data": f"images of {train.image_size}x{train.image_size}, batch {train.batch}, seeds "
+            f"{', '.join(map(str, self.config.seeds))}",
+            "pretraining": f"{before}, learning rate {train.pretrain_lr:g}, {train.schedule}",
+            "fine-tuning": f"{train.epochs} epochs of {sizes['finetune_train']} images, learning rate {train.lr:g}, "
+            f"{train.schedule}; filtered gradients by {kernels}; the frozen layers' results are {frozen}",
+            "scores": f"on {_span(test_images)} test images after the last epoch",
+            "step times": "median step of each run, median over the seeds",
+            "kept bytes": "tensors saved by autograd in a step, without parameters",
+            "peak": "largest resident memory of a fresh process that trains "
+            f"{self.config.peak_steps} steps, without the data set",
+            "operations": "counted by formula, convolutions and linear layers",
+            "cosines": f"with the last {max(self.config.last)} convolutions filtered together, at the pretrained "
+            f"weights of seed {first}, means of at most {self.config.cosine_batches} batches",
+            "energy": energy,
+        }
 
     def _train_config(self, variant: str, last: int) -> dict[str, Any]:
         run = self.config.run(self.config.variants[variant], last, self.config.seeds[0])
@@ -282,3 +300,9 @@ class _Work:
             self._report(label, event.epoch - 1 + event.step / event.steps)
 
         return follow
+
+
+def _span(counts: Sequence[int]) -> str:
+    """``220``, or ``220 to 223``."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

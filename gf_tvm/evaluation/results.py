@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Setting:
             say.
         backward_flops, forward_flops: of a step, counted by :mod:`gf_tvm.evaluation.flops`.
         energy_joules_per_step: above idle; None where it is not measured.
+        other_cores: how many cores other programs kept busy while the steps were timed (median over the seeds); from
+            a tenth on, read the times as ratios. None where the system does not say.
     """
 
     variant: str
@@ -50,6 +52,7 @@ class Setting:
     backward_flops: int
     forward_flops: int
     energy_joules_per_step: float | None
+    other_cores: float | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +89,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Obstacles:
+    """What stood in the way of a setting, of filtering, or of a faster step.
+
+    Attributes:
+        limits: which limit rules out which settings, where there is no recommendation; else None.
+        filtering: name -> reason of those of the last K convolutions (the largest K) that cannot be filtered; they
+            have the exact backward pass in every setting.
+        cache: why the frozen layers' results were not kept, so that every step computes them (such as a network that
+            cannot be traced; for the largest K, as the run found it that wrote the results); None where they were.
+    """
+
+    limits: str | None = None
+    filtering: dict[str, str] = field(default_factory=dict)
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
 class Progress:
     """``done`` of ``total`` parts of the work (an epoch is one part); ``label`` says what goes on."""
 
@@ -102,9 +122,9 @@ class Evaluation:
     """Outcome of :func:`gf_tvm.evaluate`.
 
     Attributes:
-        conditions: how everything was measured, in words.
+        conditions: how everything was measured, in words, by what it is about (``scores``, ``step times``, ...).
         limits: ``memory_budget`` (bytes) and ``max_score_drop`` (0 to 1), None where there is no such limit.
-        recommendation: None where no setting meets the limits; ``obstacles`` then says what rules out what.
+        recommendation: None where no setting meets the limits.
         train_config: what ``gf-tvm train --config`` takes for the recommended setting, None without one.
         task, metric: as in :class:`gf_tvm.training.results.TrainResult`.
     """
@@ -112,23 +132,24 @@ class Evaluation:
     machine: dict[str, Any]
     threads: int
     versions: dict[str, str | None]
-    conditions: str
+    conditions: dict[str, str]
     model: str
     data: str
     settings: tuple[Setting, ...]
     layers: tuple[Layer, ...]
     limits: dict[str, float | None]
     recommendation: Recommendation | None
-    obstacles: str | None
+    obstacles: Obstacles
     train_config: dict[str, Any] | None
     task: str
     metric: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("obstacles", "train_config")}
+        plain = {key: value for key, value in vars(self).items() if key != "train_config"}
         plain["settings"] = [_plain(asdict(setting)) for setting in self.settings]
         plain["layers"] = [asdict(layer) for layer in self.layers]
+        plain["obstacles"] = asdict(self.obstacles)
         plain["recommendation"] = None if self.recommendation is None else asdict(self.recommendation)
         return {"schema": SCHEMA, **plain}
 

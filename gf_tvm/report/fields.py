@@ -66,6 +66,7 @@ SIZES = Kind("two integers of at least 1", lambda value: _pair(value, 1))
 OFFSETS = Kind("two integers of at least 0", lambda value: _pair(value, 0))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 OBJECTS = each(OBJECT)
+TEXTS = Kind("an object of texts", lambda value: isinstance(value, dict) and all(map(TEXT.fits, value.values())))
 
 
 def check(where: str, values: Any, kinds: Mapping[str, Kind]) -> None:

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import ReportError
 from ..files import make_folder, replacing
 from . import comparisons, settings, training, tuning
-from .parts import Column, Part, Section
+from .parts import Column, Part, Section, common_conditions, without
 from .sources import Source, read_all
 
 PAGE = "index.html"
@@ -130,7 +130,14 @@ def render(sections: Sequence[Section], images: dict[str, str], title: str, file
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(_TEMPLATE).render(
-        sections=sections, images=images, title=title, files=files, version=__version__, cell=_cell
+        sections=sections,
+        images=images,
+        title=title,
+        files=files,
+        version=__version__,
+        cell=_cell,
+        common_conditions=common_conditions,
+        without=without,
     )
 
 

@@ -44,7 +44,8 @@ class Part:
         title, text: heading and explanation.
         figure: a matplotlib figure.
         table: the numbers that the figure shows.
-        conditions: (what, value) pairs: files, machine, threads, versions.
+        conditions: (what, value) pairs: files, machine, threads, versions; all of them, which the pictures' files hold.
+            A page states those that figures share once, see :func:`common_conditions`.
         basis: measured, emulated or estimated; "measured and estimated" where both are shown.
     """
 
@@ -64,6 +65,19 @@ class Section:
     title: str
     parts: tuple[Part, ...]
     paragraphs: tuple[str, ...] = field(default=())
+
+
+Conditions = tuple[tuple[str, str], ...]
+
+
+def common_conditions(parts: Sequence[Part]) -> Conditions:
+    """The conditions that all of ``parts`` have, in the first one's order."""
+    return tuple(pair for pair in parts[0].conditions if all(pair in part.conditions for part in parts))
+
+
+def without(conditions: Conditions, stated: Conditions) -> Conditions:
+    """``conditions`` but for those that are stated already."""
+    return tuple(pair for pair in conditions if pair not in stated)
 
 
 def digits(value: float) -> str:

@@ -21,7 +21,7 @@ class Setting:
     """A backward pass and a number of trained convolutions, over one or more seeds.
 
     ``scores`` and ``initial_scores`` (before fine-tuning) are shares, one per seed; ``step_ms`` has forward, backward
-    and update, sizes are bytes of one step. None: not measured.
+    and update, sizes are bytes of one step; ``other_cores`` kept other programs busy meanwhile. None: not measured.
     """
 
     variant: str
@@ -36,6 +36,7 @@ class Setting:
     forward_flops: int | None = None
     backward_flops: int | None = None
     joules: float | None = None
+    other_cores: float | None = None
 
     @property
     def mean(self) -> float:
@@ -75,13 +76,14 @@ def of_evaluation(source: Source) -> Study:
         Setting(
             *(row["variant"], row["last"], tuple(row["seeds"]), tuple(row["scores"]), tuple(row["initial_scores"])),
             *(row["step_ms"], row["kept_bytes"], row["kept_bytes_convolutions"], row["peak_bytes"]),
-            *(row["forward_flops"], row["backward_flops"], row["energy_joules_per_step"]),
+            *(row["forward_flops"], row["backward_flops"], row["energy_joules_per_step"], row.get("other_cores")),
         )
         for row in document["settings"]
     ]
     _refuse_repeated(source.name, [(setting.variant, setting.last) for setting in settings])
     layers = [(row["name"], row["variant"], row["cosine_weight"], row["cosine_input"]) for row in document["layers"]]
-    conditions = [*parts.conditions_of([source], document), ("Conditions", document["conditions"])]
+    conditions = [*parts.conditions_of([source], document)]
+    conditions += [(what[:1].upper() + what[1:], how) for what, how in document["conditions"].items()]
     return Study(
         f"Evaluation: {document['model']} on {document['data']}",
         document["metric"],
@@ -89,7 +91,7 @@ def of_evaluation(source: Source) -> Study:
         tuple(conditions),
         parts.basis_of(document["machine"]),
         tuple(layers),
-        tuple(_recommendation(document)),
+        (*_recommendation(document), *_obstacles(document)),
     )
 
 
@@ -111,8 +113,29 @@ def _recommendation(document: Mapping[str, Any]) -> list[str]:
     if found is not None:
         lines.append(f"Recommended: {found['variant']}, last {found['last']} convolutions. {found['why']}")
     elif asked:
-        lines.append("No setting meets the limits.")
+        lines.append(_sentence(document.get("obstacles", {}).get("limits") or "no setting meets the limits"))
     return lines
+
+
+def _obstacles(document: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know before comparing settings."""
+    found, lines = document.get("obstacles", {}), []
+    if found.get("filtering"):
+        layers = "; ".join(f"{name}: {reason}" for name, reason in found["filtering"].items())
+        lines.append(f"Not filtered, exact in every setting: {layers}.")
+    if found.get("cache") is not None:
+        lines.append(f"The frozen layers are computed in every step: {found['cache']}.")
+    busiest = max((row.get("other_cores") or 0.0 for row in document["settings"]), default=0.0)
+    if busiest > 0.1:
+        lines.append(
+            f"Doubtful times: other programs kept up to {busiest:.1f} cores busy while steps were timed; read them as "
+            "ratios, or measure on an idle machine."
+        )
+    return lines
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def of_training(sources: Sequence[Source]) -> list[Study]:

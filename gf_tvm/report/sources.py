@@ -62,7 +62,8 @@ _TRAIN_CONFIG = {"model": fields.TEXT, "data": fields.TEXT, "last": fields.SIZE,
 _TRAIN_ROW = {"kept_bytes": fields.COUNT, "kept_bytes_convolutions": fields.COUNT}
 _EVALUATE = {
     **_HEAD,
-    **dict.fromkeys(("conditions", "model", "data", "task", "metric"), fields.TEXT),
+    **dict.fromkeys(("model", "data", "task", "metric"), fields.TEXT),
+    "conditions": fields.TEXTS,
     "settings": fields.OBJECTS,
     "limits": fields.OBJECT,
     "recommendation": fields.OBJECT.or_none(),
@@ -81,6 +82,9 @@ _SETTING = {
     "forward_flops": fields.COUNT,
     "energy_joules_per_step": fields.NUMBER.or_none(),
 }
+#: What files of earlier versions lack.
+_SETTING_OPTIONAL = {"other_cores": fields.NOT_NEGATIVE.or_none()}
+_OBSTACLES = {"limits": fields.TEXT.or_none(), "filtering": fields.TEXTS, "cache": fields.TEXT.or_none()}
 _LAYER = {
     "name": fields.TEXT,
     "variant": fields.TEXT,
@@ -214,6 +218,7 @@ def _evaluate(where: str, document: dict[str, Any]) -> None:
     for number, setting in enumerate(document["settings"], start=1):
         place = f"{where}, setting {number} ({setting['variant']})"
         check(f"{place}, step_ms", setting["step_ms"], _STEP)
+        check(place, setting, {name: kind for name, kind in _SETTING_OPTIONAL.items() if name in setting})
         for name in ("scores", "initial_scores"):
             if len(setting[name]) != len(setting["seeds"]):
                 seeds, got = len(setting["seeds"]), len(setting[name])
@@ -223,6 +228,8 @@ def _evaluate(where: str, document: dict[str, Any]) -> None:
         raise ReportError(f"{where}: 'layers' must be a list, got {fields.shown(layers)}")
     _rows(where, layers, _LAYER, "layer", "name")
     check(f"{where}, limits", document["limits"], _LIMITS)
+    if "obstacles" in document:
+        check(f"{where}, obstacles", document["obstacles"], _OBSTACLES)
     if document["recommendation"] is not None:
         check(f"{where}, recommendation", document["recommendation"], _RECOMMENDATION)
 

@@ -23,6 +23,21 @@ def section(study: Study) -> Section:
     return Section(study.title, tuple(made), study.paragraphs)
 
 
+#: Conditions of an evaluation that concern one figure only.
+_OWN = {
+    "score": ("Scores",),
+    "step": ("Step times", "Operations", "Energy"),
+    "training-memory": ("Kept bytes", "Peak"),
+    "cosine": ("Cosines",),
+}
+
+
+def _conditions(study: Study, name: str) -> parts.Conditions:
+    """The conditions of one figure: those of the whole study and its own."""
+    elsewhere = {what for other, own in _OWN.items() if other != name for what in own}
+    return tuple((what, how) for what, how in study.conditions if what not in elsewhere)
+
+
 def _labels(settings: Sequence[Setting]) -> list[str]:
     several = len({setting.last for setting in settings}) > 1
     return [f"{s.variant}, last {s.last}" if several else s.variant for s in settings]
@@ -58,12 +73,12 @@ def _score(study: Study) -> Part:
     )
     return Part(
         "score",
-        study.metric[:1].upper() + study.metric[1:],
+        study.metric.capitalize() if study.metric.islower() else study.metric,  # mIoU stays
         f"The {study.metric} on test images after fine-tuning, mean over the seeds; bars reach from the lowest to the "
         "highest seed.",
         figure,
         Table(columns, tuple(rows)),
-        study.conditions,
+        _conditions(study, "score"),
         study.basis,
     )
 
@@ -116,13 +131,14 @@ def _step(study: Study) -> Part:
         (
             *(s.variant, s.last, *(s.step_ms[phase] for phase, _ in _PHASES)),
             *(sum(s.step_ms[phase] for phase, _ in _PHASES), s.forward_flops, s.backward_flops, s.joules),
+            s.other_cores,
         )
         for s in settings
     ]
     columns = (
         *(Column("backward"), Column("last"), *(Column(f"{phase} ms", parts.digits) for phase, _ in _PHASES)),
         *(Column("step ms", parts.digits), Column("forward GFLOP", parts.giga), Column("backward GFLOP", parts.giga)),
-        Column("energy J", parts.digits),
+        *(Column("energy J", parts.digits), Column("cores of other programs", parts.digits)),
     )
     return Part(
         "step",
@@ -131,7 +147,7 @@ def _step(study: Study) -> Part:
         "several seeds, the median over them.",
         figure,
         _without_empty(Table(columns, tuple(rows))),
-        study.conditions,
+        _conditions(study, "step"),
         f"{study.basis}; operations are counted" if settings[0].forward_flops is not None else study.basis,
     )
 
@@ -167,7 +183,7 @@ def _memory(study: Study) -> Part:
         "where it was measured the largest resident memory of the process. Megabytes of 1e6 bytes.",
         figure,
         _without_empty(Table(columns, tuple(rows))),
-        study.conditions,
+        _conditions(study, "training-memory"),
         study.basis,
     )
 
@@ -205,7 +221,7 @@ def _cosine(study: Study) -> Part:
         "same direction. As long as it is well above 0, a step with the filtered gradient goes downhill, too.",
         figure,
         Table(columns, study.layers),
-        study.conditions,
+        _conditions(study, "cosine"),
         study.basis,
     )
 

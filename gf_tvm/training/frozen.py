@@ -108,29 +108,8 @@ def build(
         precision: the context in which the model runs.
         digest: of the data set; folder: of a disk cache, None where there is none.
     """
-    report = CacheReport()
-    if config.cache == "off":
-        report.reason = "not wanted"
-    elif config.flip or config.shift:
-        report.reason = "training images are flipped or shifted at random"
-    if report.reason is not None:
-        return None, report
-    sets: list[_Set] = []
-    try:
-        with precision():
-            for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
-                parts = split(model, images.x[: min(config.batch, len(images))], enter)
-                if config.chain and config.patch is not None and name == "train":
-                    chain_model(parts.rest)
-                enter()
-                sets.append(_Set(name, images, parts, _layout(parts, images), enter))
-    except CannotSplit as error:
-        report.reason = f"the frozen part cannot be cut off: {error}"
-        return None, report
-    report.bytes = sum(entry.bytes for entry in sets)
-    report.kind, report.reason = _place(config.cache, report.bytes, folder)
+    sets, report = _planned(config, model, train, test, training_mode, precision, folder)
     if report.kind == "off":
-        report.bytes = 0
         return None, report
     reused = []
     features = []
@@ -145,6 +124,57 @@ def build(
         return None, CacheReport(reason=f"cannot write it: {error.strerror or error}", notes=report.notes)
     report.reused = all(reused)
     return FrozenCache(*features), report
+
+
+def obstacle(
+    config: TrainConfig,
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    *,
+    training_mode: Callable[[], object],
+    precision: Callable[[], AbstractContextManager[Any]],
+    folder: Path | None,
+) -> str | None:
+    """Why :func:`build` would keep nothing, None where it would; arguments as there. Computes a few batches."""
+    return _planned(config, model, train, test, training_mode, precision, folder)[1].reason
+
+
+def _planned(
+    config: TrainConfig,
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    training_mode: Callable[[], object],
+    precision: Callable[[], AbstractContextManager[Any]],
+    folder: Path | None,
+) -> tuple[list[_Set], CacheReport]:
+    """What would be kept and where, before anything is; no sets where the report's kind is ``off``."""
+    report = CacheReport()
+    if config.cache == "off":
+        report.reason = "not wanted"
+    elif config.flip or config.shift:
+        report.reason = "training images are flipped or shifted at random"
+    if report.reason is not None:
+        return [], report
+    sets: list[_Set] = []
+    try:
+        with precision():
+            for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
+                parts = split(model, images.x[: min(config.batch, len(images))], enter)
+                if config.chain and config.patch is not None and name == "train":
+                    chain_model(parts.rest)
+                enter()
+                sets.append(_Set(name, images, parts, _layout(parts, images), enter))
+    except CannotSplit as error:
+        report.reason = f"the frozen part cannot be cut off: {error}"
+        return [], report
+    size = sum(entry.bytes for entry in sets)
+    report.kind, report.reason = _place(config.cache, size, folder)
+    if report.kind == "off":
+        return [], report
+    report.bytes = size
+    return sets, report
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset
 from .frozen import build as build_cache
+from .frozen import obstacle as cache_obstacle
 from .loop import Fit, is_batch_norm, precision, seeded, training_mode
 from .metrics import Metrics
 from .results import Callback, Pretrained, TrainResult
@@ -139,6 +140,29 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
         select_layers(model, last=config.last)
     else:
         filter_model(model, patch=_patch(config), last=config.last)
+
+
+def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], str | None]:
+    """What a run cannot do as one would expect: (name -> reason) of those of its convolutions that cannot be filtered
+    and have the exact backward pass, and why the frozen layers' results are not kept (None where they are). ModelError
+    as for :func:`check`.
+    """
+    model = _build(config, dataset)
+    names = [name for name, _ in select_layers(model, last=config.last)]
+    _freeze(model, names, config.train_bn_affine)
+    reason = cache_obstacle(
+        config,
+        model,
+        dataset.finetune_train,
+        dataset.finetune_test,
+        training_mode=partial(training_mode, model, "finetune"),
+        precision=partial(precision, config),
+        folder=None,
+    )
+    if config.patch is None:
+        return {}, reason
+    left_alone = filter_report(filter_model(model, patch=_patch(config), last=config.last)).left_alone
+    return {name: why for name, why in left_alone.items() if name in names}, reason
 
 
 def pretrain(

@@ -10,13 +10,14 @@ from .base import CHANNELS, Images, check_memory
 from .digits import read_digits
 
 #: Scenes in the data set; the last quarter is for testing and made of digits that the others do not show.
-SCENES, TEST_SHARE = 1200, 0.25
+#: Networks learn the digits from nothing, which takes thousands of scenes.
+SCENES, TEST_SHARE = 4800, 0.25
 
-#: Digits in a scene, at most, and how many places are tried for one before it is left out.
-DIGITS, PLACES = 3, 8
+#: Digits in a scene, at least and at most, and how many places are tried for one before it is left out.
+DIGITS, PLACES = (2, 4), 8
 
 #: Sides of a digit as shares of the scene's.
-SIDES = (0.35, 0.6)
+SIDES = (0.35, 0.55)
 
 #: A pixel belongs to a digit from this much ink on in the nearest of the digit's own 8x8 pixels and their neighbours:
 #: strokes with a rim and filled loops, which the coarse maps of a segmentation network can resolve.
@@ -26,7 +27,7 @@ INK = 0.5
 def load_scenes(image_size: int, seed: int = 0) -> Images:
     """Make the scenes: classes ``background`` and the ten digits.
 
-    Each has one to ``DIGITS`` of scikit-learn's digits side by side, random in place, size, brightness and tint, on a
+    Each has up to ``DIGITS[1]`` of scikit-learn's digits side by side, random in place, size, brightness and tint, on a
     background of random colours and noise. Equal arguments give equal scenes, digits and places; others at every seed.
 
     Raises:
@@ -42,7 +43,7 @@ def load_scenes(image_size: int, seed: int = 0) -> Images:
     y = torch.zeros(SCENES, image_size, image_size, dtype=torch.uint8)
     for number in range(SCENES):
         pool = pools[number >= test_from]
-        count = int(torch.randint(1, DIGITS + 1, (), generator=generator))
+        count = int(torch.randint(DIGITS[0], DIGITS[1] + 1, (), generator=generator))
         chosen = pool[torch.randint(len(pool), (count,), generator=generator)]
         _compose(x[number], y[number], digits[chosen], labels[chosen] + 1, generator)
     classes = ("background", *(str(d) for d in range(10)))
