@@ -134,8 +134,7 @@ def _run(workload: Workload, inputs: list[Tensor]) -> list[Tensor]:
     if kernel == "expand":
         return [reference.expand(inputs[0], geometry)]
     grad_y = inputs[0]
-    needs_w = kernel != "backward_input"
-    needs_x = kernel != "backward_weight"
+    needs_x, needs_w = workload.gives_x, workload.gives_w
     filtered_x = from_saved(inputs[1], geometry) if needs_w else None
     weight = inputs[-1] if needs_x else torch.empty(geometry.weight_shape, dtype=grad_y.dtype)
     results = reference.backward(grad_y, filtered_x, weight, geometry, (needs_x, needs_w, True))

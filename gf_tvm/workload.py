@@ -50,6 +50,21 @@ class Workload:
             raise GeometryError("a kernel needs a batch of at least 1; an empty batch has nothing to compute")
 
     @property
+    def gives_x(self) -> bool:
+        """Of kernels with products: whether it computes the gradient of x, of full size or on the grid."""
+        return self.kernel in ("backward", "backward_input", "input_grad")
+
+    @property
+    def gives_w(self) -> bool:
+        """Of kernels with products: whether it computes grad_W."""
+        return self.kernel in ("backward", "backward_weight", "weight_grad")
+
+    @property
+    def pools_grad(self) -> bool:
+        """Of kernels with products: whether it takes grad_y, which it pools, and not g~."""
+        return self.kernel in ("backward", "backward_input", "backward_weight")
+
+    @property
     def key(self) -> str:
         """Readable and stable, usable as a file name and as a C symbol after ``gf_``."""
         return f"{self.kernel}_{self.geometry.key}_{self.dtype}_{self.layout}"

@@ -114,14 +114,12 @@ def backward(workload: Workload, profile: DeviceProfile) -> Space:
     """
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog = geometry.ci_group, geometry.co_group
-    needs_x = workload.kernel not in ("backward_weight", "weight_grad")
-    needs_w = workload.kernel not in ("backward_input", "input_grad")
+    needs_x, needs_w, pools = workload.gives_x, workload.gives_w, workload.pools_grad
     # Panels of a block should stay in L2; where all of the batch's do, threads may share channels instead.
     most = max(profile.l2_share // (4 * geometry.co), 4 * lanes)
     by_channels = geometry.n * math.prod(geometry.grid) * geometry.co * 4 <= 2 * profile.l2_bytes
     rows = _rows(geometry, 2 * lanes, most)
     knobs: dict[str, tuple[int, ...]] = {"rows": (0, *rows) if by_channels else rows, "near": (0, 4), "ahead": AHEAD}
-    pools = workload.kernel.startswith("backward")
     if not pools:
         knobs["near"] = knobs["ahead"] = (0,)
     knobs["stream"], knobs["m"] = (0, 1) if pools else (0,), (1, 2, 3, 4)
@@ -191,7 +189,7 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     geometry, lanes = workload.geometry, profile.lanes
     cig, cog, pw = geometry.ci_group, geometry.co_group, geometry.grid[1]
     patch_rows = geometry.n * geometry.grid[0]
-    pools = workload.kernel.startswith("backward")
+    pools = workload.pools_grad
     config = {
         "stream": _streams(workload, profile) if pools else 0,
         "m": 2 if patch_rows * pw > lanes else 1,

@@ -52,8 +52,7 @@ def products(workload: Workload, profile: DeviceProfile, define: Any) -> Space:
     geometry = workload.geometry
     assert profile.gpu is not None
     gpu_limits = profile.gpu
-    needs_x = workload.kernel not in ("backward_weight", "weight_grad")
-    needs_w = workload.kernel not in ("backward_input", "input_grad")
+    needs_x, needs_w = workload.gives_x, workload.gives_w
     patches = geometry.n * geometry.grid[0] * geometry.grid[1]
     cig, cog = geometry.ci_group, geometry.co_group
     knobs: dict[str, tuple[int, ...]] = {}
@@ -243,7 +242,7 @@ def _weight_product(sch: s_tir.Schedule, geometry: Geometry, config: Config) -> 
 def _build_products(workload: Workload, define: Any, config: Config) -> s_tir.Schedule:
     geometry = workload.geometry
     sch = new_schedule(define(workload, _tiles(config)))
-    pools = workload.kernel.startswith("backward")
+    pools = workload.pools_grad
     if pools:
         g = sch.get_sblock("g")
         map_of_sums(sch, g, 3)

@@ -61,8 +61,7 @@ class _Depthwise:
     def __init__(self, workload: Workload, tiles: Tiles, lanes: int) -> None:
         self.workload = workload
         self.geometry, self.dtype, self.tiles, self.lanes = workload.geometry, workload.dtype, tiles, lanes
-        self.needs_x = workload.kernel != "backward_weight"
-        self.needs_w = workload.kernel != "backward_input"
+        self.needs_x, self.needs_w = workload.gives_x, workload.gives_w
 
     def emit(self) -> None:
         geometry, dtype = self.geometry, self.dtype

@@ -75,9 +75,7 @@ class Sweep:
         self.geometry: Geometry = workload.geometry
         self.dtype, self.lanes = workload.dtype, lanes
         self.tiles = replace(tiles, ci=min(tiles.ci, self.geometry.ci_group), co=min(tiles.co, self.geometry.co_group))
-        self.needs_x = workload.kernel not in ("backward_weight", "weight_grad")
-        self.needs_w = workload.kernel not in ("backward_input", "input_grad")
-        self.needs_b = workload.kernel.startswith("backward")
+        self.needs_x, self.needs_w, self.needs_b = workload.gives_x, workload.gives_w, workload.pools_grad
         ph, pw = self.geometry.grid
         self.patches = tiles.rows * pw
         self.padded = pad(self.patches, lanes)

@@ -139,6 +139,11 @@ class TrainConfig:
             raise TrainingError(f"unknown cache {self.cache!r}; known: {', '.join(CACHES)}")
 
     @property
+    def chained(self) -> bool:
+        """Whether there are filtered convolutions, and they are to be chained."""
+        return self.chain and self.patch is not None
+
+    @property
     def variant(self) -> str:
         """``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` behind it where it is."""
         if self.patch is None:

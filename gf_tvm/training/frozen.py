@@ -108,7 +108,7 @@ def build(
         precision: the context in which the model runs.
         digest: of the data set; folder: of a disk cache, None where there is none.
     """
-    sets, report = _planned(config, model, train, test, training_mode, precision, folder)
+    sets, report = plan(config, model, train, test, training_mode, precision, folder)
     if report.kind == "off":
         return None, report
     reused = []
@@ -126,21 +126,7 @@ def build(
     return FrozenCache(*features), report
 
 
-def obstacle(
-    config: TrainConfig,
-    model: nn.Module,
-    train: Images,
-    test: Images,
-    *,
-    training_mode: Callable[[], object],
-    precision: Callable[[], AbstractContextManager[Any]],
-    folder: Path | None,
-) -> str | None:
-    """Why :func:`build` would keep nothing, None where it would; arguments as there. Computes a few batches."""
-    return _planned(config, model, train, test, training_mode, precision, folder)[1].reason
-
-
-def _planned(
+def plan(
     config: TrainConfig,
     model: nn.Module,
     train: Images,
@@ -149,7 +135,10 @@ def _planned(
     precision: Callable[[], AbstractContextManager[Any]],
     folder: Path | None,
 ) -> tuple[list[_Set], CacheReport]:
-    """What would be kept and where, before anything is; no sets where the report's kind is ``off``."""
+    """What :func:`build` would keep and where, or why nothing; arguments as there. Computes a few batches.
+
+    Returns the sets of images, none where the report's kind is ``off``, and the report.
+    """
     report = CacheReport()
     if config.cache == "off":
         report.reason = "not wanted"
@@ -162,7 +151,7 @@ def _planned(
         with precision():
             for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
                 parts = split(model, images.x[: min(config.batch, len(images))], enter)
-                if config.chain and config.patch is not None and name == "train":
+                if config.chained and name == "train":
                     chain_model(parts.rest)
                 enter()
                 sets.append(_Set(name, images, parts, _layout(parts, images), enter))

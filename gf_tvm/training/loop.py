@@ -77,7 +77,7 @@ class Fit:
         self.train_network: Callable[[Tensor], Any] = model
         self.test_network: Callable[[Tensor], Any] = model
         self.chained: nn.Module | None = None
-        if phase == "finetune" and config.chain and config.patch is not None:
+        if phase == "finetune" and config.chained:
             self.chained = model if cache is None else cache.train.rest
         if cache is not None:
             self.train_network, self.train_images = cache.train, cache.train.numbers

@@ -29,7 +29,7 @@ from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset
 from .frozen import build as build_cache
-from .frozen import obstacle as cache_obstacle
+from .frozen import plan as plan_cache
 from .loop import Fit, is_batch_norm, precision, seeded, training_mode
 from .metrics import Metrics
 from .results import Callback, Pretrained, TrainResult
@@ -150,7 +150,7 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     model = _build(config, dataset)
     names = [name for name, _ in select_layers(model, last=config.last)]
     _freeze(model, names, config.train_bn_affine)
-    reason = cache_obstacle(
+    _, planned = plan_cache(
         config,
         model,
         dataset.finetune_train,
@@ -160,9 +160,9 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
         folder=None,
     )
     if config.patch is None:
-        return {}, reason
+        return {}, planned.reason
     left_alone = filter_report(filter_model(model, patch=_patch(config), last=config.last)).left_alone
-    return {name: why for name, why in left_alone.items() if name in names}, reason
+    return {name: why for name, why in left_alone.items() if name in names}, planned.reason
 
 
 def pretrain(
