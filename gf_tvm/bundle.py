@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .devices import DeviceProfile, get_profile
 from .errors import BuildError
@@ -47,10 +47,22 @@ class BuiltKernel:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What :func:`build` made."""
+    """What :func:`build` made; ``programs`` are keys."""
 
     path: Path
     kernels: tuple[BuiltKernel, ...]
+    programs: tuple[str, ...] = ()
+
+
+class Program(Protocol):
+    """A function that is made of several kernels' work, as the backward pass of a chain; for CPUs."""
+
+    @property
+    def key(self) -> str:
+        """What it computes: equal keys, equal functions."""
+
+    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
+        """The IRModule of its function ``main``. ``config_of``: the best known point of a workload's space."""
 
 
 def build(
@@ -60,6 +72,7 @@ def build(
     out: str | os.PathLike[str] = "host.gfb",
     progress: Callable[[int, int, BuiltKernel], None] | None = None,
     shipped: bool = True,
+    programs: Iterable[Program] = (),
 ) -> BuildReport:
     """Compile ``workloads`` for a device and write the bundle ``out``, whole or not at all.
 
@@ -71,10 +84,11 @@ def build(
         progress: called after each kernel with (done, of, kernel).
         shipped: whether the logs that are shipped with gf_tvm count. Without them and without ``logs`` every kernel
             gets its default schedule.
+        programs: functions to compile besides, equal keys once. Their parts have the schedules that the logs say.
 
     Raises:
-        BuildError: nothing to build, a dtype that the device has no kernels of, a kernel that does not compile, or
-            nothing to link (or, for a GPU, to compile CUDA) with.
+        BuildError: nothing to build, a dtype that the device has no kernels of, programs for a GPU, a kernel that does
+            not compile, or nothing to link (or, for a GPU, to compile CUDA) with.
         LogError: a tuning log is damaged.
         OSError: ``out`` cannot be written.
     """
@@ -89,6 +103,9 @@ def build(
         if workload.dtype not in profile.dtypes:
             known = " and ".join(profile.dtypes)
             raise BuildError(f"{profile.name} has no kernels of {workload.dtype}, only of {known}")
+    programs = list({program.key: program for program in programs}.values())
+    if programs and profile.gpu:
+        raise BuildError(f"{profile.name} is a GPU: chains are compiled as a whole for CPUs only")
     out = Path(out)
     if out.exists() and not out.is_file():
         raise BuildError(f"{out} is not a regular file; a bundle would replace it")
@@ -107,12 +124,15 @@ def build(
             progress(len(kernels), len(workloads), built)
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        make = _make_cuda if profile.gpu else _make_cpu
-        manifest, files = make(scheduled(), profile, Path(folder), done)
+        if profile.gpu:
+            manifest, files = _make_cuda(scheduled(), profile, Path(folder), done)
+        else:
+            config_of = _config_of(profile, folders)
+            manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
         staged = Path(folder) / "bundle"
         _write(staged, manifest, files)
         os.replace(staged, out)
-    return BuildReport(out, tuple(kernels))
+    return BuildReport(out, tuple(kernels), tuple(program.key for program in programs))
 
 
 #: What goes into the archive: the manifest, and the other entries by name.
@@ -124,6 +144,8 @@ def _make_cpu(
     profile: DeviceProfile,
     folder: Path,
     done: Callable[[BuiltKernel], None],
+    programs: Sequence[Program],
+    config_of: Callable[[Workload], dict[str, Any]],
 ) -> _Contents:
     from .compile import compile_module, export, find_linker
 
@@ -134,6 +156,9 @@ def _make_cpu(
         modules.append(compile_module(schedule, profile, entry["symbol"]))
         entries.append(entry)
         done(built)
+    compiled = [{"key": program.key, "symbol": _symbol(program.key)} for program in programs]
+    for program, entry in zip(programs, compiled, strict=True):
+        modules.append(compile_module(program.module(profile, config_of), profile, entry["symbol"]))
     export(modules, folder / LIBRARY, profile)
     files = {LIBRARY: (folder / LIBRARY).read_bytes()}
     manifest = {
@@ -143,6 +168,7 @@ def _make_cpu(
         "target": profile.target,
         "cpu_flags": list(profile.cpu_flags),
         "versions": _versions(),
+        "programs": compiled,
     }
     return _complete(manifest, files, entries), files
 
@@ -203,11 +229,15 @@ def _entry(built: BuiltKernel) -> dict[str, Any]:
     return {
         "key": workload.key,
         "workload": workload.to_dict(),
-        "symbol": f"gf_{hashlib.sha256(workload.key.encode()).hexdigest()[:16]}",
+        "symbol": _symbol(workload.key),
         "schedule": built.schedule,
         "config": built.config,
         "log": built.log,
     }
+
+
+def _symbol(key: str) -> str:
+    return f"gf_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def _versions() -> dict[str, str]:
@@ -233,6 +263,20 @@ def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> t
     log = record.source.name if record.source else None
     note = EMULATED if record.emulated else ""
     return BuiltKernel(workload, "tuned", record.config, log, "", note), task.schedule(Candidate.of_record(record))
+
+
+def _config_of(profile: DeviceProfile, folders: list[Path]) -> Callable[[Workload], dict[str, Any]]:
+    """Finds the logs' winner for a workload, or the default point of its space."""
+    from .schedules import registry
+    from .tuning.log import find_best
+
+    def config_of(workload: Workload) -> dict[str, Any]:
+        record, _ = find_best(workload, profile, folders)
+        if record is not None and record.config is not None:
+            return record.config
+        return dict(registry.get_space(workload, profile).default)
+
+    return config_of
 
 
 def _write(path: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:

@@ -17,8 +17,9 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,7 @@ class Kernel:
         Raises:
             GeometryError: a tensor begins at an address that the kernels' vector loads cannot take (a slice, say).
         """
-        for tensor in tensors:
-            if tensor.data_ptr() % ALIGNMENT:
-                raise GeometryError(f"a kernel's tensors must be aligned to {ALIGNMENT} bytes; clone this slice first")
-        _use_torch_threads()
-        self.function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
+        _launch(self.function, *tensors)
 
     def prepare(self, device: str | int | torch.device | None) -> None:
         """See :meth:`Library.prepare`; a CPU's code is there since the bundle was loaded."""
@@ -88,6 +85,7 @@ class Library:
         manifest: dict[str, Any],
         kernels: Sequence[Kernel],
         device_type: str = "cpu",
+        programs: Mapping[str, Callable[..., None]] | None = None,
     ) -> None:
         self.path = path
         self.digest = digest
@@ -95,11 +93,16 @@ class Library:
         self.device_type = device_type
         self.manifest = manifest
         self.workloads = tuple(kernel.workload for kernel in kernels)
+        self._programs = dict(programs or {})
         self._kernels = {(k.workload.kernel, k.workload.geometry, k.workload.dtype): k for k in kernels}
 
     def find(self, kernel: str, geometry: Geometry, dtype: str) -> Kernel | None:
         """The kernel for exactly this workload, or None."""
         return self._kernels.get((kernel, geometry, dtype))
+
+    def program(self, key: str) -> Callable[..., None] | None:
+        """The function that a program of :func:`gf_tvm.build` became, or None. It takes tensors as kernels do."""
+        return self._programs.get(key)
 
     def prepare(self, device: str | int | torch.device | None = None) -> None:
         """Make all kernels ready to be launched on a GPU: their code is loaded there now, not at their first calls.
@@ -177,7 +180,8 @@ def _open(path: Path, data: bytes, digest: str) -> Library:
         manifest, kernels = cuda_library.open_bundle(path, data)
         return Library(path, digest, manifest, kernels, cuda_library.device_type())
     _check_machine(path, manifest)
-    return Library(path, digest, manifest, _map_kernels(path, manifest, library))
+    kernels, programs = _map_kernels(path, manifest, library)
+    return Library(path, digest, manifest, kernels, programs=programs)
 
 
 def _unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes | None]:
@@ -231,7 +235,9 @@ def _minor(version: str) -> str:
     return ".".join(str(version).split(".")[:2])
 
 
-def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[Kernel]:
+def _map_kernels(
+    path: Path, manifest: dict[str, Any], library: bytes
+) -> tuple[list[Kernel], dict[str, Callable[..., None]]]:
     start_runtime()
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
         file = Path(folder) / LIBRARY
@@ -242,12 +248,22 @@ def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> list[K
             raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
     # The folder may go: the code is mapped.
     try:
-        return [
+        kernels = [
             Kernel(Workload.from_dict(entry["workload"]), entry["schedule"], module[entry["symbol"]])
             for entry in manifest["kernels"]
         ]
+        programs = {entry["key"]: partial(_launch, module[entry["symbol"]]) for entry in manifest.get("programs", ())}
+        return kernels, programs
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
+
+
+def _launch(function: Callable[..., None], *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.data_ptr() % ALIGNMENT:
+            raise GeometryError(f"a kernel's tensors must be aligned to {ALIGNMENT} bytes; clone this slice first")
+    _use_torch_threads()
+    function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
 
 
 def _use_torch_threads() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> T
     grad = g.new_empty(geometry.weight_shape, dtype=getattr(torch, found.workload.dtype))
     found(*(autograd._for_kernel(tensor, found) for tensor in (g, saved)), grad)
     return grad
+
+
+def find_program(key: str, library: str) -> Callable[..., None] | None:
+    """The program of that key in the library of that digest, if there is a library and it has it."""
+    if not library:
+        return None
+    from ..library import get
+
+    return get(library).program(key)
 
 
 def _find(
