@@ -20,7 +20,7 @@ from .library import CUDA_SCHEMA, LIBRARY, MANIFEST, SCHEMA
 from .workload import Workload
 
 if TYPE_CHECKING:
-    from gf_cuda import Program
+    from gf_cuda import Program as CudaProgram
 
 #: :attr:`BuiltKernel.note` of a kernel whose log comes from virtual boards.
 EMULATED = "chosen by times measured under emulation, which say nothing about a board"
@@ -209,7 +209,7 @@ def _make_cuda(
     return _complete(manifest, files, entries), files
 
 
-def _named(program: Program, workload: Workload) -> dict[str, Any]:
+def _named(program: CudaProgram, workload: Workload) -> dict[str, Any]:
     """The program's values, its arguments called as :mod:`gf_tvm.verify` calls them; TVM's names may be any."""
     from .verify import argument_specs
 
