@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..filtered import FilteredConv2d
 from .capture import CannotTrace, Part, capture
+from .compiled import Backward
 from .graph import Region
 from .partition import Layout
 from .plan import Plan
@@ -244,6 +245,21 @@ def chains_of(model: nn.Module) -> ChainReport:
         alone |= others
     untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
     return ChainReport(tuple(chains), alone, untraced, waiting)
+
+
+def programs_of(model: nn.Module) -> list[Backward]:
+    """What :func:`gf_tvm.build` can compile of the chains of ``model``'s last training step, besides single kernels.
+
+    They are for the shapes of that step, and for what was trained in it.
+    """
+    found: dict[str, Backward] = {}
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
+            for _, _, plans in forward.last.layouts:
+                programs = [plan.backward.program for plan in plans if plan.backward is not None]
+                found |= {program.key: program for program in programs}
+    return list(found.values())
 
 
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:

@@ -93,8 +93,9 @@ class Sweep:
         self.ahead: Ahead | None = None
         self.panel_at: Any = 0
 
-    def emit(self) -> None:
-        self.tensors = emit.arguments(self.workload)
+    def emit(self, tensors: dict[str, Any] | None = None) -> None:
+        """Emit it whole. ``tensors``: flat, as :func:`emit.arguments` calls them; None: the function's parameters."""
+        self.tensors = emit.arguments(self.workload) if tensors is None else tensors
         geometry, lanes = self.geometry, self.lanes
         # Room for as many as there can be; memory that no part uses is never touched, so it is only addresses.
         most = min(self.blocks, MOST_PARTS)
