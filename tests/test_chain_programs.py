@@ -210,8 +210,18 @@ def linear_call() -> Call:
     return call
 
 
-def test_grids_that_join_and_differ(tmp_path) -> None:
-    for call in (residual_call(), cells_call(), linear_call()):
+def dilated_call() -> Call:
+    """Convolutions whose gradients of x are convolutions on the grid, a grouped one and a depthwise one."""
+    units = [Unit(UNIT), *(Unit({**UNIT, "dilation": 2, "groups": groups}) for groups in (2, CHANNELS)), Unit(UNIT)]
+    model = prepare(Network(units, "pool"), 9, "nothing").float()
+    gf_tvm.filter_model(model, 2, layers=filtered_names(model), chain=True)
+    (call,) = calls_of(model, torch.randn(2, CHANNELS, 12, 9), 9)
+    assert sum(step.geometry.dilated for step in call[0].steps if isinstance(step, ConvInput)) == 2
+    return call
+
+
+def test_grids_that_join_and_differ_and_dilated_ones(tmp_path) -> None:
+    for call in (residual_call(), cells_call(), linear_call(), dilated_call()):
         check(call, tmp_path)
 
 

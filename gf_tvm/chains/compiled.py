@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry
 from .graph import Shape
 from .grids import Grid
 from .steps import (
@@ -170,6 +171,18 @@ class Backward:
                     size = max(size, at + wanted)
         return found, size + LINE
 
+    @property
+    def scratch(self) -> int:
+        """Where the part of the workspace begins that one stage uses for itself."""
+        _, size = self.places
+        return size + -size % LINE
+
+    @cached_property
+    def workspace(self) -> int:
+        """Elements of the workspace."""
+        dilated = [step.geometry for step in self.steps if isinstance(step, ConvInput) and step.geometry.dilated]
+        return self.scratch + max((sum(scratch_of(geometry)) for geometry in dilated), default=0)
+
     @cached_property
     def arguments(self) -> tuple[Argument, ...]:
         """In the order in which the function takes them."""
@@ -186,7 +199,7 @@ class Backward:
             *(Argument("slot", slot, shape) for slot, shape in enumerate(self.slots)),
             *(Argument("tensor", tensor, shape) for tensor, shape in tensors.items()),
             *(Argument("entry", value, self.values[value]) for value in entries),
-            Argument("workspace", 0, (self.places[1],)),
+            Argument("workspace", 0, (self.workspace,)),
             Argument("floats", 0, (max(1, len(self.tables.floats)),)),
             Argument("integers", 0, (max(1, len(self.tables.integers)),)),
         )
@@ -263,10 +276,7 @@ def backward_of(
     shapes: Mapping[int, Shape],
     slots: Sequence[tuple[int, ...]],
 ) -> Bound | None:
-    """The backward pass of these steps as a compiled function, or None where that is not supported.
-
-    Not supported: gradients of x of dilated convolutions, which are convolutions on the grid, and a weight that several
-    convolutions share.
+    """The backward pass of these steps as a compiled function; None where several convolutions share a weight.
 
     Args:
         steps, registers, shapes: as in :class:`.plan.Plan`. slots: shapes, by number.
@@ -274,8 +284,6 @@ def backward_of(
     weights = [step.tensor for step in steps if isinstance(step, ConvWeight)]
     sums = {step.tensor for step in steps if isinstance(step, PatchSum)}
     if len(set(weights)) < len(weights) or sums & set(weights):
-        return None
-    if any(isinstance(step, ConvInput) and step.geometry.dilated for step in steps):
         return None
     numbers = _Numbers()
     plain = tuple(numbers.renumbered(step) for step in steps)
@@ -323,6 +331,14 @@ class _Numbers:
         return replace(step, **new)
 
 
+def scratch_of(geometry: Geometry) -> tuple[int, int]:
+    """Elements, whole lines, that the gradient of x of a dilated convolution needs: g~ and W, tap by tap."""
+    taps = math.prod(geometry.kernel)
+    sizes = geometry.n * geometry.co * taps * math.prod(geometry.grid), geometry.co * geometry.ci_group * taps
+    first, second = (size + -size % LINE for size in sizes)
+    return first, second
+
+
 def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
     """(channels, ph, pw) that a step goes through element by element, or None if it does not."""
     if isinstance(step, Gather):
@@ -331,7 +347,8 @@ def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, i
         return (step.width, *step.grid.shape)
     if isinstance(step, ConvInput | ConvWeight):
         geometry = step.geometry
-        return (geometry.ci, *geometry.grid) if geometry.depthwise else None
+        over_patches = isinstance(step, ConvInput) and geometry.dilated and math.prod(geometry.kernel) > 1
+        return (geometry.ci, *geometry.grid) if geometry.depthwise and not over_patches else None
     return registers[step.dst] if isinstance(step, Times | TimesSaved | Channels | Plus) else None
 
 

@@ -7,6 +7,7 @@ sweeps of :mod:`gf_tvm.kernels.on_grid`, with the schedules that the logs have f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +16,13 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from ..devices import DeviceProfile
+from ..geometry import Geometry
 from ..kernels import emit, maps, on_grid, simd
 from ..kernels.stages import ACC
 from ..kernels.strips import alignment, spreading
 from ..schedules.cpu import STREAM_BYTES, tiles_of
 from ..workload import Workload
-from .compiled import Backward, indices, pixels, space, uniform
+from .compiled import Backward, indices, pixels, scratch_of, space, uniform
 from .grids import Cuts, Grid
 from .steps import (
     Channels,
@@ -95,26 +97,74 @@ class _Backward:
             self._map_sum(first)
         elif isinstance(first, Expand):
             self._expand(first)
-        elif isinstance(first, ConvInput | ConvWeight) and not first.geometry.depthwise:
-            self._product(first)
-        elif isinstance(first, Gather) and len(stage) == 1 and space(first, self.program.registers) is None:
-            self._gather(first)
-        else:
+        elif space(first, self.program.registers) is not None:
             _Together(self, stage).emit()
+        elif isinstance(first, ConvInput) and first.geometry.dilated:
+            self._dilated(first)
+        elif isinstance(first, ConvInput | ConvWeight):
+            self._product(first)
+        else:
+            assert isinstance(first, Gather)
+            self._gather(first)
 
     # Products
 
     def _product(self, step: ConvInput | ConvWeight) -> None:
-        geometry = step.geometry
         g = self.register[step.src]
         if isinstance(step, ConvInput):
-            workload = Workload("input_grad", geometry)
-            tensors = {"g": g, "weight": self.given["slot", step.weight], "grad_x_grid": self.register[step.dst]}
+            self._input_grad(step.geometry, g, self.given["slot", step.weight], self.register[step.dst])
         else:
-            workload = Workload("weight_grad", geometry)
-            tensors = {"g": g, "saved": self.given["slot", step.filtered], "grad_w": self.given["tensor", step.tensor]}
-        tiles = tiles_of(self.config_of(workload), geometry, self.profile)
+            workload = Workload("weight_grad", step.geometry)
+            saved, grad = self.given["slot", step.filtered], self.given["tensor", step.tensor]
+            self._sweep(workload, {"g": g, "saved": saved, "grad_w": grad})
+
+    def _input_grad(self, geometry: Geometry, g: Any, weight: Any, target: Any) -> None:
+        self._sweep(Workload("input_grad", geometry), {"g": g, "weight": weight, "grad_x_grid": target})
+
+    def _sweep(self, workload: Workload, tensors: dict[str, Any]) -> None:
+        tiles = tiles_of(self.config_of(workload), workload.geometry, self.profile)
         on_grid.emit_products(workload, tiles, self.lanes, tensors)
+
+    def _dilated(self, step: ConvInput) -> None:
+        """A convolution on the grid: g~ once for every tap, moved by it, as channels of their own, times W."""
+        geometry = step.geometry
+        (ph, pw), (kh, kw), lanes = geometry.grid, geometry.kernel, self.lanes
+        patches, taps = ph * pw, kh * kw
+        source, weight = self.register[step.src], self.given["slot", step.weight]
+        sizes = scratch_of(geometry)
+        moved, by_tap = (
+            T.decl_buffer((size,), ACC, data=self.given["workspace", 0].data, elem_offset=at)
+            for size, at in zip(sizes, (self.program.scratch, self.program.scratch + sizes[0]), strict=True)
+        )
+        planes = geometry.n * geometry.co
+        with emit.loop(planes, parallel=planes * patches * taps >= emit.PARALLEL_WORK) as plane:
+            for tap, (u, v) in enumerate(itertools.product(range(kh), range(kw))):
+                base = (plane * taps + tap) * patches
+                _each_vector(
+                    patches, lanes, lambda at, count, base=base: simd.store(moved, base + at, simd.splat(0.0, count))
+                )
+                down, right = (
+                    k * d - before
+                    for k, d, before in zip((u, v), geometry.grid_dilation, geometry.grid_padding, strict=True)
+                )
+                top, left = max(0, -down), max(0, -right)
+                height, width = ph - abs(down), pw - abs(right)
+                if height > 0 and width > 0:
+                    with emit.loop(height) as i:
+                        to = base + (top + i) * pw + left
+                        start = plane * patches + (top + i + down) * pw + left + right
+                        emit.copy(moved, to, source, start, width, lanes)
+        # (o, tap, c): the taps in the other direction.
+        channels = geometry.ci_group
+        work = geometry.co * taps * channels
+        with emit.loop(geometry.co, parallel=work >= emit.PARALLEL_WORK) as o, emit.loop(channels) as c:
+            for tap in range(taps):
+                value = simd.load(weight, (o * channels + c) * taps + taps - 1 - tap, 1)
+                simd.store(by_tap, (o * taps + tap) * channels + c, value)
+        pointwise = Geometry(
+            geometry.n, geometry.ci, geometry.co * taps, ph, pw, kernel=1, patch=1, groups=geometry.groups
+        )
+        self._input_grad(pointwise, moved, by_tap, self.register[step.dst])
 
     # Full-size gradients that come in and go out
 
