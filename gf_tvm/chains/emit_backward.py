@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -123,6 +124,9 @@ class _Backward:
 
     def _sweep(self, workload: Workload, tensors: dict[str, Any]) -> None:
         tiles = tiles_of(self.config_of(workload), workload.geometry, self.profile)
+        # The spaces of products on the grid have no such choice; large weights are like large maps.
+        large = 4 * math.prod(workload.geometry.weight_shape) > STREAM_BYTES
+        tiles = replace(tiles, stream=workload.gives_w and large and self.profile.arch == "x86_64")
         on_grid.emit_products(workload, tiles, self.lanes, tensors)
 
     def _dilated(self, step: ConvInput) -> None:
@@ -140,9 +144,7 @@ class _Backward:
         with emit.loop(planes, parallel=planes * patches * taps >= emit.PARALLEL_WORK) as plane:
             for tap, (u, v) in enumerate(itertools.product(range(kh), range(kw))):
                 base = (plane * taps + tap) * patches
-                _each_vector(
-                    patches, lanes, lambda at, count, base=base: simd.store(moved, base + at, simd.splat(0.0, count))
-                )
+                _clear(moved, base, patches, lanes)
                 down, right = (
                     k * d - before
                     for k, d, before in zip((u, v), geometry.grid_dilation, geometry.grid_padding, strict=True)
@@ -162,7 +164,7 @@ class _Backward:
                 value = simd.load(weight, (o * channels + c) * taps + taps - 1 - tap, 1)
                 simd.store(by_tap, (o * taps + tap) * channels + c, value)
         pointwise = Geometry(
-            geometry.n, geometry.ci, geometry.co * taps, ph, pw, kernel=1, patch=1, groups=geometry.groups
+            geometry.n, geometry.ci, geometry.co * taps, ph, pw, (1, 1), (1, 1), groups=geometry.groups
         )
         self._input_grad(pointwise, moved, by_tap, self.register[step.dst])
 
@@ -256,11 +258,7 @@ class _Backward:
         target = self.register[step.dst]
         work = self.batch * channels * patches
         with emit.loop(self.batch * channels, parallel=work >= emit.PARALLEL_WORK) as plane:
-            _each_vector(
-                patches,
-                self.lanes,
-                lambda at, count: simd.store(target, plane * patches + at, simd.splat(0.0, count)),
-            )
+            _clear(target, plane * patches, patches, self.lanes)
         for part in step.parts:
             with emit.loop(self.batch * part.width, parallel=work >= emit.PARALLEL_WORK) as k:
                 plane = k // part.width * channels + part.start + k % part.width
@@ -431,6 +429,10 @@ def _each_vector(count: int, lanes: int, visit: Callable[[Any, int], None]) -> N
             visit(v * lanes, lanes)
     for at, width in emit.pieces(count - whole * lanes, lanes):
         visit(whole * lanes + at, width)
+
+
+def _clear(buffer: Any, base: Any, count: int, lanes: int) -> None:
+    _each_vector(count, lanes, lambda at, width: simd.store(buffer, base + at, simd.splat(0.0, width)))
 
 
 def _ranges(cuts: Cuts) -> list[range]:

@@ -39,7 +39,7 @@ class ByChannels(Sweep):
             sums = self._pool_channel(0, o, self.tiles.near)
             if sums is not None:
                 simd.store(self.tensors["grad_b"], o, emit.total(sums))
-        with simd.streaming(self.dtype, self.stream):
+        with simd.streaming(self.dtype, self.stream and tensors is None):
             if self.needs_x:
                 self._share_input_channels()
             if self.needs_w:
