@@ -6,7 +6,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..chain_comparison import ChainCase
     from ..shapes import Case
+
+#: With --model.
+_PATCHES = (2, 4)
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -36,39 +42,51 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 
 
-def add_chain_argument(parser: argparse.ArgumentParser) -> None:
+def add_chain_argument(
+    parser: argparse.ArgumentParser, what: str = "also the kernels that chained convolutions call"
+) -> None:
     """Add --chain."""
-    parser.add_argument(
-        "--chain",
-        action="store_true",
-        help="also the kernels that chained convolutions call, see gf-tvm train --chain",
-    )
+    parser.add_argument("--chain", action="store_true", help=f"{what}, see gf-tvm train --chain")
+
+
+def chains_from(args: argparse.Namespace) -> list[ChainCase]:
+    """The model of the options, to be measured chain by chain. Raises GeometryError and ModelError."""
+    from ..chain_comparison import chain_cases
+    from ..errors import GeometryError, ModelError
+    from ..shapes import parse_dtypes, parse_patches
+
+    if args.model is None:
+        raise ModelError("--chain needs --model M: chains are found in a model, --shapes has single convolutions")
+    if args.cases is not None:
+        raise GeometryError("--cases picks single convolutions, --chain measures all of the last K: give one of them")
+    model, shape = _model_from(args)
+    patches = _PATCHES if args.patch is None else parse_patches(args.patch)
+    dtypes = None if args.dtype is None else parse_dtypes(args.dtype)
+    return chain_cases(model, shape, last=args.last, patches=patches, dtypes=dtypes)
+
+
+def _model_from(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """The model of --model, and a batch's shape. Raises GeometryError and ModelError."""
+    from ..errors import ModelError
+    from ..models import build_model
+    from ..shapes import parse_input
+
+    if args.input is None or args.last is None:
+        raise ModelError("--model needs --input NxCxHxW and --last K")
+    shape = parse_input(args.input)
+    # The number of classes does not matter here: no convolution depends on it.
+    return build_model(args.model, num_classes=10, in_channels=shape[1], image_size=min(shape[2:])), shape
 
 
 def cases_from(args: argparse.Namespace) -> list[Case]:
     """The cases that the options of :func:`add_case_arguments` name. Raises GeometryError and ModelError."""
-    from ..errors import GeometryError, ModelError
-    from ..shapes import (
-        load_cases,
-        model_cases,
-        paper_cases,
-        parse_dtypes,
-        parse_input,
-        parse_patches,
-        pick_cases,
-        with_dtypes,
-    )
+    from ..errors import GeometryError
+    from ..shapes import load_cases, model_cases, paper_cases, parse_dtypes, parse_patches, pick_cases, with_dtypes
 
     patches = None if args.patch is None else parse_patches(args.patch)
     if args.model is not None:
-        if args.input is None or args.last is None:
-            raise ModelError("--model needs --input NxCxHxW and --last K")
-        from ..models import build_model
-
-        shape = parse_input(args.input)
-        # The number of classes does not matter here: no convolution depends on it.
-        model = build_model(args.model, num_classes=10, in_channels=shape[1], image_size=min(shape[2:]))
-        cases = model_cases(model, shape, last=args.last, patches=patches or [2, 4])
+        model, shape = _model_from(args)
+        cases = model_cases(model, shape, last=args.last, patches=patches or _PATCHES)
     else:
         if args.input is not None or args.last is not None:
             raise GeometryError("--input and --last belong to --model, not to --shapes")
