@@ -49,6 +49,9 @@ VARIANTS = ("exact", "filtered", "chained")
 #: gradients by this share of their norm at most; a mean that is wrong by 1 % changes them by more.
 _OTHER_SIGNS = 2e-3
 
+#: Numbers that the float64 reference holds of all maps together, about: it takes so many images at once.
+_VALUES = 1 << 23
+
 #: Names of the gradients of maps begin so; those of parameters have no blanks.
 _MAP = "map "
 
@@ -209,7 +212,10 @@ def measure_chains(
             times = part.time(effort)
             schedules = _schedules(piece, library, case.dtype)
             measured.append(Measured(case, piece, chain.ends, schedules, times, kept, error))
-    return Outcome(measured, {**report.alone, **report.waiting, **report.untraced})
+    chained_names = {name for chain in report.chains for name in chain.convolutions}
+    # A module without any chain has no report.
+    alone = {name: "nothing next to it can stay on the patch grid" for name in case.layers if name not in chained_names}
+    return Outcome(measured, {**alone, **report.alone, **report.waiting, **report.untraced})
 
 
 @contextmanager
@@ -421,7 +427,7 @@ def _at_values(step: _Step, model: nn.Module, values: Mapping[fx.Node, Tensor]) 
     tensors = [*step.maps, *step.grads, *values.values()]
     sizes = {len(t) for t in tensors if t.dim() > 1}
     n = max(sizes)
-    size = n if sizes != {n} else max(1, (1 << 23) // max(1, sum(t[:1].numel() for t in values.values())))
+    size = n if sizes != {n} else max(1, _VALUES // max(1, sum(t[:1].numel() for t in values.values())))
     total: dict[str, Tensor] = {}
     for start in range(0, n, size):
         some = slice(start, start + size)
