@@ -179,8 +179,11 @@ def print_chains(result: Comparison) -> None:
     else:
         print("there is no chain")
     for patch, alone in result.conditions["unchained"].items():
+        by_reason: dict[str, list[str]] = {}
         for name, reason in alone.items():
-            print(f"{patch}: {name or 'the model'} is in no chain: {reason}")
+            by_reason.setdefault(reason, []).append(name or "the model")
+        for reason, names in by_reason.items():
+            print(f"{patch}: in no chain: {', '.join(names)}: {reason}")
     for row in result.chains:
         lacking = [variant for variant, counted in row.kernels.items() if counted.get("torch")]
         if lacking:

@@ -470,6 +470,9 @@ def test_command_with_chains(
     assert [(s["variant"], s["last"]) for s in settings] == [
         *(("R2", 1), ("R2 chained", 1), ("R2", 2), ("R2 chained", 2)),
     ]
+    kept = [s["kept_bytes_convolutions"] for s in settings]
+    assert kept[0] == kept[1] == 8 * 8 * 16 * 4  # x~ of one convolution, in no chain
+    assert kept[3] == kept[2] + 8 * 8 * 16 * 4  # and the means of a ReLU
 
 
 def test_what_stood_in_the_way_is_said(

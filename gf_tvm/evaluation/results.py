@@ -31,8 +31,9 @@ class Setting:
             run's median.
         kept_bytes: all that a step keeps for its backward pass, parameters and buffers excluded;
         kept_bytes_convolutions: what the K convolutions keep by themselves, in a chained run what its chains keep, for
-            batch norms and activations, too; kept_bytes_by_type: ``kept_bytes`` by the type of the innermost module
-            that saved a tensor first ("(loss)": outside the model; "(chains)": chains, which no single module keeps).
+            batch norms and activations, too, and convolutions that are in none;
+        kept_bytes_by_type: ``kept_bytes`` by the type of the innermost module that saved a tensor first ("(loss)":
+            outside the model; "(chains)": chains, which no single module keeps).
         peak_bytes: largest resident memory of a fresh process that trains a few steps; None where the system does not
             say.
         backward_flops, forward_flops: of a step, counted by :mod:`gf_tvm.evaluation.flops`.
