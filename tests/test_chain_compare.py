@@ -351,3 +351,31 @@ def test_requests_that_cannot_be_met() -> None:
     wide = ChainCase(case.model, (2, 4, 8, 8), case.layers, case.patch, case.dtype)
     with pytest.raises(ModelError, match="Tail does not run on an input of shape 2x4x8x8: "):
         compare([], chains=[wide], seconds=0.0)
+
+
+def test_a_gradient_that_lacks_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run._Backward, "_give", lambda *args: None)
+    with pytest.raises(
+        ComparisonError, match="of the chained variant is wrong, so it was not timed: relative error 1 "
+    ):
+        run_once()
+
+
+def test_a_forward_pass_that_rounds_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a ReLU may see other signs at single pixels, which is no error; a mean that is 1 % off still is one."""
+    right = run.elementwise.run
+
+    def rounded(*args: Any) -> Any:
+        y, derivative = right(*args)
+        if derivative is not None:
+            derivative = derivative.clone()
+            derivative[0, 0, 0, 0] = 1 - derivative[0, 0, 0, 0]
+        return y * (1 + 3e-7), derivative
+
+    monkeypatch.setattr(run.elementwise, "run", rounded)
+    case = chain_cases(Tail(), (64, 3, 24, 24), last=3, patches=[2])
+    (row,) = compare([], repeats=5, seconds=0.0, chains=case).chains
+    assert row.max_rel_error > 1e-4
+    wrong_mean(monkeypatch)
+    with pytest.raises(ComparisonError, match="of the chained variant is wrong"):
+        compare([], repeats=5, seconds=0.0, chains=case)
