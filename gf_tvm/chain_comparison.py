@@ -58,11 +58,8 @@ _MAP = "map "
 
 #: How rows of chains are measured, for the conditions of a comparison.
 CONDITIONS = (
-    "the operations of one chain, on random maps and gradients; a step of each variant is a forward pass and the "
-    "backward pass behind it, variants interleaved, order shuffled in every round; the filtered convolutions and the "
-    "last linear layer are trained, batch norms are frozen; kept bytes: distinct storages that autograd saves, without "
-    "parameters; limit: what was kept, weights and the gradients that come in read once, the gradients of parameters "
-    "and of the maps that come in written once, or the operations of both products"
+    "the operations of one chain, on random maps and gradients; a step is a forward pass and the backward pass behind "
+    "it; the filtered convolutions and the last linear layer are trained, batch norms are frozen"
 )
 
 

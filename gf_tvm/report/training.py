@@ -194,11 +194,14 @@ def _memory(study: Study) -> Part:
         *(Column("in all MB", parts.megabytes), Column("peak of the process MB", parts.megabytes)),
     )
     rows = [(s.variant, s.last, s.kept_bytes_convolutions, s.kept_bytes, s.peak_bytes) for s in settings]
+    of_chains = ""
+    if any(s.variant.endswith(_CHAINED) for s in settings):
+        of_chains = " Chained convolutions keep for the batch norms and activations between them, too."
     return Part(
         "training-memory",
         "Memory of a training step",
         "Bytes of the tensors that autograd keeps from the forward to the backward pass, parameters not counted, and "
-        "where it was measured the largest resident memory of the process. Megabytes of 1e6 bytes.",
+        f"where it was measured the largest resident memory of the process.{of_chains} Megabytes of 1e6 bytes.",
         figure,
         _without_empty(Table(columns, tuple(rows))),
         _conditions(study, "training-memory"),
