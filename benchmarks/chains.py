@@ -27,7 +27,8 @@ from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chain_comparison import VARIANTS, chain_cases, workloads
+from gf_tvm.chain_comparison import chain_cases, workloads
+from gf_tvm.chain_variants import VARIANTS
 from gf_tvm.comparison import Comparison
 from gf_tvm.errors import GfTvmError
 from gf_tvm.geometry import Pair

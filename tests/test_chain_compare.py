@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm import chain_comparison, machine, reference
-from gf_tvm.chain_comparison import VARIANTS, ChainCase, chain_cases, measure_chains, workloads
+from gf_tvm import chain_variants, machine, reference
+from gf_tvm.chain_comparison import ChainCase, chain_cases, measure_chains, workloads
+from gf_tvm.chain_variants import VARIANTS
 from gf_tvm.chains import chains_of, kernels, run
 from gf_tvm.chains.piece import Bound, pieces_of
 from gf_tvm.comparison import Comparison, check_request, compare
@@ -169,7 +170,7 @@ def test_a_wrong_gradient_is_not_timed(
     spoil: Callable[[pytest.MonkeyPatch], None], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch)
-    monkeypatch.setattr(chain_comparison, "measure", lambda *args: pytest.fail("was timed"))
+    monkeypatch.setattr(chain_variants, "measure", lambda *args: pytest.fail("was timed"))
     with pytest.raises(ComparisonError, match=f"R2: {what} is wrong, so it was not timed: relative error"):
         run_once()
 
@@ -229,7 +230,7 @@ def test_signs_are_those_of_the_float32_forward_pass(monkeypatch: pytest.MonkeyP
     (row,) = compare([], repeats=5, seconds=0.0, chains=[case]).chains
     assert row.max_rel_error < 1e-5
     # The test means nothing unless a forward pass in float64 sees other signs.
-    monkeypatch.setattr(chain_comparison._Pin, "apply", lambda value, instead: value)
+    monkeypatch.setattr(chain_variants._Pin, "apply", lambda value, instead: value)
     with pytest.raises(ComparisonError, match="is wrong"):
         compare([], repeats=5, seconds=0.0, chains=[case])
 
@@ -237,15 +238,15 @@ def test_signs_are_those_of_the_float32_forward_pass(monkeypatch: pytest.MonkeyP
 def test_the_reference_may_walk_through_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for values in (1, 1 << 23):
-        monkeypatch.setattr(chain_comparison, "_VALUES", values)
+        monkeypatch.setattr(chain_variants, "_VALUES", values)
         (case,) = chain_cases(TwoChains(), (3, 3, 8, 8), last=3, patches=[2])
         model = gf_tvm.filter_model(copy.deepcopy(case.model), 2, layers=list(case.layers), chain=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", gf_tvm.FallbackWarning)
             model(torch.zeros(case.input_shape))
             (piece,) = pieces_of(model)
-            part = chain_comparison._Part(case, piece, dict.fromkeys(VARIANTS, model))
-            found.append(chain_comparison._gradients_in_float64(part.steps["filtered"], model))
+            part = chain_variants.ChainVariants(piece, case.patch, case.dtype, dict.fromkeys(VARIANTS, model))
+            found.append(chain_variants._gradients_in_float64(part.steps["filtered"], model))
     one_by_one, whole = found
     assert one_by_one.keys() == whole.keys() > set()
     for name in whole:

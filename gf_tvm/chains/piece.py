@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from ..geometry import Geometry
 from .capture import Capture, Part
 from .graph import Shape
 from .model import ChainedForward
 from .plan import Plan
 from .program import Program
 from .run import run_chain
+from .steps import ConvInput, ConvWeight
 
 #: Called with a step and its result; what it returns takes the result's place.
 Watch = Callable[[fx.Node, Tensor], Tensor]
@@ -54,6 +56,15 @@ class Piece:
         region = self.part.region
         read = {v for i, op in enumerate(region.ops) if i not in members for v in op.inputs}
         return [v in read or v in region.exits for v in self.plan.exits]
+
+    def products(self) -> dict[int, tuple[Geometry, set[str]]]:
+        """By the register of g~: the convolution, and the kernels of the products that are made of it."""
+        found: dict[int, tuple[Geometry, set[str]]] = {}
+        for step in self.plan.steps:
+            if isinstance(step, ConvInput | ConvWeight):
+                _, made = found.setdefault(step.src, (step.geometry, set()))
+                made.add("input_grad" if isinstance(step, ConvInput) else "weight_grad")
+        return found
 
 
 def pieces_of(model: nn.Module) -> Iterator[Piece]:
