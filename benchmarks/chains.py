@@ -1,50 +1,49 @@
-"""What chains gain: the same training step with the exact, the filtered and the chained backward pass, in one run.
+"""What chains gain: the same part of a network with the exact, the filtered and the chained backward pass, in one run.
 
     python benchmarks/chains.py --json benchmarks/results/chains.json
 
 Networks: two residual blocks of 64 to 512 channels as ResNet-18 has them at 224 x 224, with average pooling and a
 classifier behind them, and the last convolutions of whole models (``--models resnet18:4``). Their convolutions and the
-classifier are trained, batch norms are frozen. Filtered and chained run the same compiled kernels, default schedules
-where no log has any. All steps are interleaved, and timed only after their gradients agreed. ``expected`` is what bytes
-and operations alone promise for a chain's backward pass over that of single layers, 1 + 180 / C at patch 2 and
-1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s).
+classifier are trained, batch norms are frozen. Each chain of a network is measured by ``gf_tvm.compare``, see
+``gf_tvm.chain_comparison``; filtered and chained run the kernels of one library, default schedules where no log has
+any. ``expected`` is what bytes and operations alone promise for a chain's backward pass over that of single layers,
+1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from _allocator import keep_freed_memory
 from _bench import conditions
-from _cpu_step import CLASSES, TrainingStep, agree, network
+from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_cuda.timing import interleaved, quantile
-from gf_tvm.chains import chains_of
+from gf_tvm.chain_comparison import chain_cases, workloads
+from gf_tvm.chain_variants import VARIANTS
+from gf_tvm.comparison import Comparison
 from gf_tvm.errors import GfTvmError
 from gf_tvm.geometry import Pair
 from gf_tvm.models.layers import BasicBlock
 from gf_tvm.nn import select_layers
 from gf_tvm.runners._output import Progress, check_results, format_table, write_json
+from gf_tvm.runners.build import add_logs_argument, check_logs
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
-from gf_tvm.shapes import format_patch, model_cases, parse_patches, workloads_of
-from gf_tvm.training.measure import StepTimes, count_kept_bytes
+from gf_tvm.shapes import format_patch, parse_patches
 
 
 class UsageError(GfTvmError):
     """Options that do not go together."""
 
 
-VARIANTS = ("exact", "filtered", "chained")
 #: Height and width of ResNet-18's stages at 224 x 224.
 STAGES = {64: 56, 128: 28, 256: 14, 512: 7}
 #: Expected gain of a convolution of C channels over its filtered backward pass: 1 + this / C.
@@ -66,69 +65,27 @@ class Stage(nn.Module):
 
 
 def stage(channels: int) -> tuple[nn.Module, list[str]]:
-    """A stage with frozen batch norms, and the names of its convolutions."""
+    """A stage, and the names of its convolutions."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = Stage(channels)
-    names = [name for name, _ in select_layers(model, last=4)]
-    model.requires_grad_(False).eval()
-    for module in (*(model.get_submodule(name) for name in names), model.head):
-        module.requires_grad_(True)
-    return model, names
+    return model, [name for name, _ in select_layers(model, last=4)]
 
 
 def measure(
     model: nn.Module,
     names: Sequence[str],
     shape: Sequence[int],
-    patch: Pair,
-    folder: Path,
+    patches: Sequence[Pair],
+    logs: Sequence[Path],
     seconds: float,
-) -> dict[str, Any]:
-    """Time the three steps, interleaved; times in ms, medians and quartiles. Raises ComparisonError."""
-    cases = model_cases(copy.deepcopy(model), shape, layers=list(names), patches=[patch])
-    library = gf_tvm.load(gf_tvm.build(workloads_of(cases, chained=True), "host", [], folder / "chains.gfb").path)
-
-    def filtered(chain: bool) -> nn.Module:
-        return gf_tvm.filter_model(copy.deepcopy(model), patch, layers=list(names), library=library, chain=chain)
-
-    models = {"exact": model, "filtered": filtered(chain=False), "chained": filtered(chain=True)}
-    steps = {variant: TrainingStep(models[variant], shape) for variant in VARIANTS}
-    kept = {}
-    for variant, step in steps.items():
-        with count_kept_bytes(models[variant], {}) as counted:
-            step()
-        kept[variant] = counted.total
-    agree(steps["filtered"], steps["chained"])
-    once = sum(_seconds(step) for step in steps.values())
-    for step in steps.values():
-        step.times = StepTimes()
-    interleaved(
-        dict.fromkeys(VARIANTS, max(7, min(200, int(seconds / once)))), lambda variant: _seconds(steps[variant])
-    )
-    return {
-        "input": list(shape),
-        "patch": list(patch),
-        "convolutions": list(names),
-        "chains": [list(chain.convolutions) for chain in chains_of(models["chained"]).chains],
-        "kept_bytes": kept,
-        **{variant: _figures(step) for variant, step in steps.items()},
-    }
-
-
-def _seconds(step: TrainingStep) -> float:
-    begun = time.perf_counter()
-    step()
-    return time.perf_counter() - begun
-
-
-def _figures(step: TrainingStep) -> dict[str, Any]:
-    parts = {"forward": step.times.forward, "backward": step.times.backward}
-    return {
-        f"{part}_ms{suffix}": 1e3 * quantile(values, at)
-        for part, values in parts.items()
-        for suffix, at in (("", 0.5), ("_lower", 0.25), ("_upper", 0.75))
-    }
+    progress: Callable[[float], None],
+) -> Comparison:
+    """A row for each chain and patch. Raises ComparisonError."""
+    chains = chain_cases(model, shape, layers=list(names), patches=patches)
+    with tempfile.TemporaryDirectory() as folder:
+        library = gf_tvm.load(gf_tvm.build(workloads(chains), "host", logs, Path(folder) / "chains.gfb").path)
+    return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=lambda done, of, _: progress(done / of))
 
 
 def expected(model: nn.Module, names: Sequence[str], patch: Pair) -> float | None:
@@ -140,21 +97,22 @@ def expected(model: nn.Module, names: Sequence[str], patch: Pair) -> float | Non
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Medians in ms, and ratios of medians."""
-    headers = ("network", "input", "patch", *(f"{v} fwd" for v in VARIANTS), *(f"{v} bwd" for v in VARIANTS))
-    headers += ("filtered / chained bwd", "expected", "step gain", "kept: exact MB", "filtered", "chained")
+    headers = ("network", "chain", "patch", *(f"{v} fwd" for v in VARIANTS), *(f"{v} bwd" for v in VARIANTS))
+    headers += ("limit", "filtered / chained bwd", "expected", "step gain", "kept: exact MB", "filtered", "chained")
     table = []
     for row in rows:
-        forward, backward = ([row[v][f"{part}_ms"] for v in VARIANTS] for part in ("forward", "backward"))
+        forward, backward, kept = (
+            [row[what][v] for v in VARIANTS] for what in ("forward_ms", "backward_ms", "kept_bytes")
+        )
         step = [f + b for f, b in zip(forward, backward, strict=True)]
-        kept = [row["kept_bytes"][v] / 1e6 for v in VARIANTS]
         table.append(
             (
-                *(row["network"], "x".join(map(str, row["input"])), format_patch(row["patch"])),
-                *(f"{value:.3g}" for value in (*forward, *backward)),
+                *(row["network"], len(row["convolutions"]), format_patch(row["patch"])),
+                *(f"{value:.3g}" for value in (*forward, *backward, row["roofline_ms"])),
                 f"{backward[1] / backward[2]:.2f}x",
                 "" if row["expected"] is None else f"{row['expected']:.1f}x",
                 f"{step[1] / step[2]:.2f}x",
-                *(f"{value:.3g}" for value in kept),
+                *(f"{size / 1e6:.3g}" for size in kept),
             )
         )
     print(format_table(headers, table))
@@ -171,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images (default: 8)")
     parser.add_argument("--patch", default="2,4", metavar="R,...", help="patches (default: 2,4)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="timing of each row (default: 10)")
+    add_logs_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     parser.set_defaults(run=run)
     return parser
@@ -195,18 +154,26 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module, list[str], 
 
 def run(args: argparse.Namespace) -> int:
     check_results(args.json, None)
+    check_logs(args.logs)
     if args.batch < 1:
         raise UsageError(f"--batch must be at least 1, got {args.batch}")
     patches = parse_patches(args.patch)
-    document: dict[str, Any] = {"schema_version": 1, "conditions": conditions(), "rows": []}
+    document: dict[str, Any] = {"schema_version": 2, "conditions": conditions(), "rows": []}
     document["conditions"] |= {"threads": torch.get_num_threads(), "keeps_freed_memory": keep_freed_memory()}
-    jobs = [(*found, patch) for found in networks(args) for patch in patches]
+    jobs = networks(args)
     warnings.simplefilter("error", gf_tvm.FallbackWarning)  # a missing kernel is no result
-    with Progress(len(jobs), "measuring", unit="network") as progress, tempfile.TemporaryDirectory() as folder:
-        for name, model, names, shape, patch in jobs:
-            row = measure(model, names, shape, patch, Path(folder), args.seconds)
-            document["rows"].append({"network": name, "expected": expected(model, names, patch), **row})
-            progress.advance(note=name)
+    with Progress(1000 * len(jobs), "measuring", unit="part") as progress:
+        for number, (name, model, names, shape) in enumerate(jobs):
+
+            def update(part: float, number: int = number, name: str = name) -> None:
+                progress.update(int(1000 * (number + part)), name)
+
+            found = measure(model, names, shape, patches, args.logs, args.seconds, update)
+            for row in found.chains:
+                promised = expected(model, row.convolutions, row.patch)
+                document["rows"].append({"network": name, "expected": promised, **asdict(row)})
+            limits = {"peak_gflops": found.peak_gflops, "bandwidth_gbs": found.bandwidth_gbs}
+            document["conditions"].setdefault("of_networks", {})[name] = {**limits, **found.conditions}
     print_rows(document["rows"])
     if args.json is not None:
         write_json(args.json, document)

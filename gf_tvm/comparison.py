@@ -8,6 +8,8 @@ outputs, as a training step allocates them:
 - *gf_tvm*: the kernel of a library, grad_b included.
 
 Nothing is timed before its result agreed with float64, see :mod:`gf_tvm.variants`.
+
+Chains of convolutions are measured besides, see :mod:`gf_tvm.chain_comparison`.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from . import devices, machine, reference
 from .backends import Backend, Host, Times
 from .errors import DeviceError
 from .geometry import Geometry
-from .rows import Row, geometric_means
-from .shapes import Case
+from .rows import ChainRow, Row, geometric_means
+from .shapes import Case, format_patch
 from .variants import MIN_REPEATS, ComparisonError, Data, Variants, itemsize, schedule_of, torch_dtype
 
 if TYPE_CHECKING:
+    from .chain_comparison import ChainCase, Outcome
     from .library import Library
 
 SCHEMA_VERSION = 1
@@ -55,6 +58,7 @@ class Comparison:
     bandwidth_gbs: float
     conditions: dict[str, Any]
     rows: tuple[Row, ...]
+    chains: tuple[ChainRow, ...] = ()
 
     @property
     def device_name(self) -> str:
@@ -63,7 +67,7 @@ class Comparison:
         return str(gpu["name"] if gpu else self.machine["cpu"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: schema version, head, rows, geometric means per patch."""
+        """Plain values for JSON: schema version, head, rows, geometric means per patch, rows of chains."""
         return {
             "schema_version": SCHEMA_VERSION,
             "machine": self.machine,
@@ -74,6 +78,7 @@ class Comparison:
             "conditions": self.conditions,
             "rows": [asdict(row) for row in self.rows],
             "geometric_means": geometric_means(self.rows),
+            "chains": [asdict(row) for row in self.chains],
         }
 
 
@@ -87,11 +92,13 @@ def compare(
     progress: Progress | None = None,
     energy: bool | None = None,
     backend: Backend | None = None,
+    chains: Sequence[ChainCase] = (),
 ) -> Comparison:
     """Check and measure cases.
 
     Args:
-        cases: see :mod:`gf_tvm.shapes`. Neighbours that differ in nothing but the patch share one baseline.
+        cases: see :mod:`gf_tvm.shapes`. Neighbours that differ in nothing but the patch share one baseline. May be
+            empty where there are chains.
         library: a loaded bundle or its file. Cases that it lacks, or all without one, run the plain PyTorch
             operators: their ``schedule`` is "torch" and ``gf_tvm_ms`` is ``reference_ms``.
         device: a device profile that describes this machine.
@@ -103,16 +110,19 @@ def compare(
         energy: measure joules on a GPU; None: where there is a meter.
         backend: how to measure; None: as usual on such a device (:class:`gf_tvm.host_comparison.LimitedHost` finds
             out more about kernels on a CPU).
+        chains: models whose chains are measured besides, made by :func:`gf_tvm.chain_comparison.chain_cases`; on CPUs
+            only. ``conditions["unchained"]`` names by patch the filtered convolutions that are in no chain, and why.
 
     Raises:
         DeviceError: unknown device, one that is not this machine, a PyTorch without CUDA for a GPU, energy asked for
             where it cannot be measured, or fewer than 1 thread.
         ComparisonError: no cases, a wrong result (nothing of that convolution was timed), or too little memory.
     """
-    profile, backend = _check_request(cases, device, threads, repeats, seconds, energy, backend)
+    profile, backend = _check_request(cases, device, threads, repeats, seconds, energy, backend, chains)
     loaded = _load(library)
     groups = [list(group) for _, group in groupby(cases, key=_without_patch)]
-    work = [_estimated_seconds(group, seconds) for group in groups]
+    # A chain takes as long as a convolution, and how many there are is seen when the model has run.
+    work = [*(_estimated_seconds(group, seconds) for group in groups), *(2 * seconds + 1 for _ in chains)]
     report = progress or (lambda done, total, what: None)
     pending: list[Callable[[tuple[float, float]], Row]] = []
     other_load = machine.OtherLoad()
@@ -132,6 +142,16 @@ def compare(
                 schedules = (schedule_of(variant.backward), schedule_of(variant.pooling))
                 pending.append(partial(_row, variant.case, schedules, profile.name, error, times, i, backend))
             del data, variants, variant  # the next convolution may need the memory
+        outcomes: list[Outcome] = []
+        for case_index, chain in enumerate(chains, start=len(groups)):
+            from .chain_comparison import measure_chains  # here, because it needs all of training
+
+            def part_done(
+                part: float, what: str, done: float = sum(work[:case_index]), own: float = work[case_index]
+            ) -> None:
+                report(done + own * part, sum(work), what)
+
+            outcomes.append(measure_chains(chain, loaded, (repeats, seconds), part_done))
         # Again at the end: a limit is the best that was seen, and a busy moment must not pass for one.
         limits.append(backend.limits())
         report(sum(work), sum(work), "done")
@@ -150,10 +170,30 @@ def compare(
             "seconds_per_convolution": seconds,
             "other_cores": other_cores,
             **conditions,
+            **_of_chains(chains, outcomes),
             "library": None if loaded is None else {"file": Path(loaded.path).name, "sha256": loaded.digest},
         },
         rows=tuple(row((peak, bandwidth)) for row in pending),
+        chains=tuple(
+            measured.row(profile.name, (peak, bandwidth)) for outcome in outcomes for measured in outcome.chains
+        ),
     )
+
+
+def _of_chains(chains: Sequence[ChainCase], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """How chains were measured, and what is in none."""
+    if not chains:
+        return {}
+    from .chain_comparison import CONDITIONS
+
+    return {
+        "chains": CONDITIONS,
+        "unchained": {
+            format_patch(case.patch): outcome.alone
+            for case, outcome in zip(chains, outcomes, strict=True)
+            if outcome.alone
+        },
+    }
 
 
 def check_request(
@@ -163,12 +203,13 @@ def check_request(
     repeats: int = 100,
     seconds: float = 5.0,
     energy: bool | None = None,
+    chains: Sequence[ChainCase] = (),
 ) -> devices.DeviceProfile:
     """Raise what :func:`compare` would raise for these arguments before it measures; return the device's profile.
 
     For callers that have kernels to build first.
     """
-    return _check_request(cases, device, threads, repeats, seconds, energy)[0]
+    return _check_request(cases, device, threads, repeats, seconds, energy, None, chains)[0]
 
 
 def _check_request(
@@ -179,8 +220,9 @@ def _check_request(
     seconds: float,
     energy: bool | None,
     backend: Backend | None = None,
+    chains: Sequence[ChainCase] = (),
 ) -> tuple[devices.DeviceProfile, Backend]:
-    if not cases:
+    if not cases and not chains:
         raise ComparisonError("there is nothing to compare: no cases")
     if repeats < MIN_REPEATS:
         raise ComparisonError(f"repeats must be at least {MIN_REPEATS}, got {repeats}")
@@ -189,6 +231,8 @@ def _check_request(
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
     profile = devices.get_profile(device)
+    if chains and profile.gpu is not None:
+        raise DeviceError(f"chains are measured on CPUs, and {profile.name!r} is a GPU: leave them out there")
     usual = _backend(profile, energy)
     backend = backend or usual
     for case in cases:

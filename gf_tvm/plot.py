@@ -55,7 +55,7 @@ def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True)
 class Bar:
-    """How many times as fast as the exact pass a case is: by plain operators, by the kernel, and at the limit."""
+    """How many times as fast as the exact pass a case is: in two ways, the first the simpler one, and at the limit."""
 
     name: str
     plain: float
@@ -63,12 +63,19 @@ class Bar:
     limit: float
 
 
-def speedup_figure(panels: Mapping[str, Sequence[Bar]], title: str = "", narrow: bool = False) -> Any:
+#: What the two bars of a convolution are.
+_SERIES = ("filtered, plain PyTorch operators", "filtered, gf_tvm")
+
+
+def speedup_figure(
+    panels: Mapping[str, Sequence[Bar]], title: str = "", narrow: bool = False, series: Sequence[str] = _SERIES
+) -> Any:
     """Draw a panel of bars for each title of ``panels``.
 
     Args:
         panels: at least one, with at least one bar each.
         narrow: for narrow screens.
+        series: what ``plain`` and ``kernel`` of the bars are, for the legend.
 
     Returns:
         The matplotlib figure.
@@ -82,10 +89,10 @@ def speedup_figure(panels: Mapping[str, Sequence[Bar]], title: str = "", narrow:
     shown = [value for bars in panels.values() for bar in bars for value in (bar.plain, bar.kernel, bar.limit)]
     low, high = 0.9 * min(1, *shown), 1.2 * max(1, *shown)
     for axes, (name, bars) in zip(all_axes, panels.items(), strict=True):
-        _panel(axes, bars, (low, high))
+        _panel(axes, bars, (low, high), series)
         axes.set_title(name, loc="left", fontsize=10)
     all_axes[-1].set_xlim(low, high)  # all panels share it
-    all_axes[-1].set_xlabel("times as fast as the exact backward pass (logarithmic)")
+    all_axes[-1].set_xlabel(f"times as fast as {'exact' if narrow else 'the exact backward pass'} (logarithmic)")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1 if narrow else 3, frameon=False)
     if title:
@@ -111,7 +118,7 @@ def _bar(row: Row) -> Bar:
     return Bar(name, row.baseline_ms / row.reference_ms, row.speedup, row.baseline_ms / row.roofline_ms)
 
 
-def _panel(axes: object, rows: Sequence[Bar], limits: tuple[float, float]) -> None:
+def _panel(axes: object, rows: Sequence[Bar], limits: tuple[float, float], series: Sequence[str]) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
@@ -121,8 +128,8 @@ def _panel(axes: object, rows: Sequence[Bar], limits: tuple[float, float]) -> No
     low, high = limits
     # A bar on a logarithmic axis starts at 1: as fast as the exact pass.
     for shift, values, color, label in (
-        (-bar / 2, plain, PLAIN_COLOR, "filtered, plain PyTorch operators"),
-        (bar / 2, kernel, KERNEL_COLOR, "filtered, gf_tvm"),
+        (-bar / 2, plain, PLAIN_COLOR, series[0]),
+        (bar / 2, kernel, KERNEL_COLOR, series[1]),
     ):
         at = [position + shift for position in positions]
         axes.barh(at, [value - 1 for value in values], bar, left=1, color=color, label=label)

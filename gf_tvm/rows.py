@@ -126,6 +126,65 @@ class LimitedHostRow(Row):
     others: dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class ChainRow:
+    """One chain of a model with one patch. Times in ms (medians), quartiles as (lower, upper), sizes in bytes.
+
+    What has a value for each variant is an object with ``exact``, ``filtered`` (layer by layer) and ``chained``:
+    ``forward_ms``, ``backward_ms`` and their quartiles, ``repeats``, ``kept_bytes`` (what autograd keeps from the
+    forward to the backward pass, everything but parameters). ``input`` is the shape of the model's input, ``entries``
+    and ``exits`` the shapes of the maps with which the chain begins and ends, ``ends`` where gradients of full size
+    come in and why. ``schedule`` is the least of the chain's kernels ("tuned", "default", or "torch" where PyTorch
+    operators run in place of one), ``filtered_schedule`` of those that run layer by layer; ``kernels`` counts both.
+
+    ``roofline_ms`` is the limit of the chained backward pass: ``moved_bytes`` at the copy bandwidth, or ``operations``
+    at the sgemm peak, whichever takes longer (``roofline`` says which). Bytes: what was kept, the weights and the
+    gradients that come in read once, the gradients of parameters and of ``entries`` written once; maps on the patch
+    grid are not counted, since they may stay in a cache. Operations: two for each multiply-add of the products.
+    ``max_rel_error`` is the largest of all gradients of the chained variant: max|a - b| / max|b| against the unchained
+    filtered model in float64.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    patch: Pair
+    input: tuple[int, ...]
+    convolutions: tuple[str, ...]
+    ends: tuple[str, ...]
+    entries: tuple[tuple[int, ...], ...]
+    exits: tuple[tuple[int, ...], ...]
+    forward_ms: dict[str, float]
+    forward_ms_quartiles: dict[str, Quartiles]
+    backward_ms: dict[str, float]
+    backward_ms_quartiles: dict[str, Quartiles]
+    repeats: dict[str, int]
+    schedule: str
+    filtered_schedule: str
+    kernels: dict[str, dict[str, int]]
+    kept_bytes: dict[str, int]
+    roofline_ms: float
+    roofline: str
+    operations: int
+    moved_bytes: int
+    max_rel_error: float
+
+    @property
+    def speedup(self) -> float:
+        """Exact backward / chained backward."""
+        return self.backward_ms["exact"] / self.backward_ms["chained"]
+
+    @property
+    def speedup_filtered(self) -> float:
+        """Backward layer by layer / chained backward."""
+        return self.backward_ms["filtered"] / self.backward_ms["chained"]
+
+    @property
+    def limit_fraction(self) -> float:
+        """Limit / chained backward."""
+        return self.roofline_ms / self.backward_ms["chained"]
+
+
 def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches.
 

@@ -361,7 +361,7 @@ def measure(
         least = MIN_REPEATS_SLOW if elapsed > SLOW_SECONDS else MIN_REPEATS
         repeats_of[name] = max(least, min(repeats, int(seconds / len(calls) / elapsed)))
     samples = interleaved(repeats_of, lambda name: _seconds(calls[name]), progress)
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing_of(values) for name, values in samples.items()}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -372,7 +372,8 @@ def _seconds(call: Callable[[], Any]) -> float:
     return elapsed
 
 
-def _timing(seconds: Sequence[float]) -> Timing:
+def timing_of(seconds: Sequence[float]) -> Timing:
+    """Of at least two calls."""
     milliseconds = [1e3 * value for value in seconds]
     lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return Timing(median, (lower, upper), len(milliseconds), min(milliseconds))

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..chain_comparison import ChainCase
     from ..chains.compiled import Backward
     from ..shapes import Case
+
+#: With --model.
+_PATCHES = (2, 4)
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -39,35 +43,51 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 
 
-def add_chain_argument(parser: argparse.ArgumentParser) -> None:
+def add_chain_argument(
+    parser: argparse.ArgumentParser, what: str = "also the kernels that chained convolutions call"
+) -> None:
     """Add --chain."""
-    parser.add_argument(
-        "--chain",
-        action="store_true",
-        help="also the kernels that chained convolutions call, see gf-tvm train --chain",
-    )
+    parser.add_argument("--chain", action="store_true", help=f"{what}, see gf-tvm train --chain")
+
+
+def chains_from(args: argparse.Namespace) -> list[ChainCase]:
+    """The model of the options, to be measured chain by chain. Raises GeometryError and ModelError."""
+    from ..chain_comparison import chain_cases
+    from ..errors import GeometryError, ModelError
+    from ..shapes import parse_dtypes, parse_patches
+
+    if args.model is None:
+        raise ModelError("--chain needs --model M: chains are found in a model, --shapes has single convolutions")
+    if args.cases is not None:
+        raise GeometryError("--cases picks single convolutions, --chain measures all of the last K: give one of them")
+    model, shape = _model_from(args)
+    patches = _PATCHES if args.patch is None else parse_patches(args.patch)
+    dtypes = None if args.dtype is None else parse_dtypes(args.dtype)
+    return chain_cases(model, shape, last=args.last, patches=patches, dtypes=dtypes)
+
+
+def _model_from(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """The model of --model, and a batch's shape. Raises GeometryError and ModelError."""
+    from ..errors import ModelError
+    from ..models import build_model
+    from ..shapes import parse_input
+
+    if args.input is None or args.last is None:
+        raise ModelError("--model needs --input NxCxHxW and --last K")
+    shape = parse_input(args.input)
+    # The number of classes does not matter here: no convolution depends on it.
+    return build_model(args.model, num_classes=10, in_channels=shape[1], image_size=min(shape[2:])), shape
 
 
 def cases_from(args: argparse.Namespace) -> list[Case]:
     """The cases that the options of :func:`add_case_arguments` name. Raises GeometryError and ModelError."""
-    from ..errors import GeometryError, ModelError
-    from ..shapes import (
-        load_cases,
-        model_cases,
-        paper_cases,
-        parse_dtypes,
-        parse_input,
-        parse_patches,
-        pick_cases,
-        with_dtypes,
-    )
+    from ..errors import GeometryError
+    from ..shapes import load_cases, model_cases, paper_cases, parse_dtypes, parse_patches, pick_cases, with_dtypes
 
     patches = None if args.patch is None else parse_patches(args.patch)
     if args.model is not None:
-        if args.input is None or args.last is None:
-            raise ModelError("--model needs --input NxCxHxW and --last K")
-        shape = parse_input(args.input)
-        cases = model_cases(_model(args.model, shape), shape, last=args.last, patches=patches or [2, 4])
+        model, shape = _model_from(args)
+        cases = model_cases(model, shape, last=args.last, patches=patches or _PATCHES)
     else:
         if args.input is not None or args.last is not None:
             raise GeometryError("--input and --last belong to --model, not to --shapes")
@@ -82,18 +102,11 @@ def programs_from(args: argparse.Namespace) -> list[Backward]:
 
     Raises GeometryError and ModelError.
     """
-    from ..shapes import parse_input, parse_patches
+    from ..shapes import parse_patches
     from ..training import chain_programs
 
     if args.model is None or not args.chain:
         return []
-    shape = parse_input(args.input)
-    patches = parse_patches(args.patch) if args.patch is not None else [2, 4]
-    return chain_programs(_model(args.model, shape), shape, args.last, patches, args.train_bn_affine)
-
-
-def _model(name: str, shape: tuple[int, int, int, int]) -> nn.Module:
-    """A model for batches of this shape. The number of classes does not matter: no convolution depends on it."""
-    from ..models import build_model
-
-    return build_model(name, num_classes=10, in_channels=shape[1], image_size=min(shape[2:]))
+    model, shape = _model_from(args)
+    patches = _PATCHES if args.patch is None else parse_patches(args.patch)
+    return chain_programs(model, shape, args.last, patches, args.train_bn_affine)

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cases import add_case_arguments, cases_from
+from ._cases import add_case_arguments, add_chain_argument, cases_from, chains_from
 from ._output import Progress, check_results, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
+    from ..chain_comparison import ChainCase
     from ..comparison import Comparison
     from ..library import Library
-    from ..rows import Row
+    from ..rows import ChainRow, Row
     from ..shapes import Case
 
 
@@ -27,13 +28,18 @@ def add_parser(subparsers: Any) -> None:
         "one and against gradient filtering with plain PyTorch operators. Results are checked before they are timed.",
     )
     add_case_arguments(parser)
+    add_chain_argument(parser, "with --model: also its chains, exactly, filtered layer by layer and chained")
     parser.add_argument(
         "--library", type=Path, metavar="FILE.gfb", help="the bundle to measure (default: build one from the logs)"
     )
     add_logs_argument(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as many as PyTorch takes)")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="timing of each convolution (default: 5), but 5 calls"
+        "--seconds",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="timing of each convolution and chain (default: 5), but 5 calls",
     )
     parser.add_argument(
         "--energy",
@@ -50,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
 
     check_results(args.json, args.plot)
     check_logs(args.logs)
+    chains = chains_from(args) if args.chain else []
     cases = cases_from(args)
-    profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy)
-    library = _library(args, cases, profile)
+    profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
+    library = _library(args, cases, chains, profile)
     parts = 1000
     with Progress(parts, "comparing", unit="part") as progress:
 
@@ -60,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
             progress.update(int(parts * done / of), what)
 
         options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
-        result = compare(cases, library, profile.name, args.threads, **options)
+        result = compare(cases, library, profile.name, args.threads, chains=chains, **options)
     print_comparison(result)
+    if args.chain:
+        print_chains(result)
     if args.json is not None:
         write_json(args.json, result.to_dict())
     if args.plot is not None:
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _library(args: argparse.Namespace, cases: Sequence[Case], profile: Any) -> Library:
+def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: Any) -> Library:
     """The bundle that was named, or one that is built from the logs and forgotten after this run."""
     from ..library import load
     from ..shapes import workloads_of
@@ -80,6 +89,10 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], profile: Any) -> L
         return load(args.library)
     # Without the workloads that training calls in a model's first trained layer: they are not compared.
     workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
+    if chains:
+        from .. import chain_comparison
+
+        workloads = list(dict.fromkeys([*workloads, *chain_comparison.workloads(chains)]))
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
         report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb")
         print_reasons(report)
@@ -136,10 +149,57 @@ def print_comparison(result: Comparison) -> None:
         print(f"Doubtful: other programs kept {other_cores:.1f} cores busy meanwhile; measure on an idle machine")
 
 
+def print_chains(result: Comparison) -> None:
+    """A table of the chains, and what is in none."""
+    from ..shapes import format_patch
+
+    print(
+        "\nChains: medians in ms of the same operations exactly, filtered layer by layer, and chained; limit: what the "
+        "chain's backward pass must move and compute. MB kept for the backward pass, everything counted."
+    )
+    headers = (
+        *("chain", "convs", "patch", "exact\nbackward", "filtered\nbackward", "chained\nbackward", "limit"),
+        *("exact /\nchained", "filtered /\nchained", "limit /\nchained"),
+        *("exact\nforward", "filtered\nforward", "chained\nforward"),
+        *("exact kept\nMB", "filtered kept\nMB", "chained kept\nMB", "schedule", "error"),
+    )
+    rows = [
+        (
+            *(chain_label(row), len(row.convolutions), format_patch(row.patch)),
+            *(digits(ms) for ms in (*row.backward_ms.values(), row.roofline_ms)),
+            *(f"{row.speedup:.1f}", f"{row.speedup_filtered:.2f}", f"{row.limit_fraction:.0%}"),
+            *(digits(ms) for ms in row.forward_ms.values()),
+            *(digits(size / 1e6) for size in row.kept_bytes.values()),
+            *(row.schedule, f"{row.max_rel_error:.0e}"),
+        )
+        for row in result.chains
+    ]
+    if rows:
+        print(format_table(headers, rows))
+    else:
+        print("there is no chain")
+    for patch, alone in result.conditions["unchained"].items():
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in alone.items():
+            by_reason.setdefault(reason, []).append(name or "the model")
+        for reason, names in by_reason.items():
+            print(f"{patch}: in no chain: {', '.join(names)}: {reason}")
+    for row in result.chains:
+        lacking = [variant for variant, counted in row.kernels.items() if counted.get("torch")]
+        if lacking:
+            kernels = " and ".join(f"{row.kernels[v]['torch']} of {sum(row.kernels[v].values())} {v}" for v in lacking)
+            print(f"{chain_label(row)} {format_patch(row.patch)}: plain PyTorch operators ran in place of {kernels}")
+
+
 def _kind(mean: dict[str, Any]) -> str:
     from ..shapes import format_patch
 
     return " ".join([format_patch(mean["patch"]), *([mean["dtype"]] if "dtype" in mean else [])])
+
+
+def chain_label(row: ChainRow) -> str:
+    """The chain's name, and its dtype if that is not the usual one."""
+    return row.name if row.dtype == "float32" else f"{row.name} {row.dtype}"
 
 
 def label(row: Row) -> str:

@@ -26,7 +26,7 @@ DIR/train.json for gf-tvm train --config. What is finished is kept in DIR: the s
 stopped."""
 
 #: Settings of a run that an evaluation chooses by itself, or that have an option of their own here.
-_OWN = ("model", "data", "patch", "last", "seed", "schedule")
+_OWN = ("model", "data", "patch", "last", "seed", "schedule", "chain")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,6 +45,12 @@ def add_parser(subparsers: Any) -> None:
         "--last", default="1,2,4", metavar="K,...", help="numbers of last convolutions to fine-tune (default: 1,2,4)"
     )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="runs of each setting (default: 0)")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="also each patch with gradients that stay on the patch grid between filtered convolutions, as in gf-tvm "
+        "train --chain",
+    )
     parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results; resumed if used"
@@ -181,6 +187,11 @@ def _print(evaluation: Evaluation, out: Path) -> None:
     print("\nstill kept in a step, by the type of the module that saved it:")
     for s in evaluation.settings:
         print(f"  {s.name}: {', '.join(f'{name} {size / 1e3:.0f} kB' for name, size in s.kept_bytes_by_type.items())}")
+    for s in evaluation.settings:
+        for chain in s.chains:
+            print(f"{s.name}: a chain of {len(chain)}: {', '.join(chain)}")
+        if s.variant.endswith(" chained") and not s.chains:
+            print(f"{s.name}: there is no chain, so each convolution is filtered by itself")
     found = evaluation.obstacles
     if found.filtering:
         print("\nnot filtered, exact in every setting:")

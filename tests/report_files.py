@@ -28,6 +28,30 @@ def comparison() -> dict[str, Any]:
     }
 
 
+def chains() -> dict[str, Any]:
+    """A comparison of a chain with two patches, and of no single convolution."""
+    document = {**comparison(), "rows": [], "geometric_means": [], "chains": [_chain(patch) for patch in (2, 4)]}
+    document["conditions"] = {**document["conditions"], "chains": "the operations of one chain", "unchained": {}}
+    return document
+
+
+def _chain(patch: int) -> dict[str, Any]:
+    return {
+        "name": "layer1.conv1 to layer1.conv2",
+        "device": "x86-64-v4",
+        "dtype": "float32",
+        "patch": [patch, patch],
+        "convolutions": ["layer1.conv1", "layer1.conv2"],
+        "schedule": "tuned",
+        "filtered_schedule": "default",
+        "forward_ms": {"exact": 70.5, "filtered": 72.25, "chained": 80.125},
+        "backward_ms": {"exact": 132.5, "filtered": 40.25 / patch, "chained": 16.125 / patch},
+        "kept_bytes": {"exact": 57_800_000, "filtered": 53_900_000, "chained": 57_800_000 // patch**2},
+        "roofline_ms": 6.5 / patch,
+        "max_rel_error": 4e-7,
+    }
+
+
 def _row(name: str, size: int, patch: int) -> dict[str, Any]:
     return {
         "name": name,

@@ -323,7 +323,7 @@ def test_measure_makes_the_least_repeats_without_any_time(monkeypatch: pytest.Mo
 
 
 def test_median_and_quartiles() -> None:
-    timing = variants._timing([0.001 * v for v in (5, 1, 3, 2, 4)])
+    timing = variants.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
     assert timing.median == pytest.approx(3)
     assert timing.quartiles == pytest.approx((2, 4))
 

@@ -93,6 +93,40 @@ def test_compare_a_model() -> None:
     assert len(row["layers"]) == 2
 
 
+def test_compare_chains(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2", "--chain"]
+    assert main([*command, "--seconds", "0", "--threads", "1", "--json", "rows.json"]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(Path("rows.json").read_text())
+    assert len(document["rows"]) == 1
+    (row,) = document["chains"]
+    assert row["convolutions"] == ["layer4.1.conv1", "layer4.1.conv2"]
+    assert row["name"] == "layer4.1.conv1 to layer4.1.conv2"
+    # The library was built for both variants.
+    assert (row["schedule"], row["filtered_schedule"]) == ("default", "default")
+    assert row["kernels"] == {"filtered": {"default": 2}, "chained": {"default": 3}}
+    assert 0 < row["max_rel_error"] < 1e-5
+    assert row["name"] in out
+    assert "in place of" not in out
+
+
+@pytest.mark.filterwarnings("ignore::gf_tvm.FallbackWarning")
+def test_compare_chains_with_a_library_that_lacks_kernels(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2,7", "--chain"]
+    assert main([*command, "--seconds", "0", "--library", str(bundle), "--json", "rows.json"]) == 0
+    rows = json.loads(Path("rows.json").read_text())["chains"]
+    assert [row["schedule"] for row in rows] == ["torch", "torch"]
+    assert "R2: plain PyTorch operators ran in place of 2 of 2 filtered and 3 of 3 chained" in capsys.readouterr().out
+
+
+def test_chains_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--chain needs --model M" in fails(capsys, "compare", "--shapes", "paper", "--chain")
+    model = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--chain"]
+    assert "--cases picks single convolutions" in fails(capsys, *model, "--cases", "1")
+    assert "last must be between 1 and" in fails(capsys, *model, "--last", "99")
+    assert "--model needs --input NxCxHxW and --last K" in fails(capsys, *model[:3], "--chain")
+
+
 def test_build_says_what_it_built(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["build", "--shapes", "shapes.json", "--cases", "depthwise", "--patch", "2"]
     assert main([*command, "--out", "new.gfb", "--json", "built.json"]) == 0

@@ -20,7 +20,7 @@ from gf_tvm.evaluation import EvaluateConfig, EvaluationError, Progress, Setting
 from gf_tvm.evaluation.alignment import _gradients, cosine, cosines
 from gf_tvm.evaluation.config import parse_size
 from gf_tvm.evaluation.flops import Needs, count_step, exact_backward_flops, filtered_backward_flops, forward_flops
-from gf_tvm.evaluation.step import LOSS, kept_by_type, measure, measure_apart
+from gf_tvm.evaluation.step import CHAINS, LOSS, kept_by_type, measure, measure_apart
 from gf_tvm.evaluation.store import Store
 from gf_tvm.geometry import Geometry
 from gf_tvm.models import build_model
@@ -102,6 +102,18 @@ def test_flops_of_a_step() -> None:
     assert flops.backward == 2 * (2 * 8 * 64) * 3 * 9 + 2 * 8 * 64 + filtered + head
 
 
+def test_flops_of_a_chain() -> None:
+    """Sums of derivatives in the forward pass; no sum over the pixels of a gradient that stays on the grid."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.MaxPool2d(2))
+    x = torch.zeros(2, 3, 8, 8)
+    plain = count_step(gf_tvm.filter_model(model, 2, last=2), x)
+    chained = count_step(gf_tvm.filter_model(model, 2, last=2, chain=True), x)
+    pixels, patches = 2 * 4 * 64, 2 * 4 * 16  # of the first convolution; to the second the pooling's gradient is full
+    assert chained.forward - plain.forward == pixels  # of the ReLU
+    first, second = -pixels - patches + 2 * patches - pixels, 2 * (2 * 6 * 16) - 2 * 6 * 64
+    assert chained.backward - plain.backward == first + second
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +133,26 @@ def test_kept_by_type_sums_to_what_is_kept() -> None:
         assert kept[convolution] == counted.layers["3"] == (full // 4 if filtered else full)
         assert kept["ReLU"] == full  # the activation's own output stays, filtered or not
         assert kept[LOSS] > 0
+
+
+@pytest.mark.parametrize(("model", "size", "last"), [("training_models:pointwise", 8, 2), ("resnet18_025", 32, 4)])
+def test_kept_by_type_leaves_chains_as_they_are(model: str, size: int, last: int) -> None:
+    network = build_model(model, 4, 3, size).eval().requires_grad_(False)
+    for _, layer in gf_tvm.select_layers(network, last=last):
+        layer.requires_grad_(True)
+    gf_tvm.filter_model(network, 2, last=last, chain=True)
+    x, y = torch.randn(8, 3, size, size), torch.zeros(8, dtype=torch.int64)
+    with count_kept_bytes(network, {}) as counted:
+        F.cross_entropy(network(x), y)
+    before = [(chain.convolutions, chain.kept_values) for chain in gf_tvm.chains_of(network).chains]
+    assert before
+    kept = kept_by_type(network, x, y)
+    assert [(chain.convolutions, chain.kept_values) for chain in gf_tvm.chains_of(network).chains] == before
+    assert sum(kept.values()) == counted.total
+    values = sum(4 * kept_values for _, kept_values in before)
+    # What is kept beside them in the traced module has no module of its own.
+    assert values <= kept[CHAINS] < 1.5 * values
+    assert "FilteredConv2d" not in kept
 
 
 def test_peak_is_that_of_a_process_of_its_own(train: TrainConfig) -> None:
@@ -324,6 +356,47 @@ def test_evaluate_and_resume(train: TrainConfig, tmp_path: Path, monkeypatch: py
     assert not (out / "train.json").exists()  # of the evaluation before
 
 
+def test_chained_variants_cost_only_themselves(
+    train: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, str]] = []
+    monkeypatch.setattr(evaluator, "measure_apart", measure)
+    for name in ("finetune", "measure_apart", "cosines"):
+        real = getattr(evaluator, name)
+
+        def counted(run: TrainConfig, *args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+            made.append((name, run.variant))
+            return real(run, *args, **kwargs)
+
+        monkeypatch.setattr(evaluator, name, counted)
+    train = replace(train, model="training_models:pointwise")
+    out = tmp_path / "out"
+    plain = evaluate(EvaluateConfig(train, ["exact", 2], [2]), out)
+    assert [s.variant for s in plain.settings] == ["exact", "R2"]
+    made.clear()
+    config = EvaluateConfig(
+        replace(train, chain=True), ["exact", 2], [2], memory_budget=plain.settings[1].kept_bytes - 1
+    )
+    both = evaluate(config, out)
+    assert made == [("measure_apart", "R2 chained"), ("finetune", "R2 chained")]
+    assert [s.variant for s in both.settings] == ["exact", "R2", "R2 chained"]
+    exact, filtered, chained = both.settings
+    assert [exact, filtered] == list(plain.settings)
+    assert [s.chains for s in both.settings] == [[], [], [["3", "5"]]]
+    assert chained.scores[0] == pytest.approx(filtered.scores[0], abs=0.051)  # one image of 20
+    assert chained.kept_bytes < filtered.kept_bytes
+    assert sum(chained.kept_bytes_by_type.values()) == chained.kept_bytes
+    assert chained.backward_flops < filtered.backward_flops
+    assert {layer.variant for layer in both.layers} == {"R2"}  # the same gradients
+    assert "chains" in both.conditions
+    # The only one within the budget: what gf-tvm train takes then is that patch in chains.
+    assert both.recommendation is not None
+    assert both.recommendation.variant == "R2 chained"
+    assert both.train_config is not None
+    assert (both.train_config["patch"], both.train_config["chain"]) == ("2", True)
+    assert json.loads((out / "evaluation.json").read_text()) == both.to_dict()
+
+
 def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "parts")
     store.put("run", {"a": 1}, {"score": 0.5})
@@ -382,6 +455,24 @@ def test_command(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(command) == 0
     (run,) = json.loads(result.read_text())["runs"]
     assert len(run["rows"]) == 2
+
+
+def test_command_with_chains(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "measure_apart", measure)
+    command = [*arguments, "--model", "training_models:pointwise", "--last", "1,2", "--patch", "2", "--chain"]
+    assert cli.main([*command, "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "R2 chained, last 2: a chain of 2: 3, 5" in shown
+    assert "R2 chained, last 1: there is no chain" in shown
+    settings = json.loads((tmp_path / "out/evaluation.json").read_text())["settings"]
+    assert [(s["variant"], s["last"]) for s in settings] == [
+        *(("R2", 1), ("R2 chained", 1), ("R2", 2), ("R2 chained", 2)),
+    ]
+    kept = [s["kept_bytes_convolutions"] for s in settings]
+    assert kept[0] == kept[1] == 8 * 8 * 16 * 4  # x~ of one convolution, in no chain
+    assert kept[3] == kept[2] + 8 * 8 * 16 * 4  # and the means of a ReLU
 
 
 def test_what_stood_in_the_way_is_said(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_files import Page, comparison, evaluation, training, tuning
+from report_files import Page, chains, comparison, evaluation, training, tuning
 
 from gf_tvm import machine
 from gf_tvm.errors import ReportError
@@ -116,6 +116,76 @@ def test_bars_are_the_comparison() -> None:
     drawn = sorted(1e6 * bar.get_width() for bar in axes.patches)
     exact = {row["name"]: row["saved_bytes_baseline"] for row in rows}
     assert drawn == pytest.approx(sorted([*exact.values(), *(row["saved_bytes_gf_tvm"] for row in rows)]))
+
+
+def test_chains_of_a_comparison() -> None:
+    document = chains()
+    alone = save("chains.json", document)
+    made = parts_of(alone)
+    assert list(made) == ["chain-speedup", "chain-memory"]
+    page = page_of(alone)
+    for row, a, b in zip(document["chains"], page.rows("chain-speedup"), page.rows("chain-memory"), strict=True):
+        assert a["chain"][0] == b["chain"][0] == row["name"]
+        assert a["patch"][0] == b["patch"][0] == format_patch(row["patch"])
+        for variant in ("exact", "filtered", "chained"):
+            assert numbers(a[f"{variant} ms"]) == [row["backward_ms"][variant]]
+            assert numbers(a[f"{variant} forward ms"]) == [row["forward_ms"][variant]]
+            assert numbers(b[f"{variant} MB"], 1e-6) == [row["kept_bytes"][variant]]
+        assert numbers(a["limit ms"]) == [row["roofline_ms"]]
+        assert numbers(a["filtered / chained"]) == [row["backward_ms"]["filtered"] / row["backward_ms"]["chained"]]
+        assert numbers(b["exact / chained"]) == [row["kept_bytes"]["exact"] / row["kept_bytes"]["chained"]]
+    drawn = sorted(bar.get_width() + 1 for axes in made["chain-speedup"].figure.axes for bar in axes.patches)
+    times = [row["backward_ms"] for row in document["chains"]]
+    assert drawn == pytest.approx(sorted(ms["exact"] / ms[v] for ms in times for v in ("filtered", "chained")))
+    (axes,) = made["chain-memory"].figure.axes
+    kept = sorted(size / 1e6 for row in document["chains"] for size in row["kept_bytes"].values())
+    assert sorted(bar.get_width() for bar in axes.patches) == pytest.approx(kept)
+    assert ("Chains", "the operations of one chain") in made["chain-speedup"].conditions
+    # Beside single convolutions they follow these.
+    document["rows"] = comparison()["rows"]
+    together = parts_of(save("both.json", document))
+    assert list(together) == ["speedup", "memory", "roofline", "chain-speedup", "chain-memory"]
+    assert "single convolutions and chains" in page_of("both.json").text
+
+
+def test_chained_settings_of_an_evaluation() -> None:
+    document = evaluation()
+    document["settings"] += [{**row, "variant": "R4 chained"} for row in document["settings"] if row["variant"] == "R4"]
+    made = parts_of(save("evaluate.json", document))
+    by_patch, by_last = made["score"].figure.axes
+    assert [label.get_text() for label in by_patch.get_xticklabels()] == ["exact", "R4", "R4\nchained"]
+    looks = {line.get_label(): line.lines[0] for line in by_last.containers}
+    assert looks["R4"].get_color() == looks["R4 chained"].get_color() != looks["exact"].get_color()
+    assert looks["R4"].get_linestyle() != looks["R4 chained"].get_linestyle()
+    rows = [(row["backward"][0], row["last"][0]) for row in page_of("evaluate.json").rows("step")]
+    assert rows == [(v, last) for last in ("1", "2") for v in ("exact", "R4", "R4 chained")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(chains=[]), "'rows' is empty: there is nothing to report"),
+        (lambda d: d.update(chains={}), "'chains' must be a list of an object"),
+        (
+            lambda d: d["chains"][1].pop("roofline_ms"),
+            "chain 2 (layer1.conv1 to layer1.conv2): 'roofline_ms' is missing",
+        ),
+        (
+            lambda d: d["chains"][0].update(backward_ms=3),
+            "chain 1 (layer1.conv1 to layer1.conv2), backward_ms: must be",
+        ),
+        (
+            lambda d: d["chains"][0]["kept_bytes"].update(chained=0),
+            "kept_bytes: 'chained' must be an integer of at least 1, got 0",
+        ),
+    ],
+)
+def test_what_is_wrong_with_chains(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    document = chains()
+    change(document)
+    with pytest.raises(ReportError) as error:
+        read(save("chains.json", document))
+    assert message in str(error.value)
 
 
 def test_page_equals_evaluation() -> None:

@@ -252,14 +252,41 @@ def programs_of(model: nn.Module) -> list[Backward]:
 
     They are for the shapes of that step, and for what was trained in it.
     """
-    found: dict[str, Backward] = {}
+    programs = [plan.backward.program for plan in plans_of(model) if plan.backward is not None]
+    return list({program.key: program for program in programs}.values())
+
+
+def is_chained(model: nn.Module) -> bool:
+    """Whether a module of ``model`` runs, where it can, in chains."""
+    return any(isinstance(vars(module).get("forward"), ChainedForward) for module in model.modules())
+
+
+def plans_of(model: nn.Module) -> Iterator[Plan]:
+    """The plans of the chains of :func:`chains_of`."""
+    for program in _programs(model):
+        for _, _, plans in program.layouts:
+            yield from plans
+
+
+def inside_chains(model: nn.Module) -> set[int]:
+    """Ids of the modules without which there would not be the chains of the last training step.
+
+    Those that run in them, and those around these inside of what was traced: hooks on them end the chains.
+    """
+    found: set[int] = set()
+    for program in _programs(model):
+        for node in program.in_chains():
+            # The trace names the modules that a step lies in, outermost first, below a wrapper of its own.
+            paths = [str(path).removeprefix("module.") for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            found |= {id(program.modules[path]) for path in paths if path in program.modules}
+    return found
+
+
+def _programs(model: nn.Module) -> Iterator[Program]:
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
-            for _, _, plans in forward.last.layouts:
-                programs = [plan.backward.program for plan in plans if plan.backward is not None]
-                found |= {program.key: program for program in programs}
-    return list(found.values())
+            yield forward.last
 
 
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:

@@ -68,6 +68,21 @@ class Program:
         runners = self.regions.values()
         return [(runner.part.region, *runner.last) for runner in runners if runner.last is not None]
 
+    def in_chains(self) -> list[fx.Node]:
+        """The steps that ran in chains when each region ran last, those between them that only hand on a value too."""
+        found: dict[fx.Node, None] = {}
+        for runner in self.regions.values():
+            part = runner.part
+            for plan in () if runner.last is None else runner.last[1]:
+                steps = [part.nodes[step.result] for step in plan.forward]
+                entries = {part.nodes[v] for v in plan.entries}
+                while steps:
+                    node = steps.pop()
+                    if node not in found and node not in entries:
+                        found[node] = None
+                        steps += [source for source in node.all_input_nodes if source.op != "placeholder"]
+        return list(found)
+
     def _release(self) -> list[tuple[fx.Node, ...]]:
         """By position in the order, the steps whose results are not read afterwards."""
         last: dict[fx.Node, int] = {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..geometry import Pair, as_pair
-from ..shapes import format_patch
 from ..training.config import TrainConfig
 from .results import EvaluationError
 
@@ -22,7 +21,8 @@ class EvaluateConfig:
     """One evaluation: every variant for every number of last convolutions, with every seed.
 
     Args:
-        train: model, data and protocol of all runs; its ``patch``, ``last`` and ``seed`` are replaced.
+        train: model, data and protocol of all runs; its ``patch``, ``last`` and ``seed`` are replaced. With ``chain``
+            every patch is evaluated twice: layer by layer, and in chains.
         patches: the variants: ``"exact"`` (or None), or a patch as an integer or (height, width).
         last: numbers of last convolutions that are fine-tuned.
         seeds: of the split, the weights and the order of the images.
@@ -70,14 +70,23 @@ class EvaluateConfig:
             if None not in self.patches:
                 raise EvaluationError("a largest score drop is one against the exact backward pass: add exact")
 
-    def run(self, patch: Pair | None, last: int, seed: int) -> TrainConfig:
+    def run(self, variant: str, last: int, seed: int) -> TrainConfig:
         """The training configuration of one run."""
-        return replace(self.train, patch=patch, last=last, seed=seed)
+        patch, chain = self.variants[variant]
+        return replace(self.train, patch=patch, chain=chain, last=last, seed=seed)
+
+    def pretraining(self, seed: int) -> TrainConfig:
+        """A configuration with the pretrained weights of all runs with ``seed``."""
+        return replace(self.train, patch=None, chain=False, last=max(self.last), seed=seed)
 
     @property
-    def variants(self) -> dict[str, Pair | None]:
-        """The patches by name: ``exact``, ``R2``."""
-        return {"exact" if patch is None else format_patch(patch): patch for patch in self.patches}  # type: ignore[arg-type,misc]
+    def variants(self) -> dict[str, tuple[Pair | None, bool]]:
+        """Patch, and whether in chains, by name: ``exact``, ``R2``, ``R2 chained``."""
+        found = {}
+        for patch in self.patches:
+            for chain in (False, True) if self.train.chain and patch is not None else (False,):
+                found[replace(self.train, patch=patch, chain=chain).variant] = (patch, chain)
+        return found  # type: ignore[return-value]
 
 
 def _is_whole(value: Any) -> bool:

@@ -86,11 +86,10 @@ class _Work:
         self.config, self.out, self.library, self._callback = config, out, library, callback
         self.pairs = [(name, last) for last in config.last for name in config.variants]
         self.runs = [
-            (seed, name, last, config.run(config.variants[name], last, seed))
-            for seed in config.seeds
-            for name, last in self.pairs
+            (seed, name, last, config.run(name, last, seed)) for seed in config.seeds for name, last in self.pairs
         ]
-        self._filtered = [name for name in config.variants if name != "exact"]
+        # The gradients of a chain are those of its layers one by one, and so are their cosines.
+        self._filtered = [name for name, (patch, chain) in config.variants.items() if patch is not None and not chain]
         self._done, self._total = 0.0, 0
         self._common = {
             "library": None if library is None else library.digest,
@@ -98,8 +97,7 @@ class _Work:
             "cpu": machine.cpu_model(),
             "versions": machine.versions(),
         }
-        first = config.run(None, max(config.last), config.seeds[0])
-        self._seed = _Seed(first, out / "pretrained")
+        self._seed = _Seed(config.pretraining(config.seeds[0]), out / "pretrained")
 
     def run(self) -> Evaluation:
         self._check()
@@ -122,13 +120,13 @@ class _Work:
     def _check(self) -> None:
         """Find what is wrong with model, data and layers before anything is written or trained."""
         config, seed = self.config, self._seed
-        for patch in config.patches:
-            check(config.run(patch, max(config.last), config.seeds[0]), seed.dataset)  # type: ignore[arg-type]
+        for name in config.variants:
+            check(config.run(name, max(config.last), config.seeds[0]), seed.dataset)
         with seeded(seed.config.seed, "weights"):
             model = build_model(seed.config.model, len(seed.dataset.classes), CHANNELS, seed.config.image_size)
         count_step(model.eval(), seed.dataset.pretrain_train.x[:2])
-        patch = next((patch for patch in config.patches if patch is not None), None)
-        self._obstacles = obstacles(config.run(patch, max(config.last), config.seeds[0]), seed.dataset)  # type: ignore[arg-type]
+        name = next(iter([*self._filtered, *config.variants]))
+        self._obstacles = obstacles(config.run(name, max(config.last), config.seeds[0]), seed.dataset)
 
     def _order(self) -> list[tuple[str, int, str, int]]:
         """All parts. Steps first: they take seconds and fail where the training would fail after minutes."""
@@ -155,14 +153,14 @@ class _Work:
     def _use(self, seed: int) -> _Seed:
         """The data of ``seed``; only one seed's are held at a time."""
         if self._seed.config.seed != seed:
-            self._seed = _Seed(self.config.run(None, max(self.config.last), seed), self.out / "pretrained")
+            self._seed = _Seed(self.config.pretraining(seed), self.out / "pretrained")
         return self._seed
 
     def _key(self, part: tuple[str, int, str, int]) -> dict[str, Any]:
         kind, seed, name, last = part
         used = self._use(seed)
         key = {"kind": kind, **self._common, "dataset": used.dataset.digest, "weights": used.weights}
-        key["config"] = self.config.run(self.config.variants[name], last, seed).to_dict()
+        key["config"] = self.config.run(name, last, seed).to_dict()
         if kind == "step":
             key["steps"] = self.config.peak_steps
         elif kind == "layers":
@@ -176,7 +174,7 @@ class _Work:
 
     def _make(self, part: tuple[str, int, str, int], weights: Pretrained | None) -> Any:
         kind, seed, name, last = part
-        run, dataset = self.config.run(self.config.variants[name], last, seed), self._use(seed).dataset
+        run, dataset = self.config.run(name, last, seed), self._use(seed).dataset
         label = f"{name}, last {last}"
         if kind == "step":
             self._report(f"measuring a step of {label}")
@@ -202,6 +200,7 @@ class _Work:
                 "other_cores": others.cores(),
                 "kernels": result.kernels,
                 "test_images": dataset.sizes["finetune_test"],
+                "chains": [list(chain) for chain in result.chains],
             }
         self._advance(run.epochs if kind == "run" else 1)
         return made
@@ -224,6 +223,7 @@ class _Work:
                     initial_scores=tuple(run["initial_score"] for run in runs),
                     step_ms={phase: median(run["step_ms"][phase] for run in runs) for phase in PHASES},
                     other_cores=None if None in busy else median(busy),
+                    chains=runs[0].get("chains", []),  # of exact and unchained runs earlier versions wrote none
                     **plain,
                 )
             )
@@ -274,14 +274,23 @@ class _Work:
             "peak": "largest resident memory of a fresh process that trains "
             f"{self.config.peak_steps} steps, without the data set",
             "operations": "counted by formula, convolutions and linear layers",
+            **self._chained(),
             "cosines": f"with the last {max(self.config.last)} convolutions filtered together, at the pretrained "
             f"weights of seed {first}, means of at most {self.config.cosine_batches} batches",
             "energy": energy,
         }
 
+    def _chained(self) -> dict[str, str]:
+        if not self.config.train.chain:
+            return {}
+        return {
+            "chains": "what is called chained keeps gradients on the patch grid between filtered convolutions where "
+            "that is exact; its gradients, and so its cosines, are those of the same patch layer by layer"
+        }
+
     def _train_config(self, variant: str, last: int) -> dict[str, Any]:
-        run = self.config.run(self.config.variants[variant], last, self.config.seeds[0])
-        values = {**run.to_dict(), "patch": variant.removeprefix("R")}
+        run = self.config.run(variant, last, self.config.seeds[0])
+        values = {**run.to_dict(), "patch": variant.removesuffix(" chained").removeprefix("R")}
         if self.library is not None:
             values["library"] = str(self.library.path)
         return {"schema": CONFIG_SCHEMA, **values}

@@ -8,6 +8,8 @@ addition for each term of a sum:
   the sum grad_b.
 * backward, filtered: the sum of grad_y over the patches and their scaling to means, the sums of W over its window, the
   two products on the patch grid, and the sum grad_b. Spreading grad_x~ and grad_W writes without computing.
+* in chains (:mod:`gf_tvm.chains`): forward, besides x~, the sums of derivatives over the patches. Backward, the same
+  products, the sum of grad_y over the patches only where one of full size comes in, and grad_b from g~.
 
 Batch norms, activations, pooling, the loss and the optimizer are not counted.
 """
@@ -21,6 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.graph import Conv
+from ..chains.lowering import Kept, Mean
+from ..chains.model import is_chained, plans_of
+from ..chains.plan import Plan
+from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
 from ..errors import GeometryError, ModelError
 from ..geometry import Geometry
 from ..nn import FilteredConv2d
@@ -92,11 +99,39 @@ class StepFlops:
         self.forward += 2 * rows * inputs * outputs + rows * outputs
         self.backward += 2 * rows * inputs * outputs * needs.products + (rows * outputs if needs.bias else 0)
 
+    def add_chain(self, plan: Plan) -> None:
+        """Correct for a chain what was counted of its convolutions one by one."""
+        n = max(shape[0] for shape in plan.shapes.values())
+        for what in plan.slots:
+            if isinstance(what, Mean):
+                rows, cols = (cuts.points[-1] - cuts.points[0] for cuts in (what.grid.rows, what.grid.cols))
+                self.forward += n * what.width * rows * cols
+        means = {step.dst for step in plan.steps if isinstance(step, Filter)}
+        for step in plan.forward:
+            if isinstance(step.op, Conv) and step.op.filtered:
+                self._add_chained(plan, step.index, step.op, means)
+
+    def _add_chained(self, plan: Plan, index: int, op: Conv, means: set[int]) -> None:
+        made = [
+            step
+            for step in plan.steps
+            if (isinstance(step, ConvInput) and plan.slots[step.weight] == Kept(index, "weight"))
+            or (isinstance(step, ConvWeight) and plan.slots[step.filtered] == Kept(index, "x~"))
+        ]
+        if not made:
+            return
+        geometry, trained = made[0].geometry, {step.tensor for step in plan.steps if isinstance(step, PatchSum)}
+        pixels, patches = prod(geometry.y_shape), geometry.n * geometry.co * prod(geometry.grid)
+        if made[0].src not in means:
+            self.backward -= pixels + patches
+        if op.tensors[1] in trained:
+            self.backward += 2 * patches - pixels  # each mean times its pixels, and added
+
 
 def count_step(model: nn.Module, x: Tensor) -> StepFlops:
     """Operations of a training step of ``model`` on ``x``, with the parameters that require a gradient now.
 
-    Runs the forward pass once. Which gradients of inputs are needed is what autograd says.
+    Runs the forward pass once, with chains twice. Which gradients of inputs are needed is what autograd says.
 
     Raises:
         ModelError: a convolution gets an input of a kind that cannot be counted, or the model does not run.
@@ -136,6 +171,11 @@ def count_step(model: nn.Module, x: Tensor) -> StepFlops:
     finally:
         for hook in hooks:
             hook.remove()
+    if is_chained(model):
+        with torch.enable_grad():
+            model(x)  # again, because hooks end chains
+        for plan in plans_of(model):
+            flops.add_chain(plan)
     return flops
 
 

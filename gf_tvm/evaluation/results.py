@@ -24,19 +24,23 @@ class Setting:
     """One backward pass for the last K convolutions.
 
     Attributes:
-        variant: ``exact``, or the patch as ``R2`` or ``R2x1``; last: K.
+        variant: ``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` behind it where gradients stay on the
+            patch grid (:mod:`gf_tvm.chains`); last: K.
         seeds: the runs; scores, initial_scores: of each after and before fine-tuning, 0 to 1.
         step_ms: milliseconds of a step's ``forward``, ``backward`` and ``update``: medians over the seeds of each
             run's median.
         kept_bytes: all that a step keeps for its backward pass, parameters and buffers excluded;
-        kept_bytes_convolutions: what the K convolutions keep by themselves; kept_bytes_by_type: ``kept_bytes`` by the
-            type of the innermost module that saved a tensor first ("(loss)": outside the model).
+        kept_bytes_convolutions: what the K convolutions keep by themselves, in a chained run what its chains keep, for
+            batch norms and activations, too, and convolutions that are in none;
+        kept_bytes_by_type: ``kept_bytes`` by the type of the innermost module that saved a tensor first ("(loss)":
+            outside the model; "(chains)": chains, which no single module keeps).
         peak_bytes: largest resident memory of a fresh process that trains a few steps; None where the system does not
             say.
         backward_flops, forward_flops: of a step, counted by :mod:`gf_tvm.evaluation.flops`.
         energy_joules_per_step: above idle; None where it is not measured.
         other_cores: how many cores other programs kept busy while the steps were timed (median over the seeds); from
             a tenth on, read the times as ratios. None where the system does not say.
+        chains: names of the convolutions of each chain, as the first seed's run found them.
     """
 
     variant: str
@@ -53,6 +57,7 @@ class Setting:
     forward_flops: int
     energy_joules_per_step: float | None
     other_cores: float | None = None
+    chains: list[list[str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import machine
+from ..chains.model import ChainedForward, inside_chains
 from ..errors import GfTvmError
 from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset, Images
@@ -35,6 +36,8 @@ from .results import EvaluationError
 
 #: In ``kept_bytes_by_type``: what is saved outside the model.
 LOSS = "(loss)"
+#: And what is saved in a traced module by no module inside it that can be told apart: by its chains.
+CHAINS = "(chains)"
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
 
     A storage that several modules save counts once, for the first: the output of a ReLU is the ReLU's, although an
     exact convolution behind it keeps the same storage. Largest first. Parameters and buffers are excluded.
+    Of modules that have run in chains (the model must have run a training step) nothing is told apart: hooks on them
+    would end the chains.
     """
     ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     owners: dict[int, tuple[str, torch.UntypedStorage]] = {}  # the storages are held, so that no address comes twice
@@ -123,13 +128,15 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
         return tensor
 
     def enter(module: nn.Module, *_: object) -> None:
-        active.append(type(module).__name__)
+        chained = isinstance(vars(module).get("forward"), ChainedForward)
+        active.append(CHAINS if chained else type(module).__name__)
 
     def leave(*_: object) -> None:
         active.pop()
 
     with ExitStack() as stack:
-        for module in model.modules():
+        inside = inside_chains(model)
+        for module in (module for module in model.modules() if id(module) not in inside):
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,11 +1,11 @@
-"""Convolution by convolution: how much faster, how much less memory, and how near to the machine's limits."""
+"""Convolution by convolution and chain by chain: how much faster, how much less memory, how near to the limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..plot import Bar, speedup_figure
+from ..plot import KERNEL_COLOR, PLAIN_COLOR, Bar, speedup_figure
 from ..shapes import format_patch
 from . import parts
 from .parts import Column, Part, Section, Table
@@ -16,7 +16,7 @@ from .sources import Source
 def section(source: Source) -> Section:
     """The figures of one file of ``gf-tvm compare``."""
     document = source.document
-    rows = document["rows"]
+    rows, chains = document["rows"], document["chains"]
     conditions = tuple(_conditions(source))
     basis = parts.basis_of(document["machine"])
     paragraphs = []
@@ -27,13 +27,21 @@ def section(source: Source) -> Section:
             "an idle machine."
         )
     machine = dict(conditions)["Machine"].partition(",")[0]
-    return Section(
-        f"Backward pass of single convolutions: {machine}, threads: {document['threads']}",
-        (
+    made: list[Part] = []
+    if rows:
+        made += [
             _speed(rows, conditions, f"{basis}; the limit is estimated"),
             _memory(rows, conditions),
             _roofline(document, tuple(_conditions(source, medians=True)), f"{basis}; operations and bytes are counted"),
-        ),
+        ]
+    if chains:
+        how = document["conditions"].get("chains")
+        own = (*conditions, ("Chains", how)) if isinstance(how, str) else conditions
+        made += [_chain_speed(chains, own, f"{basis}; the limit is estimated"), _chain_memory(chains, own, basis)]
+    what = " and ".join([*(["single convolutions"] if rows else []), *(["chains"] if chains else [])])
+    return Section(
+        f"Backward pass of {what}: {machine}, threads: {document['threads']}",
+        tuple(made),
         tuple(paragraphs),
     )
 
@@ -122,6 +130,87 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
         conditions,
         "counted from the shapes of the tensors",
     )
+
+
+def _chain_label(row: Mapping[str, Any]) -> str:
+    """In two lines, because names of layers are long."""
+    return _label(row).replace(" to ", "\nto ")
+
+
+def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditions, basis: str) -> Part:
+    panels: dict[str, list[Bar]] = {}
+    cells = []
+    for row in chains:
+        (exact, filtered, chained), limit = _of_variants(row, "backward_ms"), row["roofline_ms"]
+        patch = format_patch(tuple(row["patch"]))
+        panels.setdefault(patch, []).append(Bar(_chain_label(row), exact / filtered, exact / chained, exact / limit))
+        cells.append(
+            (
+                *(_label(row), len(row["convolutions"]), patch, exact, filtered, chained, limit),
+                *(exact / chained, filtered / chained, *_of_variants(row, "forward_ms")),
+                *(row["schedule"], row["max_rel_error"]),
+            )
+        )
+    columns = (
+        *(Column("chain"), Column("convolutions"), Column("patch"), Column("exact ms", parts.digits)),
+        *(Column("filtered ms", parts.digits), Column("chained ms", parts.digits), Column("limit ms", parts.digits)),
+        *(Column("exact / chained", parts.times), Column("filtered / chained", parts.times)),
+        *(Column(f"{variant} forward ms", parts.digits) for variant in ("exact", "filtered", "chained")),
+        *(Column("schedule"), Column("error", lambda value: f"{value:.0e}")),
+    )
+    return Part(
+        "chain-speedup",
+        "Speed of chains",
+        "How many times as fast as the exact one the backward pass of several convolutions, and of batch norms and "
+        "activations between them, is: filtered layer by layer, and in a chain whose gradients stay on the patch grid. "
+        "The mark is what the machine would allow a chain. The forward passes, in which a chain has more to do, are "
+        "in the table.",
+        speedup_figure(panels, narrow=True, series=("filtered layer by layer", "chained")),
+        Table(columns, tuple(cells)),
+        conditions,
+        basis,
+    )
+
+
+def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditions, basis: str) -> Part:
+    several = len({tuple(row["patch"]) for row in chains}) > 1
+    labels = [
+        f"{_chain_label(row)}, {format_patch(tuple(row['patch']))}" if several else _chain_label(row) for row in chains
+    ]
+    kept = [_of_variants(row, "kept_bytes") for row in chains]
+    colors = {"exact": parts.EXACT_COLOR, "filtered layer by layer": PLAIN_COLOR, "chained": KERNEL_COLOR}
+    series: dict[str, tuple[str, Sequence[float | None]]] = {
+        name: (color, [sizes[index] / 1e6 for sizes in kept]) for index, (name, color) in enumerate(colors.items())
+    }
+    figure = parts.figure(1.2 + 0.62 * len(labels))
+    axes = figure.subplots()
+    parts.horizontal_bars(axes, labels, series, parts.digits)
+    axes.set_xlabel("kept for the backward pass, MB")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    columns = (
+        *(Column("chain"), Column("patch"), Column("exact MB", parts.megabytes)),
+        *(Column("filtered MB", parts.megabytes), Column("chained MB", parts.megabytes)),
+        Column("exact / chained", parts.times),
+    )
+    cells = [
+        (_label(row), format_patch(tuple(row["patch"])), *sizes, sizes[0] / sizes[2])
+        for row, sizes in zip(chains, kept, strict=True)
+    ]
+    return Part(
+        "chain-memory",
+        "Memory of chains",
+        "Everything that autograd keeps of a chain's operations from the forward to the backward pass, those of batch "
+        "norms and activations too, without parameters. Megabytes of 1e6 bytes.",
+        figure,
+        Table(columns, tuple(cells)),
+        conditions,
+        basis,
+    )
+
+
+def _of_variants(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    values = row[name]
+    return values["exact"], values["filtered"], values["chained"]
 
 
 def _cycle(count: int) -> list[str]:

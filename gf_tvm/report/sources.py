@@ -27,7 +27,7 @@ _COMPARE = {
     "peak_gflops": fields.ABOVE_ZERO,
     "bandwidth_gbs": fields.ABOVE_ZERO,
     "conditions": fields.OBJECT,
-    "rows": fields.OBJECTS,
+    "rows": fields.list_of(fields.OBJECT),
 }
 _COMPARE_ROW = {
     **dict.fromkeys(("name", "device", "baseline", "schedule"), fields.TEXT),
@@ -41,6 +41,17 @@ _COMPARE_ROW = {
     "max_rel_error": fields.NOT_NEGATIVE,
 }
 _COMPARE_OPTIONAL = {"gf_tvm_kernel_ms": fields.ABOVE_ZERO.or_none()}
+_VARIANTS = ("exact", "filtered", "chained")
+_CHAIN_ROW = {
+    **dict.fromkeys(("name", "device", "schedule", "filtered_schedule"), fields.TEXT),
+    "dtype": _COMPARE_ROW["dtype"],
+    "patch": fields.SIZES,
+    "convolutions": fields.each(fields.TEXT),
+    "roofline_ms": fields.ABOVE_ZERO,
+    "max_rel_error": fields.NOT_NEGATIVE,
+}
+#: Of a chain: what has a value for each variant.
+_CHAIN_VALUES = {"forward_ms": fields.ABOVE_ZERO, "backward_ms": fields.ABOVE_ZERO, "kept_bytes": fields.SIZE}
 _TUNE = {"device": fields.TEXT, "made": fields.OBJECT, "tasks": fields.OBJECTS}
 _TUNE_TASK = {
     "workload": fields.TEXT,
@@ -177,6 +188,15 @@ def _compare(where: str, document: dict[str, Any]) -> None:
     from ..geometry import Geometry
 
     check(where, document, _COMPARE)
+    document.setdefault("chains", [])  # earlier versions have none
+    check(where, document, {"chains": fields.list_of(fields.OBJECT)})
+    if not document["rows"] and not document["chains"]:
+        raise ReportError(f"{where}: 'rows' is empty: there is nothing to report")
+    _rows(where, document["chains"], _CHAIN_ROW, "chain", "name")
+    for number, row in enumerate(document["chains"], start=1):
+        for name, kind in _CHAIN_VALUES.items():
+            place = f"{where}, chain {number} ({row['name']}), {name}"
+            check(place, row.get(name), dict.fromkeys(_VARIANTS, kind))
     _rows(where, document["rows"], _COMPARE_ROW, "row", "name")
     for number, row in enumerate(document["rows"], start=1):
         place = f"{where}, row {number} ({row['name']})"

@@ -11,6 +11,9 @@ from .settings import Setting, Study, variant_order
 
 _PHASES = (("forward", "#009E73"), ("backward", "#D55E00"), ("update", "#E69F00"))
 
+#: How names of variants end whose gradients stay on the patch grid.
+_CHAINED = "chained"
+
 #: Points of score that an axis shows at least.
 _LEAST_POINTS = 5.0
 
@@ -50,7 +53,8 @@ def _score(study: Study) -> Part:
     figure = parts.figure(3.1 * (1 + (len(lasts) > 1)) + 0.4)
     panels = figure.subplots(1 + (len(lasts) > 1), 1, squeeze=False, sharey=True)[:, 0]
     series = {f"last {last}": [(variants.index(s.variant), s) for s in settings if s.last == last] for last in lasts}
-    _lines(panels[0], series, [*range(len(variants))], variants, study.metric)
+    ticks = [variant.replace(f" {_CHAINED}", f"\n{_CHAINED}") for variant in variants]
+    _lines(panels[0], series, [*range(len(variants))], ticks, study.metric)
     panels[0].set_xlabel("backward pass: exact, or filtered with that patch")
     if len(lasts) > 1:
         series = {name: [(lasts.index(s.last), s) for s in settings if s.variant == name] for name in variants}
@@ -88,6 +92,7 @@ def _lines(
 ) -> None:
     # Beside each other: seeds of different series often span the same range.
     width = 0.5 / len(series)
+    looks = _looks(list(series))
     for index, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point[0])
         x = [place + (index - (len(series) - 1) / 2) * width for place, _ in points]
@@ -95,8 +100,7 @@ def _lines(
         below = [100 * (s.mean - min(s.scores)) for _, s in points]
         above = [100 * (max(s.scores) - s.mean) for _, s in points]
         spread = [[max(0.0, value) for value in side] for side in (below, above)]  # a mean is rounded
-        color, marker = parts.COLORS[index % len(parts.COLORS)], parts.MARKERS[index % len(parts.MARKERS)]
-        axes.errorbar(x, y, spread, color=color, marker=marker, capsize=3, linewidth=1.2, markersize=5, label=name)
+        axes.errorbar(x, y, spread, **looks[name], capsize=3, linewidth=1.2, markersize=5, label=name)
     axes.set_xticks(ticks, labels)
     axes.set_xlim(ticks[0] - 0.5, ticks[-1] + 0.5)
     axes.set_ylabel(f"{metric}, %")
@@ -106,7 +110,21 @@ def _lines(
     more = max(0.0, _LEAST_POINTS - (high - low)) / 2
     axes.set_ylim(low - more, high + more)
     parts.tidy(axes, "y")
-    axes.legend(loc="best", fontsize=8, ncols=min(len(series), 4), framealpha=0.8)
+    if len(series) <= 4:
+        axes.legend(loc="best", fontsize=8, ncols=len(series), framealpha=0.8)
+    else:  # too many to find a free place among the lines
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, ncols=4, frameon=False)
+
+
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each series; what is chained has those of its patch, dashed and hollow."""
+    plain = list(dict.fromkeys(name.removesuffix(f" {_CHAINED}") for name in names))
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        index = plain.index(name.removesuffix(f" {_CHAINED}"))
+        look = {"color": parts.COLORS[index % len(parts.COLORS)], "marker": parts.MARKERS[index % len(parts.MARKERS)]}
+        found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if name.endswith(_CHAINED) else look
+    return found
 
 
 def _step(study: Study) -> Part:
@@ -176,11 +194,14 @@ def _memory(study: Study) -> Part:
         *(Column("in all MB", parts.megabytes), Column("peak of the process MB", parts.megabytes)),
     )
     rows = [(s.variant, s.last, s.kept_bytes_convolutions, s.kept_bytes, s.peak_bytes) for s in settings]
+    of_chains = ""
+    if any(s.variant.endswith(_CHAINED) for s in settings):
+        of_chains = " Chained convolutions keep for the batch norms and activations between them, too."
     return Part(
         "training-memory",
         "Memory of a training step",
         "Bytes of the tensors that autograd keeps from the forward to the backward pass, parameters not counted, and "
-        "where it was measured the largest resident memory of the process. Megabytes of 1e6 bytes.",
+        f"where it was measured the largest resident memory of the process.{of_chains} Megabytes of 1e6 bytes.",
         figure,
         _without_empty(Table(columns, tuple(rows))),
         _conditions(study, "training-memory"),

@@ -77,6 +77,7 @@ class Fit:
         self.train_network: Callable[[Tensor], Any] = model
         self.test_network: Callable[[Tensor], Any] = model
         self.chained: nn.Module | None = None
+        self._has_run = False
         if phase == "finetune" and config.chained:
             self.chained = model if cache is None else cache.train.rest
         if cache is not None:
@@ -207,14 +208,14 @@ class Fit:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad(set_to_none=True)
+            layers = self._layers_by_themselves(x, y) if step == 0 else {}
             start = time.perf_counter()
             if step == 0:
-                # Hooks on single layers would end the chains.
-                with count_kept_bytes(self.model, self.layers if self.chained is None else {}) as kept:
+                with count_kept_bytes(self.model, layers) as kept:
                     logits, loss = self._forward(x, y)
                 kept_bytes, kept_in_layers = kept.total, kept.in_layers
                 if self.chained is not None:
-                    kept_in_layers = sum(4 * chain.kept_values for chain in chains_of(self.chained).chains)
+                    kept_in_layers += sum(4 * chain.kept_values for chain in chains_of(self.chained).chains)
             else:
                 logits, loss = self._forward(x, y)
             forward = time.perf_counter()
@@ -255,6 +256,17 @@ class Fit:
             return ()
         chains = chains_of(self.chained).chains
         return tuple(tuple(name.removeprefix("model.") for name in chain.convolutions) for chain in chains)
+
+    def _layers_by_themselves(self, x: Tensor, y: Tensor) -> dict[str, nn.Module]:
+        """The trained convolutions that are in no chain: hooks on the others would end their chains."""
+        if self.chained is None:
+            return self.layers
+        if not self._has_run:  # which chains there are is known when the network has run, and stays so
+            with torch.random.fork_rng(devices=()):
+                self._forward(x, y)
+            self._has_run = True
+        chained = {name for chain in self.chains for name in chain}
+        return {name: module for name, module in self.layers.items() if name not in chained}
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with precision(self.config):

@@ -359,7 +359,7 @@ def _check_resumable(config: TrainConfig, dataset: Dataset, folder: Path) -> Non
         files.check_same(path, {key: found.get(key) for key in identity} if isinstance(found, dict) else {}, identity)
 
 
-def freeze(model: nn.Module, layers: list[str], train_bn_affine: bool) -> str | None:
+def freeze(model: nn.Module, layers: list[str], train_bn_affine: bool = False) -> str | None:
     """Leave only the named convolutions, the last linear layer and, if asked, the batch norms after the first of
     these convolutions trainable. Returns the linear layer's name, None if there is none."""
     head = None
