@@ -41,6 +41,9 @@ class FakeLibrary:
         assert geometry.n >= 1
         return FakeKernel(self, kernel, geometry, dtype) if kernel in self.has and dtype in self.dtypes else None
 
+    def program(self, key: str) -> None:
+        return None
+
     # As the real one: copies share it, and unpickling finds the loaded one.
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeLibrary:
         return self

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from . import segments
 from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
 from .lowering import Factor, Kept, Mean, Situation, lower
 from .steps import Step
@@ -78,6 +80,23 @@ class Plan:
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
+
+    @cached_property
+    def units(self) -> tuple[segments.Call | Forward, ...]:
+        """``forward`` with compiled segments, where all maps are float32, contiguous and on a CPU."""
+        return segments.units(self)
+
+    @cached_property
+    def programs(self) -> tuple[str, ...]:
+        """Keys of the segments."""
+        return tuple(segment.key for segment in segments.programs_of(self))
+
+    @cached_property
+    def library(self) -> str:
+        """Digest of the library that all filtered convolutions have, or none."""
+        convs = (step.op for step in self.forward if isinstance(step.op, Conv))
+        digests = {op.library for op in convs if op.filtered}
+        return digests.pop() if len(digests) == 1 else ""
 
 
 def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:

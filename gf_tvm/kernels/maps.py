@@ -255,6 +255,30 @@ def spread_row(
     by_row(in_ranges(geometry.rows), i, rows)
 
 
+def to_channels_last(
+    sums: Any, stride: int, square: int, patches: int, target: Any, first: Any, channels: int, channel: Any
+) -> None:
+    """Write sums, channel by channel, with the channels last.
+
+    Args:
+        sums, stride, square: ``square`` channels, a power of two, each ``stride`` elements behind the one before, which
+            may be read up to ``square`` elements behind its patches.
+        patches: of each channel.
+        target, first, channels, channel: (patches, channels), the first patch and channel in it, and its channels.
+    """
+
+    def turn(at: Any, count: int) -> None:
+        columns = [T.bind(simd.load(sums, c * stride + at, square)) for c in range(square)]
+        for p, turned in enumerate(emit.transposed(columns)[:count]):
+            simd.store(target, (first + at + p) * channels + channel, turned)
+
+    if patches // square:
+        with emit.loop(patches // square) as t:
+            turn(t * square, square)
+    if patches % square:
+        turn(patches // square * square, patches % square)
+
+
 def pool_windows(
     weight: Any, base: Any, channels: int, kernel: tuple[int, int], lanes: int, sink: Callable[[Any, Any], None]
 ) -> None:
