@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_networks import BLOCKS, CHANNELS, UNITS, Inverted, Joined, Network, Residual, Scaled, Unit
-from hypothesis import Phase, assume, given, settings
+from chain_networks import BLOCKS, CHANNELS, UNITS, Halves, Inverted, Joined, Network, Residual, Scaled, Unit
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from segment_reference import inputs_of, plans_of, reference
 from strategies import SEEDS
@@ -73,7 +73,23 @@ IN_A_ROW = st.lists(
 )
 
 
+UNIT: dict[str, Any] = {"kernel": 3, "stride": 1, "dilation": 1, "padding": None, "groups": 1, "bias": True}
+
+
+def unit(act: str, norm: str = "frozen", **other: Any) -> dict[str, Any]:
+    return {**UNIT, "norm": norm, "act": act, **other}
+
+
 @pytest.mark.parametrize("part", range(2))
+@example(  # a product of some channels
+    blocks=[Halves(unit("identity", "none"), "chunk", "relu"), Unit(unit("relu"))],
+    head="mean",
+    size=(8, 6),
+    patch=2,
+    freeze="nothing",
+    needs_input=True,
+    seed=0,
+)
 @settings(max_examples=80, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     blocks=st.one_of(st.lists(BLOCKS, min_size=1, max_size=4), IN_A_ROW),
@@ -109,19 +125,13 @@ def test_random_networks_in_segments(part, blocks, head, size, patch, freeze, ne
 
 
 def test_random_networks_met_everything() -> None:
-    kinds = ("several operations", "two grids", "x~", "depthwise x~", "in place", "of its own", "handed over")
+    kinds = ("several operations", "two grids", "x~", "depthwise x~", "in place", "handed over")
     for what in (*kinds, "from a result", "some channels"):
         assert MET[what] >= 2, MET
     assert MET["segments"] > MET["chains"]
 
 
 # Compiled
-
-UNIT: dict[str, Any] = {"kernel": 3, "stride": 1, "dilation": 1, "padding": None, "groups": 1, "bias": True}
-
-
-def unit(act: str, norm: str = "frozen", **other: Any) -> dict[str, Any]:
-    return {**UNIT, "norm": norm, "act": act, **other}
 
 
 class Edges(nn.Module):
@@ -130,11 +140,16 @@ class Edges(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False) for _ in range(6))
-        self.last = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
+        self.first, self.second, self.third, self.last = (
+            nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False) for _ in range(4)
+        )
+        self.hardtanh = nn.Hardtanh(-2.0, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.second(F.relu(x)) + self.third(x)  # not in place
         a, b, c, d, e, f = (conv(x) for conv in self.convs)
-        total = F.relu(a) + F.relu6(b) + F.hardtanh(c, -2.0, 1.0) + F.leaky_relu(d, 0.25)
+        total = F.relu(a) + F.relu6(b) + self.hardtanh(c) + F.leaky_relu(d, 0.25)
         return self.last(total + F.hardswish(e) + F.hardsigmoid(f)).mean((2, 3))
 
 
@@ -171,7 +186,7 @@ def prepared(name: str, dtype: torch.dtype, library: Library | None = None) -> t
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if isinstance(model, Edges):
         x = torch.randint(-7, 8, shape, generator=generator).double()
-        for conv in (*model.convs, model.last):
+        for conv in (*model.convs, model.first, model.second, model.third, model.last):
             assert isinstance(conv, nn.Conv2d)
             conv.weight.data.copy_(torch.eye(CHANNELS)[:, :, None, None])
     patches = dict.fromkeys(filtered_names(model), patch)
@@ -309,7 +324,9 @@ def test_deliberate_errors_are_noticed(
         monkeypatch.setattr(emit_forward.tirx, "LE", emit_forward.tirx.LT)
     else:
         scales = emit_forward._scales
-        monkeypatch.setattr(emit_forward, "_scales", lambda grid: scales(Grid(_unclipped(grid.rows), grid.cols)))
+        monkeypatch.setattr(
+            emit_forward, "_scales", lambda grid, times: scales(Grid(_unclipped(grid.rows), grid.cols), times)
+        )
     library = build(tmp_path / "wrong.gfb", segments["edges"])
     monkeypatch.undo()
     actual = step(*prepared("edges", torch.float32, library))

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from ..devices import DeviceProfile
 from ..kernels import emit, maps, simd
 from ..kernels.stages import ACC
-from ..kernels.strips import alignment, pooling
+from ..kernels.strips import alignment, pooling, power_of_two
 from .grids import Cuts, Grid
 from .segments import Average, Node, Part, Product, Segment
 
@@ -115,9 +115,12 @@ class _Sweep:
         self.plane = self.h * self.w
         self.grids = list(dict.fromkeys(average.grid for average in segment.averages))
         self.products = list(dict.fromkeys(average.product for average in segment.averages))
-        turned = any(average.layout == "sums, channels last" for average in segment.averages)
+        turned = any(_turned(average) for average in segment.averages)
         # A square of that many channels and patches is turned in registers.
         self.square = min(lanes, alignment(self.c)) if turned else 1
+        # Of small planes several, so that what was just written is not read back at once.
+        self.block = max(1, min(lanes, alignment(self.c), power_of_two(max(CHUNK // self.plane, 1))))
+        self.group = max(self.square, self.block)
         self.whole = self.plane <= CHUNK or not segment.averages
         found = bands(self.h, self.grids, max(1, CHUNK // self.w))
         self.runs = runs(found) if segment.averages else []
@@ -130,7 +133,7 @@ class _Sweep:
         self._arguments()
         self._prologue()
         parallel = prod(self.segment.shape) >= emit.PARALLEL_WORK
-        with emit.loop(self.n * self.c // self.square, parallel=parallel) as task:
+        with emit.loop(self.n * self.c // self.group, parallel=parallel) as task:
             self._task(task)
 
     # Arguments, and what is the same for all planes
@@ -153,7 +156,7 @@ class _Sweep:
         for node, target in self.slopes:
             emit_pieces(self.c, self.lanes, self._copy(self.norms[node]["slope"], target))
         means = {average.grid for average, _ in self.averages if average.layout == "means"}
-        self.scales = [_scales(grid) if grid in means else None for grid in self.grids]
+        self.scales = [_scales(grid, self.block if self.whole else 1) if grid in means else None for grid in self.grids]
 
     @staticmethod
     def _copy(source: Any, target: Any) -> Callable[[Any, int], None]:
@@ -181,36 +184,62 @@ class _Sweep:
     # Planes
 
     def _task(self, task: Any) -> None:
-        self.lines = [T.alloc_buffer((self.line + self.lanes,), ACC) for _ in self.products]
-        self.sums = []
-        for average, _ in self.averages:
-            planes = self.square if average.layout == "sums, channels last" else 1
-            self.sums.append(T.alloc_buffer((planes * self._stride(average),), ACC))
-        with emit.loop(self.square) as q:
-            self._plane(T.bind(task * self.square + q), q)
+        """A group of planes, in blocks."""
+        planes = self.block if self.whole else 1
+        self.lines = [T.alloc_buffer((planes * self.line + self.lanes,), ACC) for _ in self.products]
+        self.sums = [
+            T.alloc_buffer(((self.group if _turned(average) else planes) * self._stride(average) + self.lanes,), ACC)
+            for average, _ in self.averages
+        ]
+        first = T.bind(task * self.group)
+        with emit.loop(self.group // planes) as block:
+            before = block * planes
+            if self.whole:
+                with emit.loop(planes) as q:
+                    self._start(first + (before + q))
+                    self._sweep(self.base, q * self.plane, self.plane)
+            if self.averages:
+                with emit.loop(planes) as q:
+                    if not self.whole:
+                        self._start(first + (before + q))
+                    self._averages(q, before)
+            for (average, target), sums in zip(self.averages, self.sums, strict=True):
+                if not _turned(average):
+                    self._finish(average, target, sums, first + before, planes)
         for (average, target), sums in zip(self.averages, self.sums, strict=True):
-            if average.layout == "sums, channels last":
-                ph, pw = average.grid.shape
-                first = T.bind(task * self.square)
-                image, channel = first // self.c, first % self.c
-                maps.to_channels_last(
-                    sums, self._stride(average), self.square, ph * pw, target, image * (ph * pw), self.c, channel
-                )
+            if _turned(average):
+                patches = prod(average.grid.shape)
+                with emit.loop(self.group // self.square) as part:
+                    k = T.bind(first + part * self.square)
+                    maps.to_channels_last(
+                        sums,
+                        part * self.square * self._stride(average),
+                        self._stride(average),
+                        self.square,
+                        patches,
+                        target,
+                        k // self.c * patches,
+                        self.c,
+                        k % self.c,
+                    )
 
     def _stride(self, average: Average) -> int:
-        return prod(average.grid.shape) + self.lanes
+        """From one plane's sums to the next's: vectors of these may reach beyond what has been written."""
+        return prod(average.grid.shape) + (self.lanes if _turned(average) else 0)
 
-    def _plane(self, k: Any, q: Any) -> None:
+    def _start(self, k: Any) -> None:
+        """What the operations need of plane ``k``."""
         channel = T.bind(k % self.c)
         self.scalars = {
             (node, name): T.bind(simd.load(vector, channel, 1))
             for node, vectors in self.norms.items()
             for name, vector in vectors.items()
         }
-        base = T.bind(k * self.plane)
-        places = [
-            q * self._stride(average) if average.layout == "sums, channels last" else 0 for average, _ in self.averages
-        ]
+        self.base = T.bind(k * self.plane)
+
+    def _averages(self, q: Any, before: Any) -> None:
+        """Fill the sums of plane ``q`` of the block that begins with plane ``before`` of the group."""
+        places = [(before + q if _turned(a) else q) * self._stride(a) for a, _ in self.averages]
         for place, (average, _), sums in zip(places, self.averages, self.sums, strict=True):
             if not self.single[self.grids.index(average.grid)]:
                 emit_pieces(
@@ -218,34 +247,31 @@ class _Sweep:
                     self.lanes,
                     lambda at, width, sums=sums, place=place: simd.store(sums, place + at, simd.splat(0.0, width)),
                 )
-        if self.whole:
-            self._sweep(base, self.plane)
         for run in self.runs:
             with emit.loop(run.times) as t:
                 for band in run.bands:
-                    row = T.bind(band.start + t * run.rows)
+                    row = band.start + t * run.rows
                     if not self.whole:
-                        self._sweep(T.bind(base + row * self.w), band.rows * self.w)
-                    self._pool(band, row if self.whole else 0, run, t, places)
-        for (average, target), sums, place in zip(self.averages, self.sums, places, strict=True):
-            if average.layout != "sums, channels last":
-                self._finish(average, target, sums, place, k)
+                        self._sweep(self.base + row * self.w, 0, band.rows * self.w)
+                    line = T.bind(q * self.plane + row * self.w) if self.whole else 0
+                    self._pool(band, line, run, t, places)
 
-    def _finish(self, average: Average, target: Any, sums: Any, place: Any, k: Any) -> None:
+    def _finish(self, average: Average, target: Any, sums: Any, first: Any, planes: int) -> None:
+        """From a block's sums to the output."""
         patches = prod(average.grid.shape)
         scales = self.scales[self.grids.index(average.grid)]
 
         def some(at: Any, width: int) -> None:
-            value = simd.load(sums, place + at, width)
+            value = simd.load(sums, at, width)
             if average.layout == "means":
                 by = simd.splat(scales, width) if isinstance(scales, float) else simd.load(scales, at, width)
                 value = value * by
-            simd.store(target, k * patches + at, value)
+            simd.store(target, first * patches + at, value)
 
-        emit_pieces(patches, self.lanes, some)
+        emit_pieces(planes * patches, self.lanes, some)
 
-    def _pool(self, band: Band, row: Any, run: Run, t: Any, places: Sequence[Any]) -> None:
-        """Add a band, which begins in the lines at ``row``, to the sums of its patches."""
+    def _pool(self, band: Band, start: Any, run: Run, t: Any, places: Sequence[Any]) -> None:
+        """Add a band, which begins in the lines at ``start``, to the sums of its patches."""
         for (average, _), sums, place in zip(self.averages, self.sums, places, strict=True):
             g = self.grids.index(average.grid)
             number = band.places[g]
@@ -259,7 +285,7 @@ class _Sweep:
                     value = simd.load(sums, at + patch, simd.lanes_of(value)) + value
                 simd.store(sums, at + patch, value)
 
-            pixels = maps.pixel_rows(line, row * self.w, self.w, band.rows)
+            pixels = maps.pixel_rows(line, start, self.w, band.rows)
             self._pool_columns(average.grid.cols, pixels, sink)
 
     def _pool_columns(self, cuts: Cuts, pixels: Any, sink: Any) -> None:
@@ -279,15 +305,18 @@ class _Sweep:
 
     # Pixels
 
-    def _sweep(self, base: Any, count: int) -> None:
-        """All operations on ``count`` pixels, whatever rows they are in."""
+    def _sweep(self, base: Any, line: Any, count: int) -> None:
+        """All operations on ``count`` pixels, whatever rows they are in; what is averaged goes to ``line``."""
+        base, line = T.bind(base), line if isinstance(line, int) else T.bind(line)
         whole = count // self.lanes
         if whole:
-            emit.unrolled(whole, whole if whole <= 8 else 4, lambda v: self._vector(base, v * self.lanes, self.lanes))
+            emit.unrolled(
+                whole, whole if whole <= 8 else 4, lambda v: self._vector(base, line, v * self.lanes, self.lanes)
+            )
         for at, width in emit.pieces(count - whole * self.lanes, self.lanes):
-            self._vector(base, whole * self.lanes + at, width)
+            self._vector(base, line, whole * self.lanes + at, width)
 
-    def _vector(self, base: Any, at: Any, width: int) -> None:
+    def _vector(self, base: Any, first: Any, at: Any, width: int) -> None:
         ahead = max(1, AHEAD // self.plane) * self.plane
         for buffer in self.maps if width == self.lanes else ():
             simd.prefetch(buffer, base + at + ahead)
@@ -311,7 +340,7 @@ class _Sweep:
             return partial[parts]
 
         for parts, line in zip(self.products, self.lines, strict=True):
-            simd.store(line, at, product(parts))
+            simd.store(line, first + at, product(parts))
         for parts, target in self.handed:
             simd.store(target, base + at, product(parts))
         for value, target in self.written:
@@ -341,6 +370,10 @@ class _Sweep:
         return _slope(node.kind, node.settings, x, width)
 
 
+def _turned(average: Average) -> bool:
+    return average.layout == "sums, channels last"
+
+
 def _once(found: Sequence[Band], g: int, grid: Grid) -> bool:
     return [p for band in found if (p := band.places[g]) is not None] == list(range(grid.shape[0]))
 
@@ -355,19 +388,22 @@ def emit_pieces(count: int, lanes: int, visit: Any) -> None:
         visit(whole * lanes + at, width)
 
 
-def _scales(grid: Grid) -> Any:
-    """One over the pixels of each patch, zero for empty ones: a number if it is the same for all, else a buffer."""
+def _scales(grid: Grid, times: int) -> Any:
+    """One over the pixels of each patch, zero for empty ones: a number if it is the same for all, else a buffer.
+
+    The buffer holds them for ``times`` planes.
+    """
     by_row, by_column = ([1.0 / count if count else 0.0 for count in cuts.counts] for cuts in (grid.rows, grid.cols))
     if len({*by_row}) == len({*by_column}) == 1:
         return by_row[0] * by_column[0]
     ph, pw = grid.shape
     rows, columns = T.alloc_buffer((ph,), ACC), T.alloc_buffer((pw,), ACC)
-    scales = T.alloc_buffer((ph * pw,), ACC)
+    scales = T.alloc_buffer((times * ph * pw,), ACC)
     for buffer, values in ((rows, by_row), (columns, by_column)):
         for k, value in enumerate(values):
             simd.store(buffer, k, tirx.const(value, ACC))
-    with emit.loop(ph) as i, emit.loop(pw) as j:
-        simd.store(scales, i * pw + j, simd.load(rows, i, 1) * simd.load(columns, j, 1))
+    with emit.loop(times) as k, emit.loop(ph) as i, emit.loop(pw) as j:
+        simd.store(scales, (k * ph + i) * pw + j, simd.load(rows, i, 1) * simd.load(columns, j, 1))
     return scales
 
 

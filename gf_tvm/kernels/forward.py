@@ -47,5 +47,5 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                     channel, at = row // ph * ci + tile * square + c, c * stride + q * pw
                     maps.pool_row(axes, x, channel, size, row % ph, sums, at, lanes, tiles.near * plane)
 
-                maps.to_channels_last(sums, stride, square, patches, saved, block * patches, ci, tile * square)
+                maps.to_channels_last(sums, 0, stride, square, patches, saved, block * patches, ci, tile * square)
     return module()

@@ -256,19 +256,27 @@ def spread_row(
 
 
 def to_channels_last(
-    sums: Any, stride: int, square: int, patches: int, target: Any, first: Any, channels: int, channel: Any
+    sums: Any,
+    base: Any,
+    stride: int,
+    square: int,
+    patches: int,
+    target: Any,
+    first: Any,
+    channels: int,
+    channel: Any,
 ) -> None:
     """Write sums, channel by channel, with the channels last.
 
     Args:
-        sums, stride, square: ``square`` channels, a power of two, each ``stride`` elements behind the one before, which
-            may be read up to ``square`` elements behind its patches.
+        sums, base, stride, square: from ``base`` on ``square`` channels, a power of two, each ``stride`` elements
+            behind the one before; up to ``square`` elements behind its patches may be read.
         patches: of each channel.
         target, first, channels, channel: (patches, channels), the first patch and channel in it, and its channels.
     """
 
     def turn(at: Any, count: int) -> None:
-        columns = [T.bind(simd.load(sums, c * stride + at, square)) for c in range(square)]
+        columns = [T.bind(simd.load(sums, base + (c * stride + at), square)) for c in range(square)]
         for p, turned in enumerate(emit.transposed(columns)[:count]):
             simd.store(target, (first + at + p) * channels + channel, turned)
 
