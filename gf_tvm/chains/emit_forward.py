@@ -21,6 +21,10 @@ from .segments import Average, Node, Part, Product, Segment
 #: Pixels that go through the operations before what is averaged of them is pooled: a few KiB for each product, which
 #: stay in the first-level cache, and whole small planes, whose short rows would not fill registers.
 CHUNK = 1024
+#: Rows whose sum is written out.
+ROWS = 32
+#: Bands of a small plane that are written out, without a loop.
+WRITTEN_OUT = 8
 #: Planes ahead of which memory is asked for: at least these many pixels.
 AHEAD = 4096
 
@@ -70,7 +74,7 @@ def runs(found: Sequence[Band]) -> list[Run]:
     """The bands in order, those that repeat at least three times in one run."""
     result, at = [], 0
     while at < len(found):
-        best = Run((found[at],), 1, 0, (0,) * len(found[at].places))
+        best = _alone(found[at])
         for period in (1, 2, 3, 4):
             run = _repeated(found, at, period)
             if run.times >= 3 and run.times * period > best.times * len(best.bands):
@@ -78,6 +82,10 @@ def runs(found: Sequence[Band]) -> list[Run]:
         result.append(best)
         at += best.times * len(best.bands)
     return result
+
+
+def _alone(band: Band) -> Run:
+    return Run((band,), 1, 0, (0,) * len(band.places))
 
 
 def _repeated(found: Sequence[Band], at: int, period: int) -> Run:
@@ -122,8 +130,11 @@ class _Sweep:
         self.block = max(1, min(lanes, alignment(self.c), power_of_two(max(CHUNK // self.plane, 1))))
         self.group = max(self.square, self.block)
         self.whole = self.plane <= CHUNK or not segment.averages
-        found = bands(self.h, self.grids, max(1, CHUNK // self.w))
-        self.runs = runs(found) if segment.averages else []
+        found = bands(self.h, self.grids, max(1, min(CHUNK // self.w, ROWS)))
+        self.runs: list[Run] = []
+        if segment.averages:
+            few = self.whole and len(found) <= WRITTEN_OUT
+            self.runs = [_alone(band) for band in found] if few else runs(found)
         #: Pixels that are in the lines at a time.
         self.line = self.plane if self.whole else max(band.rows for band in found) * self.w
         #: By grid, whether each row of patches is one band: then its sums are stored, else added up.
@@ -291,7 +302,8 @@ class _Sweep:
     def _pool_columns(self, cuts: Cuts, pixels: Any, sink: Any) -> None:
         if min(cuts.counts) < self.lanes:
             columns = [range(a, b) for a, b in pairwise(cuts.points)]
-            maps.pool(pooling(columns, self.w, self.lanes), pixels, sink)
+            # A line may be read beyond its rows, so short ones are one load.
+            maps.pool(pooling(columns, power_of_two(self.w, up=True), self.lanes), pixels, sink)
             return
         for patch, (first, count) in enumerate(zip(cuts.points, cuts.counts, strict=False)):
             whole = count // self.lanes
