@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .bundle import build as build
     from .chains import ChainReport as ChainReport
     from .chains import chains_of as chains_of
+    from .chains import programs_of as programs_of
     from .comparison import compare as compare
     from .evaluation import EvaluateConfig as EvaluateConfig
     from .evaluation import evaluate as evaluate
@@ -44,6 +45,7 @@ _HOMES = {
     "Workload": "workload",
     "build": "bundle",
     "chains_of": "chains",
+    "programs_of": "chains",
     "compare": "comparison",
     "errors": "",
     "evaluate": "evaluation",

@@ -84,7 +84,7 @@ def _find(
 
     ``dtypes``: storage dtypes that will do, the best first; None: ``like``'s.
     """
-    if geometry.n == 0:
+    if geometry.n == 0 or like.device.type == "meta":
         return None  # nothing to compute, so nothing is missing
     if not library:
         _say_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from .library import CUDA_SCHEMA, LIBRARY, MANIFEST, SCHEMA
 from .workload import Workload
 
 if TYPE_CHECKING:
-    from gf_cuda import Program
+    from gf_cuda import Program as CudaProgram
 
 #: :attr:`BuiltKernel.note` of a kernel whose log comes from virtual boards.
 EMULATED = "chosen by times measured under emulation, which say nothing about a board"
@@ -70,7 +71,7 @@ def build(
     profile: DeviceProfile | str = "host",
     logs: Sequence[str | os.PathLike[str]] = (),
     out: str | os.PathLike[str] = "host.gfb",
-    progress: Callable[[int, int, BuiltKernel], None] | None = None,
+    progress: Callable[[int, int, BuiltKernel | Program], None] | None = None,
     shipped: bool = True,
     programs: Iterable[Program] = (),
 ) -> BuildReport:
@@ -81,7 +82,7 @@ def build(
         profile: a device profile or its name.
         logs: folders of tuning logs, searched before the logs that are shipped with gf_tvm.
         out: the file; replaced if it exists.
-        progress: called after each kernel with (done, of, kernel).
+        progress: called after each kernel or program with (done, of, what).
         shipped: whether the logs that are shipped with gf_tvm count. Without them and without ``logs`` every kernel
             gets its default schedule.
         programs: functions to compile besides, equal keys once. Their parts have the schedules that the logs say.
@@ -118,10 +119,13 @@ def build(
         for workload in workloads:
             yield _schedule(workload, profile, folders)
 
-    def done(built: BuiltKernel) -> None:
-        kernels.append(built)
+    count = itertools.count(1)
+
+    def done(built: BuiltKernel | Program) -> None:
+        if isinstance(built, BuiltKernel):
+            kernels.append(built)
         if progress is not None:
-            progress(len(kernels), len(workloads), built)
+            progress(next(count), len(workloads) + len(programs), built)
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         if profile.gpu:
@@ -143,7 +147,7 @@ def _make_cpu(
     scheduled: Iterator[tuple[BuiltKernel, Any]],
     profile: DeviceProfile,
     folder: Path,
-    done: Callable[[BuiltKernel], None],
+    done: Callable[[BuiltKernel | Program], None],
     programs: Sequence[Program],
     config_of: Callable[[Workload], dict[str, Any]],
 ) -> _Contents:
@@ -159,6 +163,7 @@ def _make_cpu(
     compiled = [{"key": program.key, "symbol": _symbol(program.key)} for program in programs]
     for program, entry in zip(programs, compiled, strict=True):
         modules.append(compile_module(program.module(profile, config_of), profile, entry["symbol"]))
+        done(program)
     export(modules, folder / LIBRARY, profile)
     files = {LIBRARY: (folder / LIBRARY).read_bytes()}
     manifest = {
@@ -177,7 +182,7 @@ def _make_cuda(
     scheduled: Iterator[tuple[BuiltKernel, Any]],
     profile: DeviceProfile,
     folder: Path,
-    done: Callable[[BuiltKernel], None],
+    done: Callable[[BuiltKernel | Program], None],
 ) -> _Contents:
     from gf_cuda import GfCudaError, nvrtc
 
@@ -209,7 +214,7 @@ def _make_cuda(
     return _complete(manifest, files, entries), files
 
 
-def _named(program: Program, workload: Workload) -> dict[str, Any]:
+def _named(program: CudaProgram, workload: Workload) -> dict[str, Any]:
     """The program's values, its arguments called as :mod:`gf_tvm.verify` calls them; TVM's names may be any."""
     from .verify import argument_specs
 

@@ -177,8 +177,8 @@ def _open(path: Path, data: bytes, digest: str) -> Library:
     if library is None:
         from . import cuda_library
 
-        manifest, kernels = cuda_library.open_bundle(path, data)
-        return Library(path, digest, manifest, kernels, cuda_library.device_type())
+        manifest, for_gpu = cuda_library.open_bundle(path, data)
+        return Library(path, digest, manifest, for_gpu, cuda_library.device_type())
     _check_machine(path, manifest)
     kernels, programs = _map_kernels(path, manifest, library)
     return Library(path, digest, manifest, kernels, programs=programs)
@@ -252,7 +252,9 @@ def _map_kernels(
             Kernel(Workload.from_dict(entry["workload"]), entry["schedule"], module[entry["symbol"]])
             for entry in manifest["kernels"]
         ]
-        programs = {entry["key"]: partial(_launch, module[entry["symbol"]]) for entry in manifest.get("programs", ())}
+        programs: dict[str, Callable[..., None]] = {
+            entry["key"]: partial(_launch, module[entry["symbol"]]) for entry in manifest.get("programs", ())
+        }
         return kernels, programs
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None

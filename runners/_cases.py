@@ -6,6 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..chains.compiled import Backward
     from ..shapes import Case
 
 
@@ -63,12 +66,8 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     if args.model is not None:
         if args.input is None or args.last is None:
             raise ModelError("--model needs --input NxCxHxW and --last K")
-        from ..models import build_model
-
         shape = parse_input(args.input)
-        # The number of classes does not matter here: no convolution depends on it.
-        model = build_model(args.model, num_classes=10, in_channels=shape[1], image_size=min(shape[2:]))
-        cases = model_cases(model, shape, last=args.last, patches=patches or [2, 4])
+        cases = model_cases(_model(args.model, shape), shape, last=args.last, patches=patches or [2, 4])
     else:
         if args.input is not None or args.last is not None:
             raise GeometryError("--input and --last belong to --model, not to --shapes")
@@ -76,3 +75,25 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     if args.dtype is not None:
         cases = with_dtypes(cases, parse_dtypes(args.dtype))
     return cases if args.cases is None else pick_cases(cases, args.cases)
+
+
+def programs_from(args: argparse.Namespace) -> list[Backward]:
+    """With --model and --chain: what training's chains are compiled to. ``args.train_bn_affine`` as for gf-tvm train.
+
+    Raises GeometryError and ModelError.
+    """
+    from ..shapes import parse_input, parse_patches
+    from ..training import chain_programs
+
+    if args.model is None or not args.chain:
+        return []
+    shape = parse_input(args.input)
+    patches = parse_patches(args.patch) if args.patch is not None else [2, 4]
+    return chain_programs(_model(args.model, shape), shape, args.last, patches, args.train_bn_affine)
+
+
+def _model(name: str, shape: tuple[int, int, int, int]) -> nn.Module:
+    """A model for batches of this shape. The number of classes does not matter: no convolution depends on it."""
+    from ..models import build_model
+
+    return build_model(name, num_classes=10, in_channels=shape[1], image_size=min(shape[2:]))

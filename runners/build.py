@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cases import add_case_arguments, add_chain_argument, cases_from
+from ._cases import add_case_arguments, add_chain_argument, cases_from, programs_from
 from ._output import OutputError, Progress, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
-    from ..bundle import BuildReport, BuiltKernel
+    from ..bundle import BuildReport, BuiltKernel, Program
     from ..devices import DeviceProfile
     from ..workload import Workload
 
@@ -25,6 +26,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_case_arguments(parser)
     add_chain_argument(parser)
+    parser.add_argument(
+        "--train-bn-affine",
+        action="store_true",
+        help="with --model and --chain: for gf-tvm train --train-bn-affine, whose chains do more",
+    )
     add_logs_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")
     parser.add_argument(
@@ -70,14 +76,17 @@ def run(args: argparse.Namespace) -> int:
     check_logs(args.logs)
     profile = get_profile(args.device)
     runtime = None if args.runtime is None else _runtime_folder(args.runtime, profile)
-    report = build_with_progress(workloads_of(cases_from(args), args.chain), profile, args.logs, args.out)
+    workloads = workloads_of(cases_from(args), args.chain)
+    programs = [] if profile.gpu else programs_from(args)
+    report = build_with_progress(workloads, profile, args.logs, args.out, programs)
     rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
     print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
     print_reasons(report)
     counts = Counter(kernel.schedule for kernel in report.kernels)
     summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
     size = report.path.stat().st_size
-    print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}), {size / 1e3:.0f} kB")
+    chains = f" and {len(programs)} whole chains" if programs else ""
+    print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}){chains}, {size / 1e3:.0f} kB")
     if runtime is not None:
         from ..farm.wheel import build_runtime_wheel
 
@@ -109,16 +118,19 @@ def _runtime_folder(path: Path, profile: DeviceProfile) -> Path:
     return folder
 
 
-def build_with_progress(workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path) -> BuildReport:
+def build_with_progress(
+    workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path, programs: Sequence[Program] = ()
+) -> BuildReport:
     """:func:`gf_tvm.build`, with a progress bar."""
-    from ..bundle import build
+    from ..bundle import BuiltKernel, build
 
-    with Progress(len(workloads), "building", unit="kernel") as progress:
+    with Progress(len(workloads) + len(programs), "building", unit="kernel") as progress:
 
-        def update(done: int, of: int, kernel: BuiltKernel) -> None:
-            progress.update(done, f"{kernel.schedule} {kernel.workload.kernel}")
+        def update(done: int, of: int, built: BuiltKernel | Program) -> None:
+            name = built.key if not isinstance(built, BuiltKernel) else f"{built.schedule} {built.workload.kernel}"
+            progress.update(done, name)
 
-        return build(workloads, profile, logs, out, update)
+        return build(workloads, profile, logs, out, update, programs=programs)
 
 
 def print_reasons(report: BuildReport) -> None:
@@ -134,6 +146,7 @@ def _document(report: BuildReport, profile: DeviceProfile, size: int) -> dict[st
         "bundle": report.path,
         "device": profile.name,
         "bytes": size,
+        "programs": list(report.programs),
         "kernels": [
             {
                 "key": kernel.workload.key,

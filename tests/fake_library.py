@@ -42,7 +42,7 @@ class FakeLibrary:
         return FakeKernel(self, kernel, geometry, dtype) if kernel in self.has and dtype in self.dtypes else None
 
     def program(self, key: str) -> None:
-        return None
+        """It has none."""
 
     # As the real one: copies share it, and unpickling finds the loaded one.
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeLibrary:

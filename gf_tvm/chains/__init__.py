@@ -8,6 +8,7 @@ Modules, each using those before it:
 * ``steps``: what a backward pass consists of
 * ``lowering``: the gradient algebra, from a graph to steps
 * ``partition``: which operations form chains, for given shapes
+* ``compiled``: the whole backward pass as one function of a library; ``emit_backward``: that function, for the compiler
 * ``plan``: one chain, with everything about shapes settled
 * ``kernels``: the products, by a library where there is one
 * ``run``: the autograd function: a plan's forward and backward pass in PyTorch
@@ -16,6 +17,6 @@ Modules, each using those before it:
 * ``model``: chains in a live model, and the report
 """
 
-from .model import Chain, ChainReport, chain_model, chains_of, unchain_model
+from .model import Chain, ChainReport, chain_model, chains_of, programs_of, unchain_model
 
-__all__ = ["Chain", "ChainReport", "chain_model", "chains_of", "unchain_model"]
+__all__ = ["Chain", "ChainReport", "chain_model", "chains_of", "programs_of", "unchain_model"]

@@ -37,12 +37,16 @@ def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> T
 
 
 def find_program(key: str, library: str) -> Callable[..., None] | None:
-    """The program of that key in the library of that digest, if there is a library and it has it."""
+    """The program of that key in the library of that digest; where it has none, that is said once."""
     if not library:
         return None
     from ..library import get
 
-    return get(library).program(key)
+    loaded = get(library)
+    found = loaded.program(key)
+    if found is None and loaded.device_type == "cpu":
+        autograd._say_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
+    return found
 
 
 def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., None]] | None:

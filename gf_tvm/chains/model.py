@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ..filtered import FilteredConv2d
 from .capture import CannotTrace, Part, capture
+from .compiled import Backward
 from .graph import Region
 from .partition import Layout
 from .plan import Plan
 from .program import Program, has_global_hooks
 from .recognise import has_hooks
+from .segments import Segment
 
 logger = logging.getLogger("gf_tvm")
 
@@ -244,6 +246,23 @@ def chains_of(model: nn.Module) -> ChainReport:
         alone |= others
     untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
     return ChainReport(tuple(chains), alone, untraced, waiting)
+
+
+def programs_of(model: nn.Module) -> list[Backward | Segment]:
+    """What :func:`gf_tvm.build` can compile of the chains of ``model``'s last training step, besides single kernels.
+
+    They are for the shapes of that step, and for what was trained in it.
+    """
+    found: dict[str, Backward | Segment] = {}
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
+            for _, _, plans in forward.last.layouts:
+                for plan in plans:
+                    found |= {segment.key: segment for segment in plan.programs}
+                    if plan.backward is not None:
+                        found[plan.backward.program.key] = plan.backward.program
+    return list(found.values())
 
 
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from . import segments
+from .compiled import Bound, backward_of
 from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
 from .lowering import Factor, Kept, Mean, Situation, lower
 from .steps import Step
@@ -63,6 +64,7 @@ class Plan:
         needs: entries whose gradients are needed. trained: of ``tensors`` those whose gradients are needed.
         forward: its operations.
         slots: what the forward pass keeps: means of products, and per operation x~, weight, scale or gate.
+        slot_shapes: their shapes.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
         kept_values: numbers that are kept for the backward pass, parameters not counted.
     """
@@ -77,6 +79,7 @@ class Plan:
     trained: frozenset[int]
     forward: tuple[Forward, ...]
     slots: tuple[Mean | Kept, ...]
+    slot_shapes: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
@@ -87,16 +90,20 @@ class Plan:
         return segments.units(self)
 
     @cached_property
-    def programs(self) -> tuple[str, ...]:
-        """Keys of the segments."""
-        return tuple(segment.key for segment in segments.programs_of(self))
+    def programs(self) -> tuple[segments.Segment, ...]:
+        """The functions that ``units`` call."""
+        return tuple(segments.programs_of(self))
 
     @cached_property
     def library(self) -> str:
-        """Digest of the library that all filtered convolutions have, or none."""
-        convs = (step.op for step in self.forward if isinstance(step.op, Conv))
-        digests = {op.library for op in convs if op.filtered}
-        return digests.pop() if len(digests) == 1 else ""
+        """Digest of the library of its filtered convolutions, where all have the same; else none."""
+        found = {step.op.library for step in self.forward if isinstance(step.op, Conv) and step.op.filtered}
+        return found.pop() if len(found) == 1 else ""
+
+    @cached_property
+    def backward(self) -> Bound | None:
+        """The backward pass as one compiled function, see :func:`.compiled.backward_of`."""
+        return backward_of(self.steps, self.registers, self.shapes, self.slot_shapes)
 
 
 def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
@@ -122,6 +129,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
         trained=frozenset(t for t in tensors if t in situation.trained),
         forward=_schedule(region, ops, lowered.slots, exits),
         slots=tuple(lowered.slots),
+        slot_shapes=tuple(_slot_shape(what, region, situation) for what in lowered.slots),
         steps=tuple(lowered.steps),
         registers=tuple(lowered.registers),
         kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
@@ -138,6 +146,19 @@ def _numbers(what: Mean | Kept, region: Region, situation: Situation) -> int:
         return math.prod(op.geometry(situation.shape(op.inputs[0])).saved_shape)
     shape = situation.shape(region.result(what.op))
     return {"scale": shape[1], "gate": shape[0] * shape[1]}.get(what.what, 0)
+
+
+def _slot_shape(what: Mean | Kept, region: Region, situation: Situation) -> tuple[int, ...]:
+    if isinstance(what, Mean):
+        index, _ = what.factor[0]
+        return (situation.shape(region.result(index))[0], what.width, *what.grid.shape)
+    op = region.ops[what.op]
+    if isinstance(op, Conv):
+        geometry = op.geometry(situation.shape(op.inputs[0]))
+        return geometry.saved_shape if what.what == "x~" else geometry.weight_shape
+    if isinstance(op, Gate) and len(op.inputs) == 2:
+        return situation.shape(op.inputs[1])
+    return (1, situation.shape(region.result(what.op))[1], 1, 1)
 
 
 def _schedule(

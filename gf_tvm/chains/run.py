@@ -1,8 +1,7 @@
 """Runs a chain: an exact forward pass that keeps what the plan says, and one backward pass on the patch grid.
 
-The products of the backward pass are a library's kernels where it has them (:mod:`.kernels`). :func:`backward` is all
-that one compiled backward pass of a whole chain would have to replace: the plan, what was kept and the gradients that
-come in are its arguments, and every intermediate map is a register of the plan, of known size.
+Where a library has the whole backward pass as one function (:mod:`.compiled`) it is called; else the steps are done one
+by one, the products by a library's kernels where it has them (:mod:`.kernels`).
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from .steps import (
     Take,
     Times,
     TimesSaved,
+    reads,
 )
 
 
@@ -105,7 +105,7 @@ def _segments(
             return None
     if torch.is_autocast_enabled("cpu") or not plan.library:
         return None
-    return kernels.find_programs(plan.programs, plan.library)
+    return kernels.find_programs([segment.key for segment in plan.programs], plan.library)
 
 
 @dataclass
@@ -248,7 +248,9 @@ def _normalisation(
 def backward(
     plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The backward pass of a chain: the products by kernels where the library has them, the rest by PyTorch.
+    """The backward pass of a chain: as one function if the library has it, else its steps one by one.
+
+    One by one, products are the library's kernels where it has them, and the rest PyTorch's operators.
 
     Args:
         kept: what :func:`forward` returned, by slot.
@@ -260,6 +262,11 @@ def backward(
     like = next((grad for grad in grads.values() if grad is not None), None)
     if like is None:
         return {}, {}
+    bound = plan.backward
+    if bound is not None and bound.takes(kept, grads):
+        function = kernels.find_program(bound.program.key, plan.library)
+        if function is not None:
+            return bound.run(function, kept, grads)
     with autograd._without_autocast(like.device.type):
         return _Backward(plan, kept, grads).run()
 
@@ -359,20 +366,12 @@ def _last_use(plan: Plan) -> dict[int, list[int]]:
     """By step, the registers that nobody reads afterwards."""
     last: dict[int, int] = {}
     for number, step in enumerate(plan.steps):
-        for register in _reads(step):
+        for register in reads(step):
             last[register] = number
     found: dict[int, list[int]] = {}
     for register, number in last.items():
         found.setdefault(number, []).append(register)
     return found
-
-
-def _reads(step: Any) -> list[int]:
-    if isinstance(step, Filter | Take):
-        return []
-    if isinstance(step, Gather):
-        return [part.src for part in step.parts]
-    return [step.a, step.b] if isinstance(step, Plus) else [step.src]
 
 
 def _weighted(t: Tensor, rows: tuple[float, ...], cols: tuple[float, ...]) -> Tensor:

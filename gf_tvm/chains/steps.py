@@ -170,3 +170,17 @@ Step = Union[  # noqa: UP007 (Python 3.10 makes no union of these at run time th
     Plus,
     Expand,
 ]
+
+
+def reads(step: Step) -> tuple[int, ...]:
+    """Registers that a step reads."""
+    if isinstance(step, Filter | Take):
+        return ()
+    if isinstance(step, Gather):
+        return tuple(part.src for part in step.parts)
+    return (step.a, step.b) if isinstance(step, Plus) else (step.src,)
+
+
+def writes(step: Step) -> tuple[int, ...]:
+    """Registers that a step writes."""
+    return () if isinstance(step, ConvWeight | PatchSum | Expand) else (step.dst,)

@@ -26,9 +26,9 @@ class ByChannels(Sweep):
     W is read, and grad_W written, exactly once, without sums of several parts; g~ of the whole batch is kept meanwhile.
     """
 
-    def emit(self) -> None:
+    def emit(self, tensors: dict[str, Any] | None = None) -> None:
         assert self.blocks == 1
-        self.tensors = emit.arguments(self.workload)
+        self.tensors = emit.arguments(self.workload) if tensors is None else tensors
         geometry, tiles = self.geometry, self.tiles
         self.scales = maps.patch_scales(geometry, self.padded)
         self.stream = tiles.stream
@@ -39,7 +39,7 @@ class ByChannels(Sweep):
             sums = self._pool_channel(0, o, self.tiles.near)
             if sums is not None:
                 simd.store(self.tensors["grad_b"], o, emit.total(sums))
-        with simd.streaming(self.dtype, self.stream):
+        with simd.streaming(self.dtype, self.stream and tensors is None):
             if self.needs_x:
                 self._share_input_channels()
             if self.needs_w:

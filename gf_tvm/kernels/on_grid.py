@@ -18,8 +18,13 @@ from .sweep import Sweep, Tiles
 def products(workload: Workload, tiles: Tiles, lanes: int) -> Any:
     """IRModule of ``input_grad`` or ``weight_grad``; not for depthwise ones, nor for the former of dilated ones."""
     with emit.function() as module:
-        (_GridByChannels if tiles.by_channels else _GridSweep)(workload, tiles, lanes).emit()
+        emit_products(workload, tiles, lanes)
     return module()
+
+
+def emit_products(workload: Workload, tiles: Tiles, lanes: int, tensors: dict[str, Any] | None = None) -> None:
+    """The same inside of a function that does more; ``tensors``: see :meth:`Sweep.emit`."""
+    (_GridByChannels if tiles.by_channels else _GridSweep)(workload, tiles, lanes).emit(tensors)
 
 
 class _GridSweep(Sweep):

@@ -93,8 +93,13 @@ class Sweep:
         self.ahead: Ahead | None = None
         self.panel_at: Any = 0
 
-    def emit(self) -> None:
-        self.tensors = emit.arguments(self.workload)
+    def emit(self, tensors: dict[str, Any] | None = None) -> None:
+        """Emit it whole.
+
+        ``tensors``: flat, as :func:`emit.arguments` calls them, inside of :func:`simd.streaming`; None: the function's
+        parameters.
+        """
+        self.tensors = emit.arguments(self.workload) if tensors is None else tensors
         geometry, lanes = self.geometry, self.lanes
         # Room for as many as there can be; memory that no part uses is never touched, so it is only addresses.
         most = min(self.blocks, MOST_PARTS)
@@ -109,7 +114,7 @@ class Sweep:
             self._sum_taps()
         self.scales = maps.patch_scales(geometry, self.padded)
         self.stream = self.tiles.stream
-        with simd.streaming(self.dtype, self.stream):
+        with simd.streaming(self.dtype, self.stream and tensors is None):
             self._sweep()
             self._add_up()
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .data import Dataset as Dataset
     from .data import Images as Images
     from .data import load_dataset as load_dataset
+    from .programs import chain_programs as chain_programs
     from .results import EpochRow as EpochRow
     from .results import Event as Event
     from .results import Pretrained as Pretrained
@@ -32,6 +33,7 @@ _HOMES = {
     "TrainConfig": "config",
     "TrainResult": "results",
     "TrainingError": "config",
+    "chain_programs": "programs",
     "finetune": "trainer",
     "load_data": "trainer",
     "load_dataset": "data",

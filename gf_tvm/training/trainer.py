@@ -149,7 +149,7 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     """
     model = _build(config, dataset)
     names = [name for name, _ in select_layers(model, last=config.last)]
-    _freeze(model, names, config.train_bn_affine)
+    freeze(model, names, config.train_bn_affine)
     _, planned = plan_cache(
         config,
         model,
@@ -243,7 +243,7 @@ def finetune(
     except RuntimeError as error:
         raise ModelError(f"the pretrained weights do not fit {config.model!r}: {str(error).splitlines()[0]}") from None
     names = [name for name, _ in select_layers(model, last=config.last)]
-    head = _freeze(model, names, config.train_bn_affine)
+    head = freeze(model, names, config.train_bn_affine)
     kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
     if config.patch is not None:
         filter_model(model, patch=_patch(config), last=config.last, library=library, chain=config.chain)
@@ -359,7 +359,7 @@ def _check_resumable(config: TrainConfig, dataset: Dataset, folder: Path) -> Non
         files.check_same(path, {key: found.get(key) for key in identity} if isinstance(found, dict) else {}, identity)
 
 
-def _freeze(model: nn.Module, layers: list[str], train_bn_affine: bool) -> str | None:
+def freeze(model: nn.Module, layers: list[str], train_bn_affine: bool) -> str | None:
     """Leave only the named convolutions, the last linear layer and, if asked, the batch norms after the first of
     these convolutions trainable. Returns the linear layer's name, None if there is none."""
     head = None

@@ -1,0 +1,406 @@
+"""The whole backward pass of a chain as one compiled function: what it takes, and how it is called.
+
+The function is emitted by :mod:`.emit_backward`, where there is a compiler, and found in a library by its key. All
+intermediate gradients lie in one workspace, planned here. Everything is float32, as sums are everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+from .graph import Shape
+from .grids import Grid
+from .steps import (
+    Channels,
+    ConvInput,
+    ConvWeight,
+    Expand,
+    Filter,
+    Gather,
+    MapSum,
+    Part,
+    PatchSum,
+    Plus,
+    Step,
+    Take,
+    Times,
+    TimesSaved,
+    reads,
+    writes,
+)
+
+if TYPE_CHECKING:
+    from ..devices import DeviceProfile
+    from ..workload import Workload
+
+#: Elements that offsets in the workspace and in the tables are multiples of: a cache line.
+LINE = 16
+#: Dtypes that are converted to float32 on the way in.
+_STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that the function takes.
+
+    Attributes:
+        kind: "grad" of an exit, "slot" that the forward pass kept; written: "tensor" (a parameter's gradient), "entry"
+            (an entry's); "workspace"; "floats" and "integers", see :class:`Tables`.
+        number: of the value, slot or tensor.
+    """
+
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Tables:
+    """Constants of the backward pass, in two flat tensors, and where in them they are."""
+
+    floats: list[float] = field(default_factory=list)
+    integers: list[int] = field(default_factory=list)
+    _at: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def place(self, values: Sequence[float] | Sequence[int]) -> int:
+        """Where these values are, among the floats or among the integers; equal ones once."""
+        whole = all(isinstance(value, int) for value in values)
+        key = (whole, *values)
+        if key not in self._at:
+            table: list[Any] = self.integers if whole else self.floats
+            self._at[key] = len(table)
+            table.extend(values)
+            table.extend([0] * (-len(table) % LINE))
+        return self._at[key]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One chain's backward pass, as far as it is compiled: a function of shapes and steps alone.
+
+    It is a :class:`gf_tvm.bundle.Program`.
+
+    Attributes:
+        batch: images.
+        steps, registers: as in :class:`.plan.Plan`, but values, slots and tensors are numbered in the order in which
+            they are met, and libraries' digests are left out.
+        values: shapes of exits whose gradients are read and of entries whose gradients are written.
+        slots: shapes of those that are read.
+    """
+
+    batch: int
+    steps: tuple[Step, ...]
+    registers: tuple[tuple[int, int, int], ...]
+    values: tuple[Shape, ...]
+    slots: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for chains that do the same."""
+        text = repr((self.batch, self.steps, self.registers, self.values, self.slots))
+        convs = sum(isinstance(step, ConvWeight) for step in self.steps)
+        return f"chain_backward_n{self.batch}_{convs}convs_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
+        """The IRModule; needs the compiler."""
+        from .emit_backward import emit_backward
+
+        return emit_backward(self, profile, config_of)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The constants; placing them again finds them where they are."""
+        tables = Tables()
+        for step in self.steps:
+            if isinstance(step, PatchSum | MapSum) and not uniform(step.grid):
+                tables.place(pixels(step.grid))
+            if isinstance(step, Gather) and not simple(step, self.registers):
+                for part in step.parts:
+                    for values in indices(part):
+                        tables.place(values)
+        return tables
+
+    @cached_property
+    def stages(self) -> tuple[tuple[Step, ...], ...]:
+        """The steps in order: those that are done in one loop over channels together, and the others one by one."""
+        found: list[list[Step]] = []
+        last = None
+        for step in self.steps:
+            own = space(step, self.registers)
+            if own is None or own != last:
+                found.append([])
+            found[-1].append(step)
+            last = own
+        return tuple(map(tuple, found))
+
+    @cached_property
+    def places(self) -> tuple[dict[int, int], int]:
+        """Where in the workspace each register lies, and the workspace's size, in elements.
+
+        A register's place is free again after the last stage that reads it, and the first place that is large enough
+        is taken. Registers that one stage alone knows have none, nor those that are a gradient that came in.
+        """
+        last = {r: k for k, stage in enumerate(self.stages) for step in stage for r in reads(step)}
+        found: dict[int, int] = {}
+        taken: list[tuple[int, int, int]] = []  # start, end, last stage
+        size = 0
+        for k, stage in enumerate(self.stages):
+            taken = [other for other in taken if other[2] >= k]
+            for step in stage:
+                for register in () if isinstance(step, Take) else writes(step):
+                    if len(stage) > 1 and last.get(register, k) == k:
+                        continue
+                    count = self.batch * math.prod(self.registers[register])
+                    wanted, at = count + -count % LINE, 0
+                    for start, end, _ in sorted(taken):
+                        if at + wanted <= start:
+                            break
+                        at = max(at, end)
+                    found[register] = at
+                    taken.append((at, at + wanted, last.get(register, k)))
+                    size = max(size, at + wanted)
+        return found, size + LINE
+
+    @property
+    def scratch(self) -> int:
+        """Where the part of the workspace begins that one stage uses for itself."""
+        _, size = self.places
+        return size + -size % LINE
+
+    @cached_property
+    def workspace(self) -> int:
+        """Elements of the workspace."""
+        dilated = [step.geometry for step in self.steps if isinstance(step, ConvInput) and step.geometry.dilated]
+        return self.scratch + max((sum(scratch_of(geometry)) for geometry in dilated), default=0)
+
+    @cached_property
+    def arguments(self) -> tuple[Argument, ...]:
+        """In the order in which the function takes them."""
+        grads = dict.fromkeys(step.value for step in self.steps if isinstance(step, Filter | Take))
+        entries = dict.fromkeys(step.value for step in self.steps if isinstance(step, Expand))
+        tensors: dict[int, tuple[int, ...]] = {}
+        for step in self.steps:
+            if isinstance(step, ConvWeight):
+                tensors[step.tensor] = step.geometry.weight_shape
+            elif isinstance(step, PatchSum):
+                tensors[step.tensor] = (step.channels,)
+        return (
+            *(Argument("grad", value, self.values[value]) for value in grads),
+            *(Argument("slot", slot, shape) for slot, shape in enumerate(self.slots)),
+            *(Argument("tensor", tensor, shape) for tensor, shape in tensors.items()),
+            *(Argument("entry", value, self.values[value]) for value in entries),
+            Argument("workspace", 0, (self.workspace,)),
+            Argument("floats", 0, (max(1, len(self.tables.floats)),)),
+            Argument("integers", 0, (max(1, len(self.tables.integers)),)),
+        )
+
+    @cached_property
+    def zeroed(self) -> frozenset[tuple[str, int]]:
+        """Arguments (kind, number) that must be zero before: nobody writes all of them first."""
+        seen: set[tuple[str, int]] = set()
+        found = set()
+        for step in self.steps:
+            if isinstance(step, PatchSum):
+                key, whole = ("tensor", step.tensor), step.width == step.channels
+            elif isinstance(step, Expand):
+                key = ("entry", step.value)
+                whole = step.width == self.values[step.value][1] and covers(step.grid)
+            else:
+                continue
+            if key not in seen and not whole:
+                found.add(key)
+            seen.add(key)
+        return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A :class:`Backward` in one chain: which of the chain's values, slots and tensors its numbers stand for."""
+
+    program: Backward
+    values: tuple[int, ...]
+    slots: tuple[int, ...]
+    tensors: tuple[int, ...]
+
+    def takes(self, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether these tensors are of the kind that the function is for."""
+        return all(
+            tensor is not None and tensor.device.type == "cpu" and tensor.dtype in _STORAGE
+            for argument in self.program.arguments
+            if argument.kind in ("grad", "slot")
+            for tensor in (self._given(argument, kept, grads),)
+        )
+
+    def run(
+        self, function: Callable[..., None], kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Call the compiled function; arguments and results as of :func:`.run.backward`."""
+        given: list[Tensor] = []
+        of_entries: dict[int, Tensor] = {}
+        of_tensors: dict[int, Tensor] = {}
+        for argument in self.program.arguments:
+            kind, number, shape = argument.kind, argument.number, argument.shape
+            if kind in ("grad", "slot"):
+                tensor = self._given(argument, kept, grads)
+                assert tensor is not None
+                given.append(_for_function(tensor, shape))
+            elif kind in ("floats", "integers"):
+                given.append(_constants(tuple(getattr(self.program.tables, kind)), kind == "integers"))
+            else:
+                result = _result(shape, (kind, number) in self.program.zeroed)
+                given.append(result)
+                if kind == "entry":
+                    of_entries[self.values[number]] = result
+                elif kind == "tensor":
+                    of_tensors[self.tensors[number]] = result.flatten()
+        function(*given)
+        return of_entries, of_tensors
+
+    def _given(self, argument: Argument, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> Tensor | None:
+        return grads[self.values[argument.number]] if argument.kind == "grad" else kept[self.slots[argument.number]]
+
+
+def backward_of(
+    steps: Sequence[Step],
+    registers: Sequence[tuple[int, int, int]],
+    shapes: Mapping[int, Shape],
+    slots: Sequence[tuple[int, ...]],
+) -> Bound | None:
+    """The backward pass of these steps as a compiled function; None where several convolutions share a weight.
+
+    Args:
+        steps, registers, shapes: as in :class:`.plan.Plan`. slots: shapes, by number.
+    """
+    weights = [step.tensor for step in steps if isinstance(step, ConvWeight)]
+    sums = {step.tensor for step in steps if isinstance(step, PatchSum)}
+    if len(set(weights)) < len(weights) or sums & set(weights):
+        return None
+    numbers = _Numbers()
+    plain = tuple(numbers.renumbered(step) for step in steps)
+    values, kept, tensors = (tuple(numbers.known[kind]) for kind in ("value", "slot", "tensor"))
+    if not values:
+        return None
+    program = Backward(
+        batch=shapes[values[0]][0],
+        steps=plain,
+        registers=tuple(registers),
+        values=tuple(shapes[value] for value in values),
+        slots=tuple(slots[slot] for slot in kept),
+    )
+    return Bound(program, values, kept, tensors)
+
+
+#: What fields of steps are numbers of.
+_FIELDS = {
+    "value": "value",
+    "weight": "slot",
+    "filtered": "slot",
+    "mean": "slot",
+    "slot": "slot",
+    "tensor": "tensor",
+}
+
+
+class _Numbers:
+    """Counts values, slots and tensors anew, in the order of the steps, so that equal chains of two networks agree."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[int, int]] = {"value": {}, "slot": {}, "tensor": {}}
+
+    def renumbered(self, step: Any) -> Any:
+        new: dict[str, Any] = {}
+        for name, kind in _FIELDS.items():
+            number = getattr(step, name, None)
+            if number is not None:
+                known = self.known[kind]
+                new[name] = known.setdefault(number, len(known))
+        if isinstance(step, Gather):
+            new["parts"] = tuple(self.renumbered(part) for part in step.parts)
+        if isinstance(step, ConvInput | ConvWeight):
+            new["library"] = ""
+        return replace(step, **new)
+
+
+def scratch_of(geometry: Geometry) -> tuple[int, int]:
+    """Elements, whole lines, that the gradient of x of a dilated convolution needs: g~ and W, tap by tap."""
+    taps = math.prod(geometry.kernel)
+    sizes = geometry.n * geometry.co * taps * math.prod(geometry.grid), geometry.co * geometry.ci_group * taps
+    first, second = (size + -size % LINE for size in sizes)
+    return first, second
+
+
+def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
+    """(channels, ph, pw) that a step goes through element by element, or None if it does not."""
+    if isinstance(step, Gather):
+        return (step.channels, *step.grid.shape) if simple(step, registers) else None
+    if isinstance(step, PatchSum):
+        return (step.width, *step.grid.shape)
+    if isinstance(step, ConvInput | ConvWeight):
+        geometry = step.geometry
+        over_patches = isinstance(step, ConvInput) and geometry.dilated and math.prod(geometry.kernel) > 1
+        return (geometry.ci, *geometry.grid) if geometry.depthwise and not over_patches else None
+    return registers[step.dst] if isinstance(step, Times | TimesSaved | Channels | Plus) else None
+
+
+def simple(step: Gather, registers: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether every patch of the sum takes the same patch of each part, or the only one that there is."""
+    ph, pw = step.grid.shape
+    for part in step.parts:
+        same = tuple(range(ph)), tuple(range(pw))
+        source = part.rows.in_b, part.cols.in_b
+        if (part.rows.in_a, part.cols.in_a) != same or (part.start, part.width) != (0, step.channels):
+            return False
+        if any(weight != 1 for weight in (*part.weight_rows, *part.weight_cols)):
+            return False
+        if registers[part.src][1:] != (1, 1) and (registers[part.src][1:] != (ph, pw) or source != same):
+            return False
+    return True
+
+
+def indices(part: Part) -> tuple[Sequence[float] | Sequence[int], ...]:
+    """By cell: the patches of the sum and of the part, and weights, along rows, then columns."""
+    return (
+        *(tuple(int(k) for k in numbers) for numbers in (part.rows.in_a, part.rows.in_b)),
+        tuple(float(weight) for weight in part.weight_rows),
+        *(tuple(int(k) for k in numbers) for numbers in (part.cols.in_a, part.cols.in_b)),
+        tuple(float(weight) for weight in part.weight_cols),
+    )
+
+
+def uniform(grid: Grid) -> bool:
+    """Whether all patches have as many pixels."""
+    return len(set(grid.rows.counts)) <= 1 and len(set(grid.cols.counts)) <= 1
+
+
+def pixels(grid: Grid) -> tuple[float, ...]:
+    """Pixels of each patch, row by row."""
+    return tuple(float(a * b) for a, b in itertools.product(grid.rows.counts, grid.cols.counts))
+
+
+def covers(grid: Grid) -> bool:
+    """Whether every pixel lies in a patch."""
+    return all(cuts.points[0] == 0 and cuts.points[-1] == cuts.size for cuts in (grid.rows, grid.cols))
+
+
+def _result(shape: tuple[int, ...], zero: bool) -> Tensor:
+    return torch.zeros(shape) if zero else torch.empty(shape)
+
+
+def _for_function(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensor.reshape(shape).to(torch.float32).contiguous()
+    return tensor.clone() if tensor.data_ptr() % (4 * LINE) else tensor
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], integers: bool) -> Tensor:
+    return torch.tensor(values or (0,), dtype=torch.int32 if integers else torch.float32)

@@ -1,0 +1,54 @@
+"""What a chained fine-tuning run calls besides single kernels, found without running anything."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ..chains import programs_of
+from ..chains.compiled import Backward
+from ..chains.segments import Segment
+from ..errors import ModelError
+from ..filtered import Patch
+from ..nn import filter_model, select_layers
+from .loop import training_mode
+from .trainer import freeze
+
+
+def chain_programs(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    last: int,
+    patches: Iterable[Patch] = (2,),
+    train_bn_affine: bool = False,
+) -> list[Backward | Segment]:
+    """The programs that :func:`gf_tvm.build` can compile for chained fine-tuning of ``model``, which stays as it was.
+
+    Args:
+        model: takes one tensor of ``input_shape``, (n, c, h, w) of a training batch.
+        last: its last convolutions are fine-tuned, as :class:`TrainConfig` says.
+        patches: programs for each of them.
+        train_bn_affine: as in :class:`TrainConfig`.
+
+    Raises:
+        ModelError: no such layers, or the model does not run on that input.
+    """
+    found: dict[str, Backward | Segment] = {}
+    for patch in patches:
+        # On the meta device, where shapes are all that there is.
+        run = copy.deepcopy(model).to("meta")
+        freeze(run, [name for name, _ in select_layers(run, last=last)], train_bn_affine)
+        filter_model(run, patch=patch, last=last, chain=True)
+        training_mode(run, "finetune")
+        try:
+            with torch.enable_grad():
+                run(torch.empty(tuple(input_shape), device="meta"))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            shape = "x".join(map(str, input_shape))
+            raise ModelError(f"{type(model).__name__} does not run on an input of shape {shape}: {reason}") from error
+        found |= {program.key: program for program in programs_of(run)}
+    return list(found.values())
