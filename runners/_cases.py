@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..chains.compiled import Backward
+    from ..bundle import Program
     from ..shapes import Case
 
 
@@ -77,7 +77,7 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     return cases if args.cases is None else pick_cases(cases, args.cases)
 
 
-def programs_from(args: argparse.Namespace) -> list[Backward]:
+def programs_from(args: argparse.Namespace) -> list[Program]:
     """With --model and --chain: what training's chains are compiled to. ``args.train_bn_affine`` as for gf-tvm train.
 
     Raises GeometryError and ModelError.
@@ -89,7 +89,7 @@ def programs_from(args: argparse.Namespace) -> list[Backward]:
         return []
     shape = parse_input(args.input)
     patches = parse_patches(args.patch) if args.patch is not None else [2, 4]
-    return chain_programs(_model(args.model, shape), shape, args.last, patches, args.train_bn_affine)
+    return [*chain_programs(_model(args.model, shape), shape, args.last, patches, args.train_bn_affine)]
 
 
 def _model(name: str, shape: tuple[int, int, int, int]) -> nn.Module:
