@@ -56,8 +56,20 @@ def _keep_small_on_stack(stmt: Any) -> Any:
     return stmt
 
 
+def _body(body: Any, internal: bool) -> Any:
+    """The body of a function. ``internal``: it is called by others, and takes no tensors."""
+    if not internal:
+        return body
+    # On whose memory it works; functions that take tensors get it from them.
+    for key, value in (("device_type", 1), ("device_id", 0)):
+        body = tirx.AttrStmt(tvm.ir.StringImm("default"), key, tirx.IntImm("int32", value), body)
+    return body
+
+
 def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") -> Any:
-    """Compile an IRModule (or a Schedule) whose function is ``main``; in the result it is called ``symbol``.
+    """Compile an IRModule (or a Schedule); its function ``main`` is called ``symbol`` in the result.
+
+    Other functions in it are called by ``main`` alone.
 
     Raises:
         BuildError: TVM could not lower it or LLVM could not compile it.
@@ -70,14 +82,15 @@ def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") ->
         written_out = not isinstance(func.body, s_tir.SBlockRealize)
         target = tvm.target.Target({**json.loads(profile.target), **(_WRITTEN_OUT if written_out else {})})
         target = target.with_host(target)
-        module = tirx.transform.BindTarget(target)(tvm.IRModule({symbol: func}))
+        others = {name: other for name, other in module.functions.items() if name.name_hint != "main"}
+        module = tirx.transform.BindTarget(target)(tvm.IRModule({symbol: func, **others}))
         pipeline, finalize_host, _ = s_tir.pipeline.default_s_tir_pipeline()
         with tvm.transform.PassContext(disabled_pass=list(_NEEDLESS_PASSES) if written_out else []):
             module = pipeline(module)
         host, _ = split_host_device_mods(module)
         host = tvm.IRModule(
             {
-                name: function.with_body(_keep_small_on_stack(function.body))
+                name: function.with_body(_body(_keep_small_on_stack(function.body), name.name_hint != symbol))
                 for name, function in host.functions.items()
             },
             attrs=host.attrs,

@@ -268,17 +268,47 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_kernels_for_a_board_are_right_on_it(virtual_root: Path, tmp_path: Path) -> None:
-    """Built here for rpi4, loaded there, called with aarch64 PyTorch's tensors, compared with float64."""
+    """Built here for rpi4, loaded there, called with aarch64 PyTorch's tensors, compared with float64; a chain, too."""
     if shutil.which("aarch64-linux-gnu-g++") is None:
         pytest.skip("linking for aarch64 needs: apt-get install g++-aarch64-linux-gnu")
     shapes = {"n": 2, "kernel": 3, "stride": 1, "padding": 1, "dtype": "float32", "patches": [2, 4]}
     cases = [{"ci": 8, "co": 8, "h": 6, "w": 6}, {"ci": 24, "co": 12, "h": 13, "w": 9}]
     (tmp_path / "shapes.json").write_text(json.dumps({**shapes, "cases": cases}))
-    bundle = str(tmp_path / "rpi4.gfb")
+    bundle, chain = str(tmp_path / "rpi4.gfb"), str(tmp_path / "chain.gfb")
     assert main(["build", "--device", "rpi4", "--shapes", str(tmp_path / "shapes.json"), "--out", bundle]) == 0
+    network = ["--model", "mobilenetv2_025", "--input", "2x3x16x16", "--last", "3", "--patch", "2", "--chain"]
+    assert main(["build", "--device", "rpi4", *network, "--out", chain]) == 0
     code = """
-import json, sys, torch, gf_tvm
+import copy, json, sys, warnings, torch, gf_tvm
 from gf_tvm import verify
+from gf_tvm.models import build_model
+
+warnings.simplefilter("error", gf_tvm.FallbackWarning)
+
+
+def gradients(model, x):
+    model(x).square().sum().backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference():
+    torch.manual_seed(0)
+    model = build_model("mobilenetv2_025", 10, in_channels=3, image_size=16).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 16, 16)
+    exact = copy.deepcopy(model).double()
+    for m in (model, exact):
+        chained = m is model
+        gf_tvm.filter_model(m, 2, last=3, chain=chained, library=gf_tvm.load(sys.argv[2]) if chained else None)
+        for name in gf_tvm.filter_report(m).filtered:
+            m.get_submodule(name).requires_grad_(True)
+    actual = gradients(model, x)
+    warnings.simplefilter("ignore", gf_tvm.FallbackWarning)
+    wanted = gradients(exact, x.double())
+    assert len(gf_tvm.chains_of(model).chains[0].convolutions) == 3
+    assert actual.keys() == wanted.keys() and len(actual) == 3
+    return max(float((actual[n] - w).norm() / w.norm()) for n, w in wanted.items())
+
+
 library = gf_tvm.load(sys.argv[1])
 result = {}
 for workload in library.workloads:
@@ -286,13 +316,15 @@ for workload in library.workloads:
     library.find(workload.kernel, workload.geometry, workload.dtype)(*inputs, *outputs)
     result[workload.key] = verify.excess(outputs, verify.expected(workload, inputs))
 exchange = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-print(json.dumps({"torch": torch.__version__, "excess": result, "exchange": exchange}))
+found = {"torch": torch.__version__, "excess": result, "exchange": exchange, "chained": difference()}
+print(json.dumps(found))
 """
-    found = json.loads(run_in(virtual_root, "-c", code, bundle, cwd=tmp_path))
+    found = json.loads(run_in(virtual_root, "-c", code, bundle, chain, cwd=tmp_path))
     assert found["torch"].startswith("2.7.1")
     assert found["exchange"], "the quick exchange of tensors, without a compiler on the board"
     assert len(found["excess"]) == 8
     assert {key: value for key, value in found["excess"].items() if not value <= 1} == {}
+    assert found["chained"] < 1e-5
 
 
 class Board(VirtualPi):

@@ -285,8 +285,8 @@ def backward_of(
     sums = {step.tensor for step in steps if isinstance(step, PatchSum)}
     if len(set(weights)) < len(weights) or sums & set(weights):
         return None
-    numbers = _Numbers()
-    plain = tuple(numbers.renumbered(step) for step in steps)
+    numbers = Numbers("value", "slot", "tensor")
+    plain = tuple(map(numbers.of, steps))
     values, kept, tensors = (tuple(numbers.known[kind]) for kind in ("value", "slot", "tensor"))
     if not values:
         return None
@@ -308,24 +308,33 @@ _FIELDS = {
     "mean": "slot",
     "slot": "slot",
     "tensor": "tensor",
+    "dst": "register",
+    "src": "register",
+    "a": "register",
+    "b": "register",
 }
 
 
-class _Numbers:
-    """Counts values, slots and tensors anew, in the order of the steps, so that equal chains of two networks agree."""
+class Numbers:
+    """Counts anew, in the order of the steps, so that what does the same looks the same.
 
-    def __init__(self) -> None:
-        self.known: dict[str, dict[int, int]] = {"value": {}, "slot": {}, "tensor": {}}
+    Attributes:
+        known: by kind ("value", "slot", "tensor", "register"): new numbers by old ones; kinds that lack stay.
+    """
 
-    def renumbered(self, step: Any) -> Any:
+    def __init__(self, *kinds: str) -> None:
+        self.known: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
+
+    def of(self, step: Any) -> Any:
+        """A step, or a part of one, with new numbers."""
         new: dict[str, Any] = {}
         for name, kind in _FIELDS.items():
             number = getattr(step, name, None)
-            if number is not None:
+            if number is not None and kind in self.known:
                 known = self.known[kind]
                 new[name] = known.setdefault(number, len(known))
         if isinstance(step, Gather):
-            new["parts"] = tuple(self.renumbered(part) for part in step.parts)
+            new["parts"] = tuple(map(self.of, step.parts))
         if isinstance(step, ConvInput | ConvWeight):
             new["library"] = ""
         return replace(step, **new)
@@ -397,7 +406,10 @@ def _result(shape: tuple[int, ...], zero: bool) -> Tensor:
 
 
 def _for_function(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    tensor = tensor.reshape(shape).to(torch.float32).contiguous()
+    if tensor.shape != shape:
+        tensor = tensor.reshape(shape)
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        tensor = tensor.to(torch.float32).contiguous()
     return tensor.clone() if tensor.data_ptr() % (4 * LINE) else tensor
 
 

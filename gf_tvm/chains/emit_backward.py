@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import tvm
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..devices import DeviceProfile
@@ -23,7 +25,7 @@ from ..kernels.stages import ACC
 from ..kernels.strips import alignment, spreading
 from ..schedules.cpu import STREAM_BYTES, tiles_of
 from ..workload import Workload
-from .compiled import Backward, indices, pixels, scratch_of, space, uniform
+from .compiled import Backward, Numbers, Tables, indices, pixels, scratch_of, space, uniform
 from .grids import Cuts, Grid
 from .steps import (
     Channels,
@@ -47,23 +49,120 @@ _NEAR = 4
 
 
 def emit_backward(program: Backward, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-    """The IRModule of ``program``."""
-    with emit.function() as module:
-        _Backward(program, profile, config_of).emit()
-    return module()
+    """The IRModule of ``program``: ``main``, which calls a function for each stage.
+
+    Stages that do the same to other tensors share a function. In training every one of them runs once a step, its code
+    long gone from the caches: fetching it takes as long as running it.
+    """
+    functions: dict[Any, tuple[tvm.ir.GlobalVar, Any]] = {}
+    calls: list[tuple[tvm.ir.GlobalVar, list[Operand]]] = []
+    written: set[tuple[str, int]] = set(program.zeroed)
+    taken: dict[int, Operand] = {}  # registers that are gradients which came in
+    for steps in program.stages:
+        first = steps[0]
+        if isinstance(first, Take):
+            taken[first.dst] = ("grad", first.value)
+            continue
+        adds = []
+        for step in steps:
+            target = _target(step)
+            adds.append(target in written)
+            if target is not None:
+                written.add(target)
+        stage, operands = _stage_of(program, steps, tuple(adds))
+        if stage not in functions:
+            name = f"{program.key}_{len(functions)}"
+            emitter = _Stage(stage, program.tables, profile, config_of)
+            functions[stage] = tvm.ir.GlobalVar(name), emitter.function(name)
+        variable, _ = functions[stage]
+        calls.append((variable, [taken.get(k, (kind, k)) if kind == "register" else (kind, k) for kind, k in operands]))
+    return tvm.IRModule({"main": _main(program, calls), **dict(functions.values())})
 
 
-class _Backward:
-    def __init__(
-        self, program: Backward, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]
-    ) -> None:
-        self.program, self.profile, self.config_of = program, profile, config_of
-        self.lanes: int = profile.lanes
-        self.batch = program.batch
-        self.written: set[tuple[str, int]] = set()
+#: A tensor that a stage works on, (kind, number): a "register", or of the kinds of :class:`.compiled.Argument`.
+Operand = tuple[str, int]
 
-    def emit(self) -> None:
-        program = self.program
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps with numbers of their own: all that the code of a stage depends on.
+
+    Attributes:
+        steps: numbered anew, see :class:`.compiled.Numbers`.
+        adds: by step, whether it adds to a gradient of a parameter or entry that holds something already.
+        registers, values, slots: shapes. tensors: of parameters' gradients.
+        stored: registers that are in memory, not known to this stage alone.
+        floats, integers: lengths of the program's tables, if they are used.
+    """
+
+    batch: int
+    steps: tuple[Step, ...]
+    adds: tuple[bool, ...]
+    registers: tuple[tuple[int, int, int], ...]
+    values: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[int, ...], ...]
+    tensors: tuple[tuple[int, ...], ...]
+    stored: frozenset[int]
+    floats: int
+    integers: int
+
+    @property
+    def sizes(self) -> dict[Operand, int]:
+        """Elements of the tensors that the stage's function takes, in its order."""
+        found = {("register", k): self.batch * math.prod(self.registers[k]) for k in sorted(self.stored)}
+        incoming = [step.value for step in self.steps if isinstance(step, Filter)]
+        found |= {("grad" if k in incoming else "entry", k): math.prod(shape) for k, shape in enumerate(self.values)}
+        found |= {("slot", k): math.prod(shape) for k, shape in enumerate(self.slots)}
+        found |= {("tensor", k): math.prod(shape) for k, shape in enumerate(self.tensors)}
+        scratch = [
+            sum(scratch_of(step.geometry))
+            for step in self.steps
+            if isinstance(step, ConvInput) and step.geometry.dilated
+        ]
+        found |= {("workspace", k): size for k, size in enumerate(scratch)}
+        tables = {("floats", 0): self.floats, ("integers", 0): self.integers}
+        return found | {key: size for key, size in tables.items() if size}
+
+
+def _target(step: Step) -> Operand | None:
+    """The gradient of a parameter or an entry that a step may add to."""
+    if isinstance(step, PatchSum):
+        return "tensor", step.tensor
+    return ("entry", step.value) if isinstance(step, Expand) else None
+
+
+def _stage_of(program: Backward, steps: Sequence[Step], adds: tuple[bool, ...]) -> tuple[Stage, list[Operand]]:
+    """A stage, and the program's tensors that its function takes there."""
+    numbers = Numbers("value", "slot", "tensor", "register")
+    own = tuple(map(numbers.of, steps))
+    old = {kind: tuple(known) for kind, known in numbers.known.items()}
+    places, _ = program.places
+    incoming = {step.dst for step in program.steps if isinstance(step, Take)}
+    shapes = {argument.number: argument.shape for argument in program.arguments if argument.kind == "tensor"}
+    uses_tables = any(isinstance(step, PatchSum | MapSum | Gather) for step in steps)
+    stage = Stage(
+        batch=program.batch,
+        steps=own,
+        adds=adds,
+        registers=tuple(program.registers[k] for k in old["register"]),
+        values=tuple(program.values[k] for k in old["value"]),
+        slots=tuple(program.slots[k] for k in old["slot"]),
+        tensors=tuple(shapes[k] for k in old["tensor"]),
+        stored=frozenset(new for new, k in enumerate(old["register"]) if k in places or k in incoming),
+        floats=len(program.tables.floats) if uses_tables else 0,
+        integers=len(program.tables.integers) if uses_tables else 0,
+    )
+    kinds = {"grad": "value", "entry": "value"}
+    return stage, [
+        (kind, old[kinds.get(kind, kind)][k] if kinds.get(kind, kind) in old else 0) for kind, k in stage.sizes
+    ]
+
+
+def _main(program: Backward, calls: Sequence[tuple[tvm.ir.GlobalVar, list[Operand]]]) -> Any:
+    """The function that takes the program's arguments and calls those of its stages."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
         # All parameters first: TVM takes none after anything else.
         parameters = [
             T.arg(
@@ -73,33 +172,68 @@ class _Backward:
             for a in program.arguments
         ]
         keys = [(argument.kind, argument.number) for argument in program.arguments]
-        self.given = {key: simd.flat(tensor) for key, tensor in zip(keys, parameters, strict=True)}
+        given = {key: simd.flat(tensor) for key, tensor in zip(keys, parameters, strict=True)}
         places, _ = program.places
-        workspace = self.given["workspace", 0]
-        self.register = {
-            number: T.decl_buffer((self.count(number),), ACC, data=workspace.data, elem_offset=at)
-            for number, at in places.items()
-        }
-        with simd.streaming(ACC):
-            for stage in program.stages:
-                self._stage(stage)
 
-    def count(self, register: int) -> int:
-        """Elements of a register."""
-        return self.batch * math.prod(self.program.registers[register])
+        def address(operand: Operand) -> Any:
+            kind, number = operand
+            at = 0
+            if kind in ("register", "workspace"):
+                at = places[number] if kind == "register" else program.scratch
+                operand = "workspace", 0
+            return tirx.address_of(tirx.BufferLoad(given[operand], [at]))
 
-    def _stage(self, stage: Sequence[Step]) -> None:
-        first = stage[0]
-        if isinstance(first, Take):
-            self.register[first.dst] = self.given["grad", first.value]
-        elif isinstance(first, Filter):
+        with simd.streaming(ACC, shared=True):
+            for variable, operands in calls:
+                T.evaluate(variable(*map(address, operands)))
+                # TVM tells LLVM that pointers of different names never meet, which holds within a stage only. What LLVM
+                # inlines here must not read a register before the stage that writes it, by another name, has done so.
+                simd.fence()
+    return builder.get()
+
+
+class _Stage:
+    """Emits one stage's function."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        tables: Tables,
+        profile: DeviceProfile,
+        config_of: Callable[[Workload], dict[str, Any]],
+    ) -> None:
+        self.stage, self.tables, self.profile, self.config_of = stage, tables, profile, config_of
+        self.lanes: int = profile.lanes
+        self.batch = stage.batch
+
+    def function(self, name: str) -> Any:
+        """The PrimFunc: takes pointers to the operands."""
+        sizes = self.stage.sizes
+        kinds = {key: "int32" if key[0] == "integers" else ACC for key in sizes}
+        with IRBuilder() as builder, T.prim_func(is_private=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True})
+            T.func_ret(tvm.ir.PrimType("int32"))
+            pointers = {key: T.arg("".join(map(str, key)), T.handle(kinds[key])) for key in sizes}
+            buffers = {key: T.decl_buffer((size,), kinds[key], data=pointers[key]) for key, size in sizes.items()}
+            self.register = {k: buffer for (kind, k), buffer in buffers.items() if kind == "register"}
+            self.given = {key: buffer for key, buffer in buffers.items() if key[0] != "register"}
+            with simd.streaming(ACC, shared=True):
+                self._emit()
+            # Where a parallel loop fails TVM's code returns, and that it does with a number.
+            T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
+        return builder.get()
+
+    def _emit(self) -> None:
+        first = self.stage.steps[0]
+        if isinstance(first, Filter):
             self._filter(first)
         elif isinstance(first, MapSum):
             self._map_sum(first)
         elif isinstance(first, Expand):
             self._expand(first)
-        elif space(first, self.program.registers) is not None:
-            _Together(self, stage).emit()
+        elif space(first, self.stage.registers) is not None:
+            _Together(self).emit()
         elif isinstance(first, ConvInput) and first.geometry.dilated:
             self._dilated(first)
         elif isinstance(first, ConvInput | ConvWeight):
@@ -136,9 +270,10 @@ class _Backward:
         patches, taps = ph * pw, kh * kw
         source, weight = self.register[step.src], self.given["slot", step.weight]
         sizes = scratch_of(geometry)
+        scratch = self.given["workspace", 0]
         moved, by_tap = (
-            T.decl_buffer((size,), ACC, data=self.given["workspace", 0].data, elem_offset=at)
-            for size, at in zip(sizes, (self.program.scratch, self.program.scratch + sizes[0]), strict=True)
+            T.decl_buffer((size,), ACC, data=scratch.data, elem_offset=at)
+            for size, at in zip(sizes, (0, sizes[0]), strict=True)
         )
         planes = geometry.n * geometry.co
         with emit.loop(planes, parallel=planes * patches * taps >= emit.PARALLEL_WORK) as plane:
@@ -194,12 +329,10 @@ class _Backward:
 
     def _expand(self, step: Expand) -> None:
         lanes, grid = self.lanes, step.grid
-        _, channels, height, width = self.program.values[step.value]
+        _, channels, height, width = self.stage.values[step.value]
         (ph, pw), patches = grid.shape, grid.shape[0] * grid.shape[1]
-        key = ("entry", step.value)
-        adds = key in self.written or key in self.program.zeroed
-        self.written.add(key)
-        source, target = self.register[step.src], self.given[key]
+        (adds,) = self.stage.adds
+        source, target = self.register[step.src], self.given["entry", step.value]
         size = self.batch * step.width * height * width
         streams = not adds and 4 * size > STREAM_BYTES and self.profile.arch == "x86_64"
         streams = maps.can_stream_rows(streams, width, ACC, lanes)
@@ -233,7 +366,7 @@ class _Backward:
 
     def _map_sum(self, step: MapSum) -> None:
         lanes, patches = self.lanes, math.prod(step.grid.shape)
-        channels = self.program.registers[step.src][0]
+        channels = self.stage.registers[step.src][0]
         source, mean, target = self.register[step.src], self.given["slot", step.mean], self.register[step.dst]
         work = self.batch * channels * patches
         with emit.loop(channels, parallel=work >= emit.PARALLEL_WORK) as c:
@@ -267,8 +400,8 @@ class _Backward:
     def _add_cells(self, part: Part, k: Any, target: Any, base: Any, columns: int) -> None:
         """Add one plane of a part, cell by cell. ``k``: the plane's number in the part."""
         floats, integers = self.given["floats", 0], self.given["integers", 0]
-        at = [self.program.tables.place(values) for values in indices(part)]
-        _, sh, sw = self.program.registers[part.src]
+        at = [self.tables.place(values) for values in indices(part)]
+        _, sh, sw = self.stage.registers[part.src]
         height, width = part.rows.cells.patches, part.cols.cells.patches
         source = self.register[part.src]
 
@@ -287,26 +420,29 @@ class _Backward:
 class _Together:
     """Steps that work element by element, in one loop over channels; a thread goes through a channel of all images."""
 
-    def __init__(self, whole: _Backward, stage: Sequence[Step]) -> None:
-        self.whole, self.stage = whole, stage
-        self.program, self.batch, self.lanes = whole.program, whole.batch, whole.lanes
-        found = space(stage[0], self.program.registers)
+    def __init__(self, whole: _Stage) -> None:
+        self.whole, self.stage = whole, whole.stage
+        self.batch, self.lanes = whole.batch, whole.lanes
+        found = space(self.stage.steps[0], self.stage.registers)
         assert found is not None
         self.channels, ph, pw = found
         self.patches = ph * pw
-        # Steps that end in one number a channel.
-        self.summed = [step for step in stage if isinstance(step, PatchSum | ConvWeight)]
+        # Steps that end in one number a channel, and whether they add to what is there.
+        self.summed: dict[PatchSum | ConvWeight, bool] = {}
+        for step, adds in zip(self.stage.steps, self.stage.adds, strict=True):
+            if isinstance(step, PatchSum | ConvWeight):
+                self.summed.setdefault(step, adds)
 
     def emit(self) -> None:
-        work = self.batch * self.channels * self.patches * len(self.stage)
+        work = self.batch * self.channels * self.patches * len(self.stage.steps)
         with emit.loop(self.channels, parallel=work >= emit.PARALLEL_WORK) as c:
             self.sums = _Sums(self.whole, len(self.summed))
-            self.taps = {step: self._taps(step, c) for step in self.stage if isinstance(step, ConvInput)}
+            self.taps = {step: self._taps(step, c) for step in self.stage.steps if isinstance(step, ConvInput)}
             with emit.loop(self.batch) as image:
                 self.image, self.channel = image, c
                 _each_vector(self.patches, self.lanes, self._vector)
-            for k, step in enumerate(self.summed):
-                self._finish(k, step, c)
+            for k, (step, adds) in enumerate(self.summed.items()):
+                self._finish(k, step, adds, c)
 
     def _taps(self, step: ConvInput, c: Any) -> Any:
         """Sum over a depthwise convolution's window."""
@@ -329,7 +465,7 @@ class _Together:
         plane = (self.image * self.channels + self.channel) * self.patches + at
 
         def register(number: int) -> Any:
-            channels, ph, pw = self.program.registers[number]
+            channels, ph, pw = self.stage.registers[number]
             if ("register", number) not in values and (ph * pw, self.patches) != (1, 1) and ph * pw == 1:
                 one = simd.load(self.whole.register[number], self.image * channels + self.channel, 1)
                 values["register", number] = T.bind(simd.splat(one, count))
@@ -341,18 +477,19 @@ class _Together:
             return load("slot", number, self.whole.given["slot", number], plane)
 
         def scale(step: TimesSaved) -> Any:
-            shape = self.program.slots[step.slot]
+            shape = self.stage.slots[step.slot]
             image = self.image * shape[1] if shape[0] > 1 else 0
             at = image + step.start + self.channel
             return simd.splat(simd.load(self.whole.given["slot", step.slot], at, 1), count)
 
-        for step in self.stage:
+        order = {step: k for k, step in enumerate(self.summed)}
+        for step in self.stage.steps:
             if isinstance(step, PatchSum):
                 value = register(step.src) if step.mean is None else register(step.src) * slot(step.mean)
-                self.sums.add(self.summed.index(step), value, step.grid, at)
+                self.sums.add(order[step], value, step.grid, at)
                 continue
             if isinstance(step, ConvWeight):
-                self.sums.add(self.summed.index(step), register(step.src) * slot(step.filtered), None, at)
+                self.sums.add(order[step], register(step.src) * slot(step.filtered), None, at)
                 continue
             if isinstance(step, Gather):
                 value = None
@@ -369,16 +506,15 @@ class _Together:
                 value = register(step.src) * simd.splat(self.taps[step], count)
             else:
                 assert isinstance(step, Channels)
-                source = self.program.registers[step.src][0]
+                source = self.stage.registers[step.src][0]
                 plane_of = (self.image * source + step.start + self.channel) * self.patches
                 value = simd.load(self.whole.register[step.src], plane_of + at, count)
             value = values["register", step.dst] = T.bind(value)
             if step.dst in self.whole.register:
                 simd.store(self.whole.register[step.dst], plane, value)
 
-    def _finish(self, k: int, step: PatchSum | ConvWeight, c: Any) -> None:
-        key = ("tensor", step.tensor)
-        target = self.whole.given[key]
+    def _finish(self, k: int, step: PatchSum | ConvWeight, adds: bool, c: Any) -> None:
+        target = self.whole.given["tensor", step.tensor]
         if isinstance(step, ConvWeight):
             taps = math.prod(step.geometry.kernel)
             total = T.bind(self.sums.total(k, None))
@@ -386,16 +522,15 @@ class _Together:
                 simd.store(target, c * taps + tap, total)
             return
         total = self.sums.total(k, step.grid)
-        if key in self.whole.written or key in self.program.zeroed:
+        if adds:
             total = total + simd.load(target, step.start + c, 1)
-        self.whole.written.add(key)
         simd.store(target, step.start + c, total)
 
 
 class _Sums:
     """Sums over patches, each times its number of pixels, in a register for each."""
 
-    def __init__(self, whole: _Backward, count: int) -> None:
+    def __init__(self, whole: _Stage, count: int) -> None:
         self.whole, self.count, self.lanes = whole, count, whole.lanes
         if count:
             self.buffer = T.alloc_buffer((count * self.lanes,), ACC, scope="local")
@@ -409,7 +544,7 @@ class _Sums:
         """Add a vector of patches, from patch ``at`` of a plane on. ``grid``: None where pixels do not count."""
         count, start = simd.lanes_of(value), k * self.lanes
         if grid is not None and not uniform(grid):
-            place = self.whole.program.tables.place(pixels(grid))
+            place = self.whole.tables.place(pixels(grid))
             value = value * simd.load(self.whole.given["floats", 0], place + at, count)
         simd.store(self.buffer, start, simd.load(self.buffer, start, count) + value)
 

@@ -159,4 +159,5 @@ class _PartRunner:
 
 def has_global_hooks() -> bool:
     """Whether hooks run around every module's forward or backward pass in this process."""
-    return torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-any-return, no-untyped-call]
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in kinds)

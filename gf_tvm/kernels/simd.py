@@ -130,17 +130,17 @@ def prefetch(buffer: Any, offset: Any) -> None:
 
 
 _STREAM = """
-define void @{name}(ptr %to, <{lanes} x {kind}> %value) alwaysinline nounwind {{
+define {linkage}void @{name}(ptr %to, <{lanes} x {kind}> %value) alwaysinline nounwind {{
   store <{lanes} x {kind}> %value, ptr %to, align {bytes}, !nontemporal !0
   ret void
 }}
 """
 _FENCE = """
-define void @gf_tvm_fence() alwaysinline nounwind {
+define {linkage}void @gf_tvm_fence() alwaysinline nounwind {{
   fence seq_cst
   ret void
-}
-!0 = !{i32 1}
+}}
+!0 = !{{i32 1}}
 """
 _LLVM_KINDS = {"float32": "float", "float16": "half", "uint16": "i16"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2}
@@ -156,20 +156,28 @@ def _stream_name(kind: str, lanes: int) -> str:
 
 
 @contextmanager
-def streaming(kind: str, wanted: bool = True) -> Iterator[None]:
-    """Inside, if ``wanted``, :func:`stream` and :func:`fence` can be used: TVM has no such stores, LLVM has."""
+def streaming(kind: str, wanted: bool = True, shared: bool = False) -> Iterator[None]:
+    """Inside, if ``wanted``, :func:`stream` and :func:`fence` can be used: TVM has no such stores, LLVM has.
+
+    ``shared``: other functions of the module say the same.
+    """
     if not wanted:
         yield
         return
     kind = _STORAGE.get(kind, kind)
     widths = [lanes for lanes in (2, 4, 8, 16, 32) if 16 <= lanes * _ITEM_BYTES[kind] <= LINE]
+    linkage = "linkonce_odr " if shared else ""
     text = "".join(
         _STREAM.format(
-            name=_stream_name(kind, lanes), lanes=lanes, kind=_LLVM_KINDS[kind], bytes=lanes * _ITEM_BYTES[kind]
+            linkage=linkage,
+            name=_stream_name(kind, lanes),
+            lanes=lanes,
+            kind=_LLVM_KINDS[kind],
+            bytes=lanes * _ITEM_BYTES[kind],
         )
         for lanes in widths
     )
-    with T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", text + _FENCE):
+    with T.attr(tirx.IntImm("int32", 0), "pragma_import_llvm", text + _FENCE.format(linkage=linkage)):
         yield
 
 
