@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..bundle import Program
     from ..chain_comparison import ChainCase
-    from ..chains.compiled import Backward
     from ..shapes import Case
 
 #: With --model.
@@ -97,7 +97,7 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     return cases if args.cases is None else pick_cases(cases, args.cases)
 
 
-def programs_from(args: argparse.Namespace) -> list[Backward]:
+def programs_from(args: argparse.Namespace) -> list[Program]:
     """With --model and --chain: what training's chains are compiled to. ``args.train_bn_affine`` as for gf-tvm train.
 
     Raises GeometryError and ModelError.
@@ -109,4 +109,4 @@ def programs_from(args: argparse.Namespace) -> list[Backward]:
         return []
     model, shape = _model_from(args)
     patches = _PATCHES if args.patch is None else parse_patches(args.patch)
-    return chain_programs(model, shape, args.last, patches, args.train_bn_affine)
+    return [*chain_programs(model, shape, args.last, patches, args.train_bn_affine)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import autograd, reference
 from ..geometry import Geometry
+from ..workload import ALIGNMENT
 
 #: Gradients on the grid are float32 whatever the convolution's dtype is, which only says how grad_W is stored.
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,27 @@ def find_program(key: str, library: str) -> Callable[..., None] | None:
     if found is None and loaded.device_type == "cpu":
         autograd._say_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
     return found
+
+
+def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., None]] | None:
+    """The programs of these keys in a library; None where there are no keys, or it lacks one, which is said once."""
+    from ..library import get
+
+    loaded = get(library)
+    found = {}
+    for key in keys:
+        function = loaded.program(key)
+        if function is None:
+            autograd._say_once((library, key), f"{loaded} lacks {key}: plain PyTorch operators run instead")
+            return None
+        found[key] = function
+    return found or None
+
+
+def ready(tensor: Tensor) -> Tensor:
+    """``tensor`` as compiled functions take it: itself where it is contiguous and aligned, else a copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _find(

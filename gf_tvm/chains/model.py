@@ -25,6 +25,7 @@ from .partition import Layout
 from .plan import Plan
 from .program import Program, has_global_hooks
 from .recognise import has_hooks
+from .segments import Segment
 
 logger = logging.getLogger("gf_tvm")
 
@@ -247,13 +248,17 @@ def chains_of(model: nn.Module) -> ChainReport:
     return ChainReport(tuple(chains), alone, untraced, waiting)
 
 
-def programs_of(model: nn.Module) -> list[Backward]:
+def programs_of(model: nn.Module) -> list[Backward | Segment]:
     """What :func:`gf_tvm.build` can compile of the chains of ``model``'s last training step, besides single kernels.
 
     They are for the shapes of that step, and for what was trained in it.
     """
-    programs = [plan.backward.program for plan in plans_of(model) if plan.backward is not None]
-    return list({program.key: program for program in programs}.values())
+    found: dict[str, Backward | Segment] = {}
+    for plan in plans_of(model):
+        found |= {segment.key: segment for segment in plan.programs}
+        if plan.backward is not None:
+            found[plan.backward.program.key] = plan.backward.program
+    return list(found.values())
 
 
 def is_chained(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from . import segments
 from .compiled import Bound, backward_of
 from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
 from .lowering import Factor, Kept, Mean, Situation, lower
@@ -82,6 +83,16 @@ class Plan:
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
+
+    @cached_property
+    def units(self) -> tuple[segments.Call | Forward, ...]:
+        """``forward`` with compiled segments, where all maps are float32, contiguous and on a CPU."""
+        return segments.units(self)
+
+    @cached_property
+    def programs(self) -> tuple[segments.Segment, ...]:
+        """The functions that ``units`` call."""
+        return tuple(segments.programs_of(self))
 
     @cached_property
     def library(self) -> str:

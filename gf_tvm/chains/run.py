@@ -6,7 +6,8 @@ by one, the products by a library's kernels where it has them (:mod:`.kernels`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
 from .grids import vector
 from .lowering import Factor, Mean
 from .plan import Forward, Plan
+from .segments import Call
 from .steps import (
     Channels,
     ConvInput,
@@ -79,30 +81,88 @@ def forward(
     plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The chain's exits, and what :func:`backward` needs, by slot. Gradients must be off."""
-    values = dict(zip(plan.entries, entries, strict=True))
-    numbered = dict(zip(plan.tensors, tensors, strict=True))
-    kept: dict[int, Tensor] = {}
-    products: dict[tuple[Factor, int], Tensor] = {}
-    for step in plan.forward:
-        values[step.result], stash = _operation(plan, step, values, numbered, kept)
+    state = _Forward(plan, dict(zip(plan.entries, entries, strict=True)), dict(zip(plan.tensors, tensors, strict=True)))
+    functions = _segments(plan, entries, tensors)
+    for unit in plan.forward if functions is None else plan.units:
+        if isinstance(unit, Call):
+            assert functions is not None
+            state.segment(unit, functions[unit.segment.key])
+        else:
+            state.step(unit)
+        state.forget(unit)
+    values = state.values
+    exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
+    return exits, tuple(state.kept[slot] for slot in range(len(plan.slots)))
+
+
+def _segments(
+    plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> dict[str, Callable[..., None]] | None:
+    """The compiled segments of a chain, by key; None where it has none or they do not take these tensors."""
+    for tensor in (*entries, *tensors):
+        # Of weights that are channels last, PyTorch makes such maps.
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return None
+    if torch.is_autocast_enabled("cpu") or not plan.library:
+        return None
+    return kernels.find_programs([segment.key for segment in plan.programs], plan.library)
+
+
+@dataclass
+class _Forward:
+    """A forward pass under way: values, what is kept, and products of derivatives that are still needed."""
+
+    plan: Plan
+    values: dict[int, Tensor]
+    tensors: dict[int, Tensor]
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    products: dict[tuple[Factor, int], Tensor] = field(default_factory=dict)
+
+    def step(self, step: Forward) -> None:
+        """One operation, by PyTorch."""
+        self.values[step.result], stash = _operation(self.plan, step, self.values, self.tensors, self.kept)
         for product in step.products:
             factor, width = product.factor, product.width
             (_, offset) = factor[-1]
             assert stash is not None
             result = stash if (offset, width) == (0, stash.shape[1]) else stash[:, offset : offset + width]
             if len(factor) > 1:
-                result = _product(products[factor[:-1], width], result)
-            products[factor, width] = result
+                result = _product(self.products[factor[:-1], width], result)
+            self.products[factor, width] = result
             for slot in product.means:
-                mean = plan.slots[slot]
+                mean = self.plan.slots[slot]
                 assert isinstance(mean, Mean)
-                kept[slot] = grids.patch_means(result, mean.grid)
-        for key in step.forget_products:
-            del products[key]
-        for value in step.forget:
-            del values[value]
-    exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
-    return exits, tuple(kept[slot] for slot in range(len(plan.slots)))
+                self.kept[slot] = grids.patch_means(result, mean.grid)
+
+    def segment(self, call: Call, function: Callable[..., None]) -> None:
+        """Several operations, by a library's function."""
+        segment = call.segment
+        maps = [kernels.ready(self.values[v]) for v in call.values]
+        maps += [kernels.ready(self.products[key]) for key in call.products]
+        given = [kernels.ready(self.tensors[t]) for t in call.tensors]
+        outputs = [maps[0].new_empty(shape) for shape in segment.outputs]
+        function(*maps, *given, *outputs)
+        results = iter(outputs)
+        for value, (_, over) in zip(call.written, segment.written, strict=True):
+            self.values[value] = next(results) if over is None else maps[over]
+        for key in call.handed:
+            self.products[key] = _channels(next(results), key[0][-1][1], key[1])
+        averages = [next(results) for _ in segment.averages]
+        for slot, number, channels in call.slots:
+            self.kept[slot] = averages[number] if channels is None else _channels(averages[number], *channels)
+        for slot, slope in zip(call.slopes, results, strict=True):
+            self.kept[slot] = slope.view(1, -1, 1, 1)
+
+    def forget(self, unit: Forward | Call) -> None:
+        """What nobody needs any more."""
+        for key in unit.forget_products:
+            del self.products[key]
+        for value in unit.forget:
+            del self.values[value]
+
+
+def _channels(t: Tensor, start: int, width: int) -> Tensor:
+    return t if (start, width) == (0, t.shape[1]) else t[:, start : start + width].contiguous()
 
 
 def _product(before: Tensor, factor: Tensor) -> Tensor:
@@ -154,11 +214,13 @@ def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None
     if "weight" in step.keep:
         kept[step.keep["weight"]] = weight
     x, weight, bias = cast_for_convolution(x, weight, bias)
+    # A segment that made x may have made x~, too.
+    save = "x~" in step.keep and step.keep["x~"] not in kept
     y: Tensor
     y, filtered = autograd.conv2d(
-        x, weight, bias, op.stride, op.padding, op.dilation, op.groups, op.patch, op.library, "x~" in step.keep
+        x, weight, bias, op.stride, op.padding, op.dilation, op.groups, op.patch, op.library, save
     )
-    if "x~" in step.keep:
+    if save:
         kept[step.keep["x~"]] = filtered
     return y
 

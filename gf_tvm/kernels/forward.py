@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from ..workload import Workload
-from . import emit, maps, simd
+from . import emit, maps
 from .stages import ACC
 from .strips import alignment
 
@@ -47,14 +47,5 @@ def filter_input(workload: Workload, tiles: Tiles, lanes: int) -> Any:
                     channel, at = row // ph * ci + tile * square + c, c * stride + q * pw
                     maps.pool_row(axes, x, channel, size, row % ph, sums, at, lanes, tiles.near * plane)
 
-                def turn(first: Any, count: int, block: Any = block, tile: Any = tile) -> None:
-                    columns = [T.bind(simd.load(sums, c * stride + first, square)) for c in range(square)]
-                    for p, channels in enumerate(emit.transposed(columns)[:count]):
-                        simd.store(saved, ((block * patches + first + p) * ci) + tile * square, channels)
-
-                if patches // square:
-                    with emit.loop(patches // square) as t:
-                        turn(t * square, square)
-                if patches % square:
-                    turn(patches // square * square, patches % square)
+                maps.to_channels_last(sums, 0, stride, square, patches, saved, block * patches, ci, tile * square)
     return module()

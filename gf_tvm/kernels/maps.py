@@ -255,6 +255,38 @@ def spread_row(
     by_row(in_ranges(geometry.rows), i, rows)
 
 
+def to_channels_last(
+    sums: Any,
+    base: Any,
+    stride: int,
+    square: int,
+    patches: int,
+    target: Any,
+    first: Any,
+    channels: int,
+    channel: Any,
+) -> None:
+    """Write sums, channel by channel, with the channels last.
+
+    Args:
+        sums, base, stride, square: from ``base`` on ``square`` channels, a power of two, each ``stride`` elements
+            behind the one before; up to ``square`` elements behind its patches may be read.
+        patches: of each channel.
+        target, first, channels, channel: (patches, channels), the first patch and channel in it, and its channels.
+    """
+
+    def turn(at: Any, count: int) -> None:
+        columns = [T.bind(simd.load(sums, base + (c * stride + at), square)) for c in range(square)]
+        for p, turned in enumerate(emit.transposed(columns)[:count]):
+            simd.store(target, (first + at + p) * channels + channel, turned)
+
+    if patches // square:
+        with emit.loop(patches // square) as t:
+            turn(t * square, square)
+    if patches % square:
+        turn(patches // square * square, patches % square)
+
+
 def pool_windows(
     weight: Any, base: Any, channels: int, kernel: tuple[int, int], lanes: int, sink: Callable[[Any, Any], None]
 ) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..chains import programs_of
 from ..chains.compiled import Backward
+from ..chains.segments import Segment
 from ..errors import ModelError
 from ..filtered import Patch
 from ..nn import filter_model, select_layers
@@ -23,7 +24,7 @@ def chain_programs(
     last: int,
     patches: Iterable[Patch] = (2,),
     train_bn_affine: bool = False,
-) -> list[Backward]:
+) -> list[Backward | Segment]:
     """The programs that :func:`gf_tvm.build` can compile for chained fine-tuning of ``model``, which stays as it was.
 
     Args:
@@ -35,7 +36,7 @@ def chain_programs(
     Raises:
         ModelError: no such layers, or the model does not run on that input.
     """
-    found: dict[str, Backward] = {}
+    found: dict[str, Backward | Segment] = {}
     for patch in patches:
         # On the meta device, where shapes are all that there is.
         run = copy.deepcopy(model).to("meta")
