@@ -209,8 +209,9 @@ def filtered(model: nn.Module, last: int, patch: int = 2, **how: Any) -> nn.Modu
         ("mobilenetv2_025", {4: [4], 8: [8]}),
         ("mcunet_050", {4: [4], 8: [8]}),
         ("fcn_resnet18_025", {4: [4], 8: [8]}),
-        ("deeplabv3_resnet18_025", {4: [3], 8: [2, 6]}),
-        ("upernet_resnet18_025", {4: [], 8: []}),
+        ("deeplabv3_resnet18_025", {4: [4], 8: [8]}),
+        ("pspnet_resnet18_025", {4: [], 8: [2]}),
+        ("upernet_resnet18_025", {4: [2], 8: [3]}),
     ],
 )
 def test_networks(name: str, chains: dict[int, list[int]], last: int, train_norm: bool) -> None:
@@ -677,6 +678,41 @@ def test_two_inputs_and_a_tuple_of_results() -> None:
         if chain:
             assert lengths(model) == [3]
     assert worst(*results) < 1e-10
+
+
+class Sizes(nn.Module):
+    """Sizes are read of maps that other maps are resized to."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.batched = batched
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.b(torch.tanh(self.a(x)))
+        h, w = side.shape[-2:]
+        top = self.c(F.max_pool2d(x, 2))
+        side += F.adaptive_avg_pool2d(top, (h, w))  # in place: reading a size is no use of the map
+        if self.batched:
+            side = side + F.interpolate(torch.relu(side).mean((-2, -1), keepdim=True), size=[h, w])
+        return self.d(torch.tanh(side))
+
+
+@pytest.mark.parametrize("size", [(2, 3, 10, 7), (3, 10, 7)], ids=["images", "one image"])
+def test_reading_a_size_ends_no_chain(size: tuple[int, ...]) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain, chained = (
+        gf_tvm.filter_model(Sizes(len(size) == 4).double(), 2, last=4, chain=chain) for chain in (False, True)
+    )
+    for patch in (2, 3):
+        for model in (plain, chained):
+            for conv in (model.a, model.b, model.c, model.d):
+                conv.patch = (patch, patch)
+        assert_same(chained, plain, x)
+    # A single image without a batch dimension runs as it is. What is resized needs a gradient of full size.
+    convolutions = [("a", "b")] if x.dim() == 4 else []
+    assert [chain.convolutions for chain in chains_of(chained).chains] == convolutions
 
 
 def test_parametrized_weights() -> None:

@@ -12,8 +12,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..filtered import FilteredConv2d
-from .graph import Conv, Op, Region
-from .recognise import Alias, Found, Other, Pieces, Recognised, attribute, changes_input, has_hooks, recognise
+from .graph import Conv, Op, Outside, Pool, Region, Resize
+from .recognise import (
+    Alias,
+    Found,
+    Number,
+    Other,
+    Pieces,
+    Recognised,
+    attribute,
+    changes_input,
+    has_hooks,
+    only_metadata,
+    recognise,
+    steps_in,
+)
 
 #: Why a convolution is in no chain.
 UNTRAINED = "has nothing trained in it or before it"
@@ -30,11 +43,13 @@ class Part:
     Attributes:
         nodes: the step that computes each value, entries first.
         tensors: paths of parameters and buffers.
+        numbers: arguments that operations take when they run: numbers and steps.
     """
 
     region: Region
     nodes: tuple[fx.Node, ...]
     tensors: tuple[str, ...]
+    numbers: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,11 +60,15 @@ class Capture:
         graph: its steps; modules are named relative to it.
         order: steps and regions in the order of execution.
         alone: filtered convolutions that are in no region, and why.
+        numbers: steps that are known before the maps that they measure are there.
+        ways: by step that is measured, the operations from which its result's size follows.
     """
 
     graph: fx.Graph
     order: tuple[fx.Node | Part, ...]
     alone: dict[str, str]
+    numbers: dict[fx.Node, Number]
+    ways: dict[fx.Node, tuple[tuple[fx.Node, Found], ...]]
 
 
 class _Module(nn.Module):
@@ -160,8 +179,10 @@ def capture(module: nn.Module, needs: Sequence[bool], everything: bool = False) 
         known[node] = recognise(node, modules, known)
     _settle(graph, known)
     _leave_untrained(graph, known, modules, needs, everything)
+    ways = _measure(graph, known)
     parts, alone = _parts(graph, known, modules)
-    return Capture(graph, _order(graph, known, parts), alone)
+    numbers = {node: found for node, found in known.items() if isinstance(found, Number)}
+    return Capture(graph, _order(graph, known, parts), alone, numbers, ways)
 
 
 def _trace(wrapper: _Module) -> fx.Graph:
@@ -198,7 +219,8 @@ def _refuse_shared_changes(graph: fx.Graph, modules: Mapping[str, nn.Module]) ->
         if node.op not in ("call_module", "call_function", "call_method") or not changes_input(node, modules):
             continue
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or len(source.users) > 1 or not _fresh(source, modules):
+        readers = [user for user in source.users if not only_metadata(user)] if isinstance(source, fx.Node) else []
+        if not isinstance(source, fx.Node) or len(readers) > 1 or not _fresh(source, modules):
             raise CannotTrace(f"{node.name} changes in place what may be used elsewhere")
 
 
@@ -266,10 +288,46 @@ def _source(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> fx.Node:
     return node
 
 
+def _measure(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> dict[fx.Node, tuple[tuple[fx.Node, Found], ...]]:
+    """Let sizes wait for no region: they follow from those of the maps that come into it.
+
+    Returns, by step that is measured, the operations between those maps and its result, with the steps that compute
+    their inputs.
+    """
+    origins: dict[fx.Node, dict[fx.Node, None]] = {}  # what has to run before the size of a result is known
+    before: dict[fx.Node, set[fx.Node]] = {}
+    ways = {}
+    for position, node in enumerate(graph.nodes):
+        found = known[node]
+        if isinstance(found, Number) and found.source is not None:
+            source = _source(found.source, known)
+            known[node] = Number(source, tuple(origins[source]))
+            steps = [step for step in list(graph.nodes)[:position] if step in before[source]]
+            ways[source] = tuple(
+                (step, replace(what, inputs=tuple(_inputs(step, known))))
+                for step in steps
+                if isinstance(what := known[step], Found)
+            )
+        if not isinstance(found, Found) or (isinstance(found.op, Pool) and found.op.flat):
+            origins[node], before[node] = {node: None}, set()
+            continue
+        inputs = _inputs(node, known)
+        origins[node] = {o: None for source in inputs for o in origins[source]} | dict.fromkeys(found.number_steps)
+        before[node] = {node}.union(*(before[source] for source in inputs))
+    return ways
+
+
 def _inputs(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    """The maps (and what else comes from outside of all regions) that a step reads."""
     found = known[node]
-    steps = found.inputs if isinstance(found, Found) else node.all_input_nodes
+    steps = found.inputs if isinstance(found, Found | Number) else node.all_input_nodes
     return [_source(step, known) for step in steps]
+
+
+def _waits_for(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    """What has to be there before a step can run."""
+    found = known[node]
+    return [*_inputs(node, known), *(found.number_steps if isinstance(found, Found) else ())]
 
 
 def _parts(
@@ -285,11 +343,11 @@ def _parts(
     positions = {node: k for k, node in enumerate(graph.nodes)}
     for members in {id(g): g for g in group.values()}.values():
         ordered = sorted(members, key=positions.__getitem__)
-        convs = [op for node in ordered if isinstance(op := _op(known[node]), Conv) and op.filtered]
-        if convs and len(ordered) > 1:
+        convs = {node: op for node in ordered if isinstance(op := _op(known[node]), Conv) and op.filtered}
+        if convs and sum(not isinstance(_op(known[node]), Outside) for node in ordered) > 1:
             parts.append(_part(ordered, known, modules, graph))
         else:
-            alone.update({op.name: _only_neighbours(ordered[0], known, modules) for op in convs})
+            alone.update({op.name: _only_neighbours(node, known, modules) for node, op in convs.items()})
     for node in graph.nodes:
         found = known[node]
         filtered = node.op == "call_module" and isinstance(modules[str(node.target)], FilteredConv2d)
@@ -302,7 +360,7 @@ def _depths(graph: fx.Graph, known: Mapping[fx.Node, Recognised]) -> dict[fx.Nod
     """How often the way to a step leaves and enters regions, at least; later, where that joins it to its users."""
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        inputs = _inputs(node, known)
+        inputs = _waits_for(node, known)
         if isinstance(known[node], Found):
             depth[node] = max((depth[i] + (not isinstance(known[i], Found)) for i in inputs), default=0)
         else:
@@ -354,15 +412,6 @@ def _groups(
     return group
 
 
-def only_metadata(node: fx.Node) -> bool:
-    """Whether a step reads a tensor's shape or type and not its values."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
-    )
-
-
 def _op(found: Recognised) -> Op | None:
     return found.op if isinstance(found, Found) else None
 
@@ -378,11 +427,17 @@ def _part(
     numbers = {node: v for v, node in enumerate((*entries, *ordered))}
     paths: dict[str, int] = {}
     ops = []
+    taken: list[Any] = []
     for node in ordered:
         found = known[node]
         assert isinstance(found, Found)
         tensors = tuple(None if path is None else paths.setdefault(path, len(paths)) for path in found.tensors)
-        ops.append(replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors))
+        op = replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors)
+        if found.number is not None:
+            assert isinstance(op, Resize)
+            op = replace(op, number=len(taken))
+            taken.append(found.number)
+        ops.append(op)
     exits: dict[int, str] = {}
     seen: set[int] = set()
     for node in graph.nodes:
@@ -398,6 +453,7 @@ def _part(
         Region(len(entries), tuple(ops), exits, frozenset(seen - exits.keys()), names),
         (*entries, *ordered),
         tuple(paths),
+        tuple(taken),
     )
 
 
@@ -409,6 +465,8 @@ def _user(node: fx.Node, known: Mapping[fx.Node, Recognised], modules: Mapping[s
     name = str(node.target) if node.op == "call_module" else node.name
     if isinstance(found, Other):
         return f"{name} {found.reason}"
+    if isinstance(found, Found) and isinstance(found.op, Outside):
+        return f"{name} {found.op.reason}"
     return f"{name} reads something else as well that comes later"
 
 
@@ -428,10 +486,11 @@ def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Par
             return
         done.add(id(what))
         if isinstance(what, Part):
-            for entry in what.nodes[: what.region.entries]:
-                visit(entry)
+            for step in [*what.nodes[: what.region.entries], *steps_in(what.numbers)]:
+                visit(step)
         else:
-            for step in what.all_input_nodes:
+            number = known[what]
+            for step in number.inputs if isinstance(number, Number) else what.all_input_nodes:
                 visit(step)
         order.append(what)
 
@@ -441,7 +500,8 @@ def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Par
     def superfluous(node: fx.Node) -> bool:
         """Whether a step only hands on what regions read from its source."""
         passes = isinstance(known[node], Alias | Pieces)
-        return passes and all(user in part_of or superfluous(user) for user in node.users)
+        others = [user for user in node.users if user not in part_of and not isinstance(known[user], Number)]
+        return passes and all(superfluous(user) for user in others)
 
     for node in graph.nodes:
         if node not in part_of and not superfluous(node):

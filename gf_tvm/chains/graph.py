@@ -6,8 +6,9 @@ and no modules: where its parameters come from is the business of :mod:`.program
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import GeometryError
@@ -18,7 +19,21 @@ Shape = tuple[int, int, int, int]
 
 
 class Misfit(Exception):
-    """Why an operation, on values of these shapes, cannot stay on the patch grid."""
+    """Why an operation, on values of these shapes, cannot stay on the patch grid.
+
+    ``shape``: the result's, where it is known all the same.
+    """
+
+    def __init__(self, reason: str, shape: Shape | None = None) -> None:
+        super().__init__(reason)
+        self.shape = shape
+
+
+def _broadcast(a: Shape, b: Shape) -> Shape | None:
+    if any(p != q and 1 not in (p, q) for p, q in zip(a, b, strict=True)):
+        return None
+    n, c, h, w = (q if p == 1 else p for p, q in zip(a, b, strict=True))
+    return n, c, h, w
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,10 @@ class Op:
     def shape(self, *inputs: Shape) -> Shape:
         """The result's shape. Raises Misfit."""
         return inputs[0]
+
+    def given(self, numbers: Sequence[Any]) -> Op:
+        """The same operation with what it takes from ``numbers``, which are known only when it runs."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ class Gate(Op):
         if len(inputs) == 2:
             x, s = inputs
             if s[2:] != (1, 1) or s[1] != x[1] or s[0] not in (1, x[0]):
-                raise Misfit("multiplies two maps")
+                raise Misfit("multiplies two maps", _broadcast(x, s))
         return inputs[0]
 
 
@@ -115,7 +134,7 @@ class Add(Op):
 
     def shape(self, *inputs: Shape) -> Shape:
         if inputs[0] != inputs[1]:
-            raise Misfit("adds maps of different shapes")
+            raise Misfit("adds maps of different shapes", _broadcast(*inputs))
         return inputs[0]
 
 
@@ -173,6 +192,63 @@ class Pool(Op):
 
 
 @dataclass(frozen=True)
+class Resize(Op):
+    """Another height and width: exact on the patch grid from a single pixel, or where nothing changes.
+
+    Attributes:
+        mode, corners: as ``torch.nn.functional.interpolate`` takes them.
+        size: the result's (height, width), or None; then ``scale`` (vertical, horizontal) is what sizes grow by.
+        number: where ``size`` is only known when it runs, its position among the region's numbers.
+    """
+
+    mode: str = "nearest"
+    corners: bool | None = None
+    size: Pair | None = None
+    scale: tuple[float, float] | None = None
+    number: int | None = None
+
+    def given(self, numbers: Sequence[Any]) -> Op:
+        if self.number is None:
+            return self
+        size = numbers[self.number]
+        return replace(self, size=(size, size) if isinstance(size, int) else tuple(size), number=None)
+
+    def target(self, x: Shape) -> Pair:
+        """(height, width) of the result."""
+        if self.size is not None:
+            return self.size
+        assert self.scale is not None
+        h, w = (math.floor(float(pixels) * scale) for pixels, scale in zip(x[2:], self.scale, strict=True))
+        return h, w
+
+    def shape(self, *inputs: Shape) -> Shape:
+        x = inputs[0]
+        result: Shape = (*x[:2], *self.target(x))
+        if x[2:] != (1, 1) and not (result == x and self.size is not None):
+            raise Misfit("cannot stay on the patch grid", result)
+        return result
+
+
+@dataclass(frozen=True)
+class Outside(Op):
+    """What never stays on the patch grid, but gives a map whose shape is known from its input's.
+
+    Such a step may lie between operations of one region, so that what is after it is seen together with what is before.
+    ``tensors``: its parameters. ``reason`` completes "<name> ...".
+    """
+
+    reason: str = ""
+    measure: Callable[[Shape], Sequence[int]] = tuple
+
+    def shape(self, *inputs: Shape) -> Shape:
+        try:
+            found = tuple(self.measure(inputs[0]))
+        except RuntimeError:  # a map too small for it, say; the step itself will tell
+            found = ()
+        raise Misfit(self.reason, found if len(found) == 4 else None)
+
+
+@dataclass(frozen=True)
 class Region:
     """Operations that may stay on the patch grid, in the order of execution.
 
@@ -194,13 +270,17 @@ class Region:
         """The value that an operation computes."""
         return self.entries + op
 
+    def given(self, numbers: Sequence[Any]) -> Region:
+        """The region with what its operations take from ``numbers``."""
+        return replace(self, ops=tuple(op.given(numbers) for op in self.ops)) if numbers else self
+
     def filtered(self) -> list[tuple[Conv, int]]:
         """The filtered convolutions and the values that they compute."""
         found = ((op, self.result(i)) for i, op in enumerate(self.ops))
         return [(op, value) for op, value in found if isinstance(op, Conv) and op.filtered]
 
     def shapes(self, entries: Sequence[Shape]) -> tuple[list[Shape | None], dict[int, str]]:
-        """The shape of every value, None where it is unknown, and why by operation."""
+        """The shape of every value, None where it is unknown, and by operation why it cannot stay on the grid."""
         shapes: list[Shape | None] = list(entries)
         misfits: dict[int, str] = {}
         for i, op in enumerate(self.ops):
@@ -209,5 +289,5 @@ class Region:
                 shapes.append(None if None in inputs else op.shape(*inputs))  # type: ignore[arg-type]
             except Misfit as misfit:
                 misfits[i] = f"{op.name} {misfit}"
-                shapes.append(None)
+                shapes.append(misfit.shape)
         return shapes, misfits

@@ -37,7 +37,7 @@ def partition(region: Region, shapes: Sequence[Shape], needs: Sequence[bool], tr
     all_shapes, misfits = region.shapes(shapes)
     needed = _needed(region, needs, trained)
     plain = {i for i in range(len(region.ops)) if not needed[region.result(i)]}
-    plain |= {i for i in range(len(region.ops)) if all_shapes[region.result(i)] is None}
+    plain |= {i for i in range(len(region.ops)) if i in misfits or all_shapes[region.result(i)] is None}
     full: dict[int, str] = {}
     situation = Situation(all_shapes, needed, trained, full, plain, frozenset(region.exits))
     for value, reason in region.exits.items():

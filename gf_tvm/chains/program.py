@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .capture import Capture, Part
-from .graph import Region, Shape
+from .graph import Misfit, Region, Shape
 from .partition import Layout, partition
 from .plan import Plan, make_plan
+from .recognise import steps_in
 from .run import run_chain
 
 #: What a region does in one situation: plans and single steps, and the steps whose results nobody needs afterwards.
@@ -26,6 +27,7 @@ class Program:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.regions = {id(part): _PartRunner(self, part) for part in captured.order if isinstance(part, Part)}
         self.release = self._release()
+        self.shapes: dict[Any, Shape | None] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
         """The module's result, for tensors as its forward pass takes them."""
@@ -34,6 +36,8 @@ class Program:
         for what, gone in zip(self.captured.order, self.release, strict=True):
             if isinstance(what, Part):
                 self.regions[id(what)].run(env)
+            elif what in self.captured.numbers:
+                env[what] = self.number(what, env)
             elif what.op == "placeholder":
                 env[what] = next(given)
             elif what.op == "output":
@@ -57,6 +61,46 @@ class Program:
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
+    def compute(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Run one operation as the module would, and before it what it needs and is not there."""
+        for source in node.all_input_nodes:
+            if source not in env:
+                self.compute(source, env)
+        env[node] = self.number(node, env) if node in self.captured.numbers else self.step(node, env)
+
+    def number(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """A size of a map that need not be there yet, or what is computed from sizes."""
+        source = self.captured.numbers[node].source
+        if source is None:
+            return self.step(node, env)
+        assert isinstance(node.args[0], fx.Node)
+        shape = self._shape(source, self.captured.numbers[node].inputs, env)
+        if shape is None:  # the map itself has to tell; what comes before it then runs unchained
+            for before, _ in self.captured.ways[source]:
+                if before not in env:
+                    self.compute(before, env)
+            return self.step(node, {node.args[0]: env[source]})
+        return self.step(node, {node.args[0]: torch.empty(shape, device="meta")})
+
+    def _shape(self, source: fx.Node, origins: Sequence[fx.Node], env: Mapping[fx.Node, Any]) -> Shape | None:
+        """The shape of a step's result, None if it cannot be told before the step has run."""
+        if source in env:
+            return None
+        known = {node: tuple(env[node].shape) if isinstance(env[node], Tensor) else env[node] for node in origins}
+        key = (source, *known.values())
+        if key not in self.shapes:
+            for node, found in self.captured.ways[source]:
+                inputs = [known[step] for step in found.inputs]
+                if any(shape is None or len(shape) != 4 for shape in inputs):
+                    known[node] = None
+                    continue
+                try:
+                    known[node] = found.settled(known).shape(*inputs)
+                except Misfit as misfit:
+                    known[node] = misfit.shape
+            self.shapes[key] = known[source]
+        return self.shapes[key]
+
     def attribute(self, path: str) -> Any:
         """The parameter, buffer or attribute at a dotted path."""
         owner, _, name = path.rpartition(".")
@@ -79,9 +123,12 @@ class Program:
                 for node in what.nodes[what.region.entries :]:
                     for source in node.all_input_nodes:
                         last[source] = k
+                for node in steps_in(what.numbers):
+                    last[node] = k
             else:
                 last[what] = k
-                for node in what.all_input_nodes:
+                number = self.captured.numbers.get(what)
+                for node in what.all_input_nodes if number is None else number.inputs:
                     last[node] = k
         gone: list[list[fx.Node]] = [[] for _ in self.captured.order]
         for node, k in last.items():
@@ -102,11 +149,14 @@ class _PartRunner:
         part = self.part
         entries = [env[node] for node in part.nodes[: part.region.entries]]
         tensors = [self.program.attribute(path) for path in part.tensors]
-        found = self._situation(entries, tensors)
+        numbers = fx.node.map_arg(part.numbers, env.__getitem__)
+        inside = part.nodes[part.region.entries :]
+        found = None if any(node in env for node in inside) else self._situation(entries, tensors, numbers)
         if found is None:
             self.last = None
-            for node in part.nodes[part.region.entries :]:
-                self._plain(node, env)
+            for node in inside:
+                if node not in env:
+                    self.program.compute(node, env)
             return
         layout, units = found
         self.last = (layout, [unit for unit, _ in units if isinstance(unit, Plan)])
@@ -116,32 +166,28 @@ class _PartRunner:
                 results = run_chain(unit, values, [tensors[t] for t in unit.tensors])
                 env.update({part.nodes[v]: result for v, result in zip(unit.exits, results, strict=True)})
             else:
-                self._plain(unit, env)
+                self.program.compute(unit, env)
             for node in gone:
                 env.pop(node, None)
 
-    def _plain(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
-        """Run one operation as the module would, and before it what only hands on a value to it."""
-        for source in node.all_input_nodes:
-            if source not in env:
-                self._plain(source, env)
-        env[node] = self.program.step(node, env)
-
-    def _situation(self, entries: Sequence[Any], tensors: Sequence[Any]) -> tuple[Layout, list[Unit]] | None:
+    def _situation(
+        self, entries: Sequence[Any], tensors: Sequence[Any], numbers: tuple[Any, ...]
+    ) -> tuple[Layout, list[Unit]] | None:
         """What to do with these tensors; None where they are no maps."""
         if not all(isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point() and t.numel() for t in entries):
             return None
         shapes: tuple[Shape, ...] = tuple(tuple(t.shape) for t in entries)
         needs = tuple(t.requires_grad for t in entries)
         trained = frozenset(i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad)
-        key = (shapes, needs, trained)
+        key = (shapes, needs, trained, numbers)
         if key not in self.known:
-            layout = partition(self.part.region, shapes, needs, trained)
-            self.known[key] = layout, self._units(layout)
+            region = self.part.region.given(numbers)
+            layout = partition(region, shapes, needs, trained)
+            self.known[key] = layout, self._units(region, layout)
         return self.known[key]
 
-    def _units(self, layout: Layout) -> list[Unit]:
-        region, nodes = self.part.region, self.part.nodes
+    def _units(self, region: Region, layout: Layout) -> list[Unit]:
+        nodes = self.part.nodes
         units: list[tuple[Plan | fx.Node, set[fx.Node]]] = []
         for ops in layout.units:
             if isinstance(ops, tuple):

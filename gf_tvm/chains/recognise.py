@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +16,33 @@ from torch.nn.utils import parametrize
 
 from ..filtered import FilteredConv2d
 from ..geometry import as_pair
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Op, Pool, Scale, Slice
+from .graph import Add, Cat, Conv, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice
 
 
 @dataclass(frozen=True)
 class Found:
-    """An operation. ``op`` has no inputs and tensors yet: they are these steps, and these attributes by path."""
+    """An operation. ``op`` has no inputs and tensors yet: they are these steps, and these attributes by path.
+
+    ``number``: what the operation takes from its region's numbers: an argument of the step, which may be or contain
+    steps that are :class:`Number`.
+    """
 
     op: Op
     inputs: tuple[fx.Node, ...]
     tensors: tuple[str | None, ...] = ()
+    number: Any = None
+
+    @property
+    def number_steps(self) -> list[fx.Node]:
+        """The steps in ``number``."""
+        return steps_in(self.number)
+
+    def settled(self, numbers: Mapping[fx.Node, Any]) -> Op:
+        """The operation, given the numbers that it takes."""
+        if self.number is None:
+            return self.op
+        assert isinstance(self.op, Resize)
+        return replace(self.op, number=0).given((fx.node.map_arg(self.number, numbers.__getitem__),))
 
 
 @dataclass(frozen=True)
@@ -43,13 +61,25 @@ class Pieces:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A size of a map, or what is computed from sizes alone: it can be known before the map is there.
+
+    ``source``: the step whose result is measured, None where only numbers are computed with. ``inputs``: the steps
+    that it has to wait for.
+    """
+
+    source: fx.Node | None
+    inputs: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class Other:
     """A step that cannot stay on the patch grid; the reason completes "<name> ...\""""
 
     reason: str
 
 
-Recognised = Found | Alias | Pieces | Other
+Recognised = Found | Alias | Pieces | Number | Other
 
 _BREAKS = Other("cannot stay on the patch grid")
 
@@ -61,8 +91,46 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def only_metadata(node: fx.Node) -> bool:
+    """Whether a step reads a tensor's shape or type and not its values."""
+    if node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device"):
+        return True
+    return _reads_size(node)
+
+
+def _reads_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel") and isinstance(node.args[0], fx.Node)
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
+#: Functions of numbers alone whose result is a number (or a tuple of numbers).
+_ARITHMETIC = frozenset(
+    {
+        *(operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
+        *(operator.mod, operator.neg, math.floor, math.ceil, math.sqrt, round),
+    }
+)
+
+
+def _number(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> Number | None:
+    if _reads_size(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        # A tensor can be measured; the sizes of a number cannot, nor can anything be made of values, as by size(dim=y).
+        measured = node.all_input_nodes == [source] and not isinstance(known[source], Number | Pieces)
+        return Number(source) if measured else None
+    inputs = node.all_input_nodes
+    if node.op == "call_function" and node.target in _ARITHMETIC and inputs:
+        return Number(None, tuple(inputs)) if all(isinstance(known[i], Number) for i in inputs) else None
+    return None
+
+
 def recognise(node: fx.Node, modules: Mapping[str, nn.Module], known: Mapping[fx.Node, Recognised]) -> Recognised:
     """What a step of a traced graph is. ``known`` has the steps before it."""
+    number = _number(node, known)
+    if number is not None:
+        return number
     if node.op == "call_module":
         return _module(node, str(node.target), modules[str(node.target)], known)
     if node.op == "call_function" and node.target in _FUNCTIONS:
@@ -113,11 +181,11 @@ def _module(node: fx.Node, path: str, module: nn.Module, known: Mapping[fx.Node,
                 (f"{path}.weight", None if module.bias is None else f"{path}.bias"),
             )
     if isinstance(module, nn.Conv2d):
-        return Other(f"{named} is not filtered")
+        return _outside(path, module, x, f"{named} is not filtered")
     if kind is nn.BatchNorm2d:
         assert isinstance(module, nn.BatchNorm2d)
         if module.training or module.running_mean is None or module.running_var is None:
-            return Other(f"{named} uses batch statistics")
+            return _outside(path, module, x, f"{named} uses batch statistics")
         scale = None if module.weight is None else f"{path}.weight"
         shift = None if module.bias is None else f"{path}.bias"
         tensors = (f"{path}.running_mean", f"{path}.running_var", scale, shift)
@@ -134,12 +202,50 @@ def _module(node: fx.Node, path: str, module: nn.Module, known: Mapping[fx.Node,
             return Found(Map(path, (), kind="dropout", settings=(module.p,)), (x,))
     if kind is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
         return Found(Pool(path, ()), (x,))
-    return Other(f"{named} cannot stay on the patch grid")
+    if kind is nn.Upsample:
+        assert isinstance(module, nn.Upsample)
+        how = {"size": module.size, "scale_factor": module.scale_factor, "mode": module.mode}
+        corners = module.align_corners
+        return _resize(path, {"input": x, **how, "align_corners": corners, "antialias": False}, known, {})
+    return _outside(path, module, x, f"{named} cannot stay on the patch grid")
+
+
+#: Modules without parameters whose result's shape their own forward pass tells, on tensors without values.
+_MEASURED = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d)
+
+
+def _outside(path: str, module: nn.Module, x: fx.Node, reason: str) -> Recognised:
+    """A module that cannot stay on the grid; where its result's shape is known, a region may go on after it."""
+    kind = type(module)
+    tensors = tuple(f"{path}.{name}" for name, _ in module.named_parameters(recurse=False))
+    if kind in (nn.Conv2d, FilteredConv2d):
+        assert isinstance(module, nn.Conv2d)
+        conv = module
+        return Found(Outside(path, (), reason=reason, measure=lambda shape: _conv_shape(conv, shape)), (x,), tensors)
+    if kind in (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d):
+        return Found(Outside(path, (), reason=reason), (x,), tensors)
+    if kind in _MEASURED and not getattr(module, "return_indices", False):
+        forward: Any = kind.forward
+        return Found(Outside(path, (), reason=reason, measure=_measured(lambda t: forward(module, t))), (x,))
+    return Other(reason)
+
+
+def _conv_shape(module: nn.Conv2d, shape: Shape) -> Sequence[int]:
+    """Of a convolution's result, with any padding."""
+    weight = torch.empty(module.weight.shape, device="meta")
+    x = torch.empty(shape, device="meta")
+    padding: Any = module.padding
+    return F.conv2d(x, weight, None, module.stride, padding, module.dilation, module.groups).shape
+
+
+def _measured(run: Callable[[Tensor], Tensor]) -> Callable[[Shape], Sequence[int]]:
+    """The shape that ``run`` gives a map; it is run on a tensor without values."""
+    return lambda shape: run(torch.empty(shape, device="meta")).shape
 
 
 def _filtered(path: str, module: FilteredConv2d, x: fx.Node) -> Recognised:
     if module.padding_mode != "zeros":
-        return Other(f"pads in mode {module.padding_mode!r} before it filters")
+        return _outside(path, module, x, f"pads in mode {module.padding_mode!r} before it filters")
     padding: Any = module.padding
     kernel, dilation = as_pair(module.kernel_size, "kernel", 1), as_pair(module.dilation, "dilation", 1)
     if padding == "valid":
@@ -147,7 +253,7 @@ def _filtered(path: str, module: FilteredConv2d, x: fx.Node) -> Recognised:
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         if any(t % 2 for t in total):
-            return Other("pads one side more than the other before it filters")
+            return _outside(path, module, x, "pads one side more than the other before it filters")
         padding = (total[0] // 2, total[1] // 2)
     op = Conv(
         path,
@@ -272,9 +378,58 @@ def _mean(name: str, a: dict[str, Any], *_: Any) -> Recognised:
 
 
 def _adaptive_pool(name: str, a: dict[str, Any], *_: Any) -> Recognised:
-    if a["output_size"] in (1, (1, 1), [1, 1]):
-        return Found(Pool(name, ()), (a["input"],))
-    return _BREAKS
+    x, size = a["input"], a["output_size"]
+    if size in (1, (1, 1), [1, 1]):
+        return Found(Pool(name, ()), (x,))
+    if not isinstance(x, fx.Node) or steps_in(size):
+        return _BREAKS
+    measure = _measured(lambda t: F.adaptive_avg_pool2d(t, size))
+    return Found(Outside(name, (), reason=_BREAKS.reason, measure=measure), (x,))
+
+
+def _max_pool(name: str, a: dict[str, Any], *_: Any) -> Recognised:
+    settings = {key: value for key, value in a.items() if key not in ("input", "return_indices")}
+    if not isinstance(a["input"], fx.Node) or a["return_indices"] or steps_in(settings):
+        return _BREAKS
+    measure = _measured(lambda t: F.max_pool2d(t, **settings))
+    return Found(Outside(name, (), reason=_BREAKS.reason, measure=measure), (a["input"],))
+
+
+def _avg_pool(name: str, a: dict[str, Any], *_: Any) -> Recognised:
+    settings = {key: value for key, value in a.items() if key != "input"}
+    if not isinstance(a["input"], fx.Node) or steps_in(settings):
+        return _BREAKS
+    measure = _measured(lambda t: F.avg_pool2d(t, **settings))
+    return Found(Outside(name, (), reason=_BREAKS.reason, measure=measure), (a["input"],))
+
+
+#: Ways of resizing that repeat a single pixel everywhere.
+_REPEATING = ("nearest", "nearest-exact", "bilinear", "area")
+
+
+def _resize(name: str, a: dict[str, Any], known: Mapping[fx.Node, Recognised], _: Any) -> Recognised:
+    x, size, scale, mode, corners = (a[k] for k in ("input", "size", "scale_factor", "mode", "align_corners"))
+    if not isinstance(x, fx.Node) or a["antialias"] or mode not in _REPEATING or steps_in((scale, corners)):
+        return _BREAKS
+    if steps := steps_in(size):
+        if not all(isinstance(known[step], Number) for step in steps):
+            return _BREAKS
+        number = tuple(size) if isinstance(size, list | tuple) else size
+        return Found(Resize(name, (), mode=mode, corners=corners), (x,), number=number)
+    if size is not None:
+        fixed = as_pair(size, "size", 1) if isinstance(size, int | list | tuple) else None
+        return _BREAKS if fixed is None else Found(Resize(name, (), mode=mode, corners=corners, size=fixed), (x,))
+    both = (scale, scale) if isinstance(scale, int | float) else tuple(scale or ())
+    if len(both) != 2:
+        return _BREAKS
+    return Found(Resize(name, (), mode=mode, corners=corners, scale=(float(both[0]), float(both[1]))), (x,))
+
+
+def steps_in(argument: Any) -> list[fx.Node]:
+    """The steps in an argument."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found
 
 
 def _chunk(name: str, a: dict[str, Any], *_: Any) -> Recognised:
@@ -345,6 +500,19 @@ _FUNCTIONS: dict[Any, tuple[str, Build]] = {
     torch.concat: ("tensors, dim=0", _concatenate),
     torch.mean: ("input, dim=None, keepdim=False", _mean),
     F.adaptive_avg_pool2d: ("input, output_size", _adaptive_pool),
+    F.max_pool2d: (
+        "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False",
+        _max_pool,
+    ),
+    F.avg_pool2d: (
+        "input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None",
+        _avg_pool,
+    ),
+    F.interpolate: (
+        "input, size=None, scale_factor=None, mode='nearest', align_corners=None, recompute_scale_factor=None, "
+        "antialias=False",
+        _resize,
+    ),
     torch.chunk: ("input, chunks, dim=0", _chunk),
     torch.split: ("input, size, dim=0", _split),
     operator.getitem: ("a, b", _item),
@@ -381,7 +549,9 @@ def _is_small(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> bool:
     found = known.get(node)
     if isinstance(found, Alias):
         return _is_small(found.source, known)
-    if not isinstance(found, Found) or (isinstance(found.op, Pool) and found.op.flat):
+    if not isinstance(found, Found) or isinstance(found.op, Outside | Resize):
+        return False
+    if isinstance(found.op, Pool) and found.op.flat:
         return False
     if isinstance(found.op, Pool):
         return True

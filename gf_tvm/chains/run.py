@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from . import elementwise, grids, kernels
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
+from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Resize, Scale, Slice
 from .grids import vector
 from .lowering import Factor, Mean
 from .plan import Forward, Plan
@@ -144,6 +144,9 @@ def _operation(
         part = x[:, start : start + width]
         # A view of an entry cannot leave an autograd function.
         return part.clone() if step.result in plan.exits else part, None
+    if isinstance(op, Resize):
+        n, c, h, w = x.shape
+        return F.interpolate(x, op.target((n, c, h, w)), mode=op.mode, align_corners=op.corners), None
     assert isinstance(op, Pool)
     return x.mean(dim=(2, 3), keepdim=True), None
 
