@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..filtered import FilteredConv2d
 from .graph import Conv, Op, Outside, Pool, Region, Resize
@@ -59,6 +60,7 @@ class Capture:
     Attributes:
         graph: its steps; modules are named relative to it.
         order: steps and regions in the order of execution.
+        result: how the traced module's result is put together from the tuple that the graph returns.
         alone: filtered convolutions that are in no region, and why.
         numbers: steps that are known before the maps that they measure are there.
         ways: by step that is measured, the operations from which its result's size follows.
@@ -66,32 +68,41 @@ class Capture:
 
     graph: fx.Graph
     order: tuple[fx.Node | Part, ...]
+    result: pytree.TreeSpec
     alone: dict[str, str]
     numbers: dict[fx.Node, Number]
     ways: dict[fx.Node, tuple[tuple[fx.Node, Found], ...]]
 
 
 class _Module(nn.Module):
-    """Calls a module's own forward pass, without its hooks: those run around it in any case."""
+    """Calls a module's own forward pass, without its hooks: those run around it in any case.
+
+    Results of other classes than fx knows (transformers' outputs) are taken apart, into a tuple.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.result: pytree.TreeSpec | None = None
+
+    def run(self, *given: Tensor) -> tuple[Any, ...]:
+        leaves, self.result = pytree.tree_flatten(type(self.module).forward(self.module, *given))
+        return tuple(leaves)
 
 
 class _One(_Module):
     def forward(self, a: Tensor) -> Any:
-        return type(self.module).forward(self.module, a)
+        return self.run(a)
 
 
 class _Two(_Module):
     def forward(self, a: Tensor, b: Tensor) -> Any:
-        return type(self.module).forward(self.module, a, b)
+        return self.run(a, b)
 
 
 class _Three(_Module):
     def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Any:
-        return type(self.module).forward(self.module, a, b, c)
+        return self.run(a, b, c)
 
 
 #: By number of tensors that the module is called with; a tracer reads names of arguments from a signature.
@@ -146,6 +157,8 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tensor that forward made itself would be the same in every run (and is hung on the module by fx)."""
+        if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            raise CannotTrace(f"its Python code makes a {type(a).__name__}")  # fx would make it a plain dictionary
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             held = any(a is buffer for buffer in self.root.buffers()) or a in self.tensor_attrs
             if not held:
@@ -182,7 +195,8 @@ def capture(module: nn.Module, needs: Sequence[bool], everything: bool = False) 
     ways = _measure(graph, known)
     parts, alone = _parts(graph, known, modules)
     numbers = {node: found for node, found in known.items() if isinstance(found, Number)}
-    return Capture(graph, _order(graph, known, parts), alone, numbers, ways)
+    assert wrapper.result is not None
+    return Capture(graph, _order(graph, known, parts), wrapper.result, alone, numbers, ways)
 
 
 def _trace(wrapper: _Module) -> fx.Graph:
@@ -219,9 +233,23 @@ def _refuse_shared_changes(graph: fx.Graph, modules: Mapping[str, nn.Module]) ->
         if node.op not in ("call_module", "call_function", "call_method") or not changes_input(node, modules):
             continue
         source = node.args[0] if node.args else None
-        readers = [user for user in source.users if not only_metadata(user)] if isinstance(source, fx.Node) else []
-        if not isinstance(source, fx.Node) or len(readers) > 1 or not _fresh(source, modules):
+        while isinstance(source, fx.Node) and _hands_on(source, modules) and _readers_of_values(source) == 1:
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or _readers_of_values(source) > 1 or not _fresh(source, modules):
             raise CannotTrace(f"{node.name} changes in place what may be used elsewhere")
+
+
+def _readers_of_values(node: fx.Node) -> int:
+    return sum(not only_metadata(user) for user in node.users)
+
+
+def _hands_on(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a step returns its argument."""
+    if node.op != "call_module" or len(node.args) != 1:
+        return False
+    module = modules[str(node.target)]
+    idle = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+    return (type(module) is nn.Identity or idle) and not has_hooks(module) and "forward" not in vars(module)
 
 
 def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

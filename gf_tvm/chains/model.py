@@ -252,7 +252,7 @@ def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, s
         chained = {name for plan in plans for name in plan.convolutions}
         for plan in plans:
             names = tuple(prefix + name for name in plan.convolutions)
-            chains.append(Chain(names, tuple(_ends(plan, layout, region)), bool(plan.needs), plan.kept_values))
+            chains.append(Chain(names, tuple(_ends(plan, layout, region, prefix)), bool(plan.needs), plan.kept_values))
         for op, value in region.filtered():
             if op.name in chained:
                 continue
@@ -261,12 +261,12 @@ def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, s
     return chains, alone
 
 
-def _ends(plan: Plan, layout: Layout, region: Region) -> Iterator[str]:
+def _ends(plan: Plan, layout: Layout, region: Region, prefix: str) -> Iterator[str]:
     for value in plan.exits:
         op = region.ops[value - region.entries]
         if value in region.seen:
             continue
         if value in layout.reasons:
-            yield f"after {op.name}: {layout.reasons[value]}"
+            yield f"after {prefix}{op.name}: {layout.reasons[value]}"
         else:
-            yield f"after {op.name}: its map is one pixel, so the gradient is the same on every grid"
+            yield f"after {prefix}{op.name}: its map is one pixel, so the gradient is the same on every grid"

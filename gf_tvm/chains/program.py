@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from .capture import Capture, Part
 from .graph import Misfit, Region, Shape
@@ -41,7 +42,8 @@ class Program:
             elif what.op == "placeholder":
                 env[what] = next(given)
             elif what.op == "output":
-                return fx.node.map_arg(what.args[0], env.__getitem__)
+                results = fx.node.map_arg(what.args[0], env.__getitem__)
+                return pytree.tree_unflatten(results, self.captured.result)
             else:
                 env[what] = self.step(what, env)
             for node in gone:
