@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gf_tvm
 from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, run
+from gf_tvm.errors import ModelError
 from gf_tvm.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,6 +289,36 @@ def test_nothing_of_full_size_is_kept(name: str, patch: int, train_norm: bool) -
     assert bytes_ < 0.75 * unchained
     head = 4 * 8 * model.get_submodule("fc" if name.startswith("resnet") else "classifier").in_features
     assert 4 * chain.kept_values + head == bytes_
+
+
+@pytest.mark.parametrize("means", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", ["relu", "relu6", "silu", "dropout"])
+def test_means_in_16_bits(act: str, means: torch.dtype) -> None:
+    """Exact where derivatives are 0 or 1 and patches have 4 pixels; the bytes are those that autograd keeps."""
+    unit = {**UNIT, "norm": "frozen", "act": act}
+    model = prepare(Network([Unit(unit), Residual(unit, unit, False, "plus", act)], "mean"), 0, "nothing")
+    names, x = filtered_names(model), torch.randn(2, CHANNELS, 12, 8, dtype=torch.float64)
+    chained = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, chain=True, means=means)
+    plain = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names)
+    error = worst(gradients(chained, x), gradients(plain, x))
+    exact, coarse = act.startswith("relu"), 2 * torch.finfo(means).eps
+    assert error < (1e-10 if exact else coarse)
+    assert exact or error > 1e-6
+    for again in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):
+        assert worst(gradients(again, x), gradients(chained, x)) < 1e-12
+    bytes_, tensors = kept(chained, x)
+    (chain,) = chains_of(chained).chains
+    ours = 8 * (3 * 2 * 4 * 24 + 3 * 4) + 2 * (4 * 2 * 4 * 24)  # x~ and norms' scales; relu, relu, both relus, relu
+    assert sum(t.dtype == means for t in tensors) == 4
+    assert chain.kept_bytes == ours
+    assert bytes_ == ours + 8 * 2 * CHANNELS  # and the classifier's input
+
+
+def test_means_in_another_dtype_are_refused() -> None:
+    model = small(chain=False)
+    with pytest.raises(ModelError, match=r"means must be None .* or torch.bfloat16, got torch.int8"):
+        gf_tvm.filter_model(model, 4, last=5, chain=True, means=torch.int8)
+    assert model.stem.patch == (2, 2)
 
 
 def test_derivatives_are_kept_only_for_what_is_trained() -> None:

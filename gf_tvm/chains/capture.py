@@ -244,12 +244,16 @@ def _readers_of_values(node: fx.Node) -> int:
 
 
 def _hands_on(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a step returns its argument."""
-    if node.op != "call_module" or len(node.args) != 1:
+    """Whether a step returns its argument, or a view of it."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    module = modules[str(node.target)]
-    idle = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
-    return (type(module) is nn.Identity or idle) and not has_hooks(module) and "forward" not in vars(module)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        idle = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+        passes = idle or type(module) in (nn.Identity, nn.Flatten)
+        return passes and not has_hooks(module) and "forward" not in vars(module)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in ("flatten", "view", "reshape", "squeeze")
 
 
 def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..filtered import FilteredConv2d
 from .capture import CannotTrace, Part, capture
 from .graph import Region
@@ -39,12 +40,14 @@ class Chain:
         ends: where gradients of full size (or of a single pixel) come in, and why.
         needs_input: whether it gives a gradient of full size to what comes before it.
         kept_values: numbers that the forward pass keeps for the backward pass, parameters not counted.
+        kept_bytes: the memory that they took in the last step.
     """
 
     convolutions: tuple[str, ...]
     ends: tuple[str, ...]
     needs_input: bool
     kept_values: int
+    kept_bytes: int
 
     def __str__(self) -> str:
         lines = [f"chain of {len(self.convolutions)}: {', '.join(self.convolutions)}"]
@@ -84,8 +87,8 @@ class ChainedForward:
     registered for all modules, and in a mode in which it cannot be traced.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, means: torch.dtype | None = None) -> None:
+        self.module, self.means = module, means
         self._forget()
 
     def _forget(self) -> None:
@@ -94,10 +97,10 @@ class ChainedForward:
 
     # Copies and pickles take the module along and trace it anew.
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
+        return {"module": self.module, "means": self.means}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
+        self.module, self.means = state["module"], state["means"]
         self._forget()
 
     # What inspects a forward pass, as torch.export does, sees the module's own.
@@ -146,7 +149,7 @@ class ChainedForward:
         key = (needs, *self._mode())
         if key not in self._programs:
             try:
-                self._programs[key] = Program(self.module, capture(self.module, needs))
+                self._programs[key] = Program(self.module, capture(self.module, needs), self.means)
             except CannotTrace as reason:
                 self._programs[key] = f"it cannot be traced in this mode: {reason}"
         program = self._programs[key]
@@ -174,12 +177,23 @@ class ChainedForward:
 _UNTRACED = "_untraced_by_gf_tvm"
 
 
-def chain_model(model: M) -> M:
+#: In which the means of derivatives may be kept.
+MEANS = (None, torch.float16, torch.bfloat16)
+
+
+def check_means(means: torch.dtype | None) -> None:
+    """Raises ModelError."""
+    if means not in MEANS:
+        raise ModelError(f"means must be None (as they are summed), torch.float16 or torch.bfloat16, got {means!r}")
+
+
+def chain_model(model: M, means: torch.dtype | None = None) -> M:
     """Chain the filtered convolutions of ``model``, in place; returns ``model``. See :func:`gf_tvm.filter_model`."""
+    check_means(means)
     unchain_model(model)
     for module, reason in list(_roots(model)):
         if reason is None:
-            module.forward = ChainedForward(module)
+            module.forward = ChainedForward(module, means)
         else:
             vars(module)[_UNTRACED] = reason
     return model
@@ -249,10 +263,11 @@ def chains_of(model: nn.Module) -> ChainReport:
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:
     chains, alone = [], {}
     for region, layout, plans in program.layouts:
-        chained = {name for plan in plans for name in plan.convolutions}
-        for plan in plans:
+        chained = {name for plan, _ in plans for name in plan.convolutions}
+        for plan, kept_bytes in plans:
             names = tuple(prefix + name for name in plan.convolutions)
-            chains.append(Chain(names, tuple(_ends(plan, layout, region, prefix)), bool(plan.needs), plan.kept_values))
+            ends = tuple(_ends(plan, layout, region, prefix))
+            chains.append(Chain(names, ends, bool(plan.needs), plan.kept_values, kept_bytes))
         for op, value in region.filtered():
             if op.name in chained:
                 continue

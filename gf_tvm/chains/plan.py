@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
 from .lowering import Factor, Kept, Mean, Situation, lower
@@ -63,6 +65,7 @@ class Plan:
         slots: what the forward pass keeps: means of products, and per operation x~, weight, scale or gate.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
         kept_values: numbers that are kept for the backward pass, parameters not counted.
+        storage: slots that are kept in another dtype than they were summed in.
     """
 
     convolutions: tuple[str, ...]
@@ -78,10 +81,15 @@ class Plan:
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
+    storage: dict[int, torch.dtype] = field(default_factory=dict)
 
 
-def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
-    """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`."""
+def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: torch.dtype | None = None) -> Plan:
+    """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`.
+
+    ``means``: dtype in which the means of derivatives are kept. None: as they are summed. What has other factors
+    (normalised maps, a gate's input) is kept as it is summed in any case, since nothing bounds it.
+    """
     lowered = lower(region, situation, ops)
     assert not lowered.problems, lowered.problems
     members = set(ops)
@@ -106,7 +114,17 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
         steps=tuple(lowered.steps),
         registers=tuple(lowered.registers),
         kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
+        storage={} if means is None else dict.fromkeys(_derivatives(region, lowered.slots), means),
     )
+
+
+def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:
+    """Slots that hold means of derivatives of element-wise functions."""
+    return [
+        slot
+        for slot, what in enumerate(slots)
+        if isinstance(what, Mean) and all(isinstance(region.ops[i], Map) for i, _ in what.factor)
+    ]
 
 
 def _numbers(what: Mean | Kept, region: Region, situation: Situation) -> int:

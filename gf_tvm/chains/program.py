@@ -21,10 +21,13 @@ Unit = tuple[Plan | fx.Node, tuple[fx.Node, ...]]
 
 
 class Program:
-    """A captured module, ready to run. Plans are made when shapes or what is trained are met first, and kept."""
+    """A captured module, ready to run. Plans are made when shapes or what is trained are met first, and kept.
 
-    def __init__(self, module: nn.Module, captured: Capture) -> None:
-        self.module, self.captured = module, captured
+    ``means``: dtype in which chains keep the means of derivatives; None: as they are summed.
+    """
+
+    def __init__(self, module: nn.Module, captured: Capture, means: torch.dtype | None = None) -> None:
+        self.module, self.captured, self.means = module, captured, means
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.regions = {id(part): _PartRunner(self, part) for part in captured.order if isinstance(part, Part)}
         self.release = self._release()
@@ -109,8 +112,8 @@ class Program:
         return getattr(self.modules[owner], name)
 
     @property
-    def layouts(self) -> list[tuple[Region, Layout, list[Plan]]]:
-        """What each region did when it ran last."""
+    def layouts(self) -> list[tuple[Region, Layout, list[tuple[Plan, int]]]]:
+        """What each region did when it ran last: its chains, with the bytes that they kept for the backward pass."""
         runners = self.regions.values()
         return [(runner.part.region, *runner.last) for runner in runners if runner.last is not None]
 
@@ -144,7 +147,7 @@ class _PartRunner:
     def __init__(self, program: Program, part: Part) -> None:
         self.program, self.part = program, part
         self.known: dict[Any, tuple[Layout, list[Unit]] | None] = {}
-        self.last: tuple[Layout, list[Plan]] | None = None
+        self.last: tuple[Layout, list[tuple[Plan, int]]] | None = None
 
     def run(self, env: dict[fx.Node, Any]) -> None:
         """Compute the region's values from its entries in ``env``."""
@@ -161,11 +164,13 @@ class _PartRunner:
                     self.program.compute(node, env)
             return
         layout, units = found
-        self.last = (layout, [unit for unit, _ in units if isinstance(unit, Plan)])
+        chains: list[tuple[Plan, int]] = []
+        self.last = layout, chains
         for unit, gone in units:
             if isinstance(unit, Plan):
                 values = [env[part.nodes[v]] for v in unit.entries]
                 results = run_chain(unit, values, [tensors[t] for t in unit.tensors])
+                chains.append((unit, getattr(results[0].grad_fn, "kept_bytes", 0)))
                 env.update({part.nodes[v]: result for v, result in zip(unit.exits, results, strict=True)})
             else:
                 self.program.compute(unit, env)
@@ -193,7 +198,7 @@ class _PartRunner:
         units: list[tuple[Plan | fx.Node, set[fx.Node]]] = []
         for ops in layout.units:
             if isinstance(ops, tuple):
-                plan = make_plan(region, layout.situation, ops)
+                plan = make_plan(region, layout.situation, ops, self.program.means)
                 units.append((plan, {nodes[v] for v in plan.entries}))
             else:
                 units.append((nodes[region.result(ops)], {nodes[v] for v in region.ops[ops].inputs}))

@@ -563,7 +563,10 @@ def _is_small(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> bool:
 def changes_input(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a step works in place on its first argument."""
     if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
+        module = modules[str(node.target)]
+        if isinstance(module, nn.modules.dropout._DropoutNd) and not module.training:
+            return False
+        return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")

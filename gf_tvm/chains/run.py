@@ -56,6 +56,7 @@ class _Chain(torch.autograd.Function):
         ctx.dtypes = [t.dtype for t in given]
         ctx.shapes = [t.shape for t in given]
         ctx.save_for_backward(*kept)
+        ctx.kept_bytes = _kept_bytes(plan, kept)
         ctx.set_materialize_grads(False)
         return exits
 
@@ -70,6 +71,12 @@ class _Chain(torch.autograd.Function):
             for grad, shape, dtype in zip(found, ctx.shapes, ctx.dtypes, strict=True)
         ]
         return (None, *results)
+
+
+def _kept_bytes(plan: Plan, kept: Sequence[Tensor]) -> int:
+    """What is kept for the backward pass, in bytes; weights are there in any case."""
+    own = (isinstance(what, Mean) or what.what != "weight" for what in plan.slots)
+    return sum(t.numel() * t.element_size() for t, counts in zip(kept, own, strict=True) if counts)
 
 
 # Forward
@@ -96,7 +103,8 @@ def forward(
             for slot in product.means:
                 mean = plan.slots[slot]
                 assert isinstance(mean, Mean)
-                kept[slot] = grids.patch_means(result, mean.grid)
+                means = grids.patch_means(result, mean.grid)
+                kept[slot] = means.to(plan.storage.get(slot, means.dtype))
         for key in step.forget_products:
             del products[key]
         for value in step.forget:
