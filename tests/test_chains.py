@@ -550,20 +550,6 @@ def test_channels_last_and_empty_batches() -> None:
     assert_same(chained, plain, images(1, 14))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_compiled_and_exported_models_run_unchained() -> None:
-    chained, plain = small().float(), small(chain=False).float()
-    x = images(2, 14, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(chained, fullgraph=True, backend="aot_eager")
-    actual = {name.removeprefix("_orig_mod."): t for name, t in gradients(compiled, x).items()}
-    assert worst(actual, gradients(plain, x)) < 1e-5
-    program = torch.export.export(chained, (x,))
-    torch.testing.assert_close(program.module()(x), plain(x))
-    torch._dynamo.reset()
-
-
 def test_second_derivatives_are_refused() -> None:
     model = small()
     (grad,) = torch.autograd.grad(model(images(2, 14)).sum(), model.stem.weight, create_graph=True)

@@ -92,8 +92,8 @@ def stop_at(phase: str, epoch: int, step: int) -> Callable[[Event], None]:
         ("lr", float("nan")), ("lr", float("inf")), ("lr", "0.1"), ("pretrain_lr", 0.0), ("momentum", 1.0),
         ("momentum", -0.1), ("weight_decay", -1e-4), ("clip", 0), ("clip", -1.0), ("clip", float("nan")),
         ("schedule", "exponential"), ("patch", "R2"), ("warmup_epochs", -1), ("warmup_epochs", 10), ("step_epochs", 0),
-        ("step_factor", 0), ("amp", "float16"), ("chain", "int8"), ("patience", 0), ("patience", 1.5), ("min_delta", -0.1),
-        ("min_delta", float("nan")), ("cache", "gpu"),
+        ("step_factor", 0), ("amp", "float16"), ("chain", "int8"), ("patience", 0), ("patience", 1.5),
+        ("min_delta", -0.1), ("min_delta", float("nan")), ("cache", "gpu"),
     ],
 )  # fmt: skip
 def test_config_names_what_is_wrong(field: str, value: Any) -> None:

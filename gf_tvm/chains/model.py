@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..errors import ModelError
 from ..filtered import FilteredConv2d
@@ -83,8 +84,9 @@ class ChainReport:
 class ChainedForward:
     """A module's forward pass with chains; it stands for ``forward`` in the module's ``__dict__``.
 
-    The module runs as it is where gradients are off, while it is compiled, exported or traced, where hooks are
-    registered for all modules, and in a mode in which it cannot be traced.
+    The module runs as it is where gradients are off, while it is exported or traced, where hooks are registered for all
+    modules, and in a mode in which it cannot be traced. Under ``torch.compile`` it interrupts the graph and runs
+    eagerly, with its chains; where ``fullgraph=True`` forbids that it is compiled as it is.
     """
 
     def __init__(self, module: nn.Module, means: torch.dtype | None = None) -> None:
@@ -118,7 +120,17 @@ class ChainedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+            if eager and torch.is_grad_enabled() and not _one_graph():
+                return self._eager(*args, **kwargs)
             return self._own(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    @_disable_dynamo  # torch.compiler.disable would import the compiler with this module
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = self._positional(args, kwargs)
         program = self._program(given)
         if program is None:
@@ -171,6 +183,22 @@ class ChainedForward:
         if self.last != reason:
             logger.warning("%s runs without chains: %s", type(self.module).__name__, reason)
         self.last = reason
+
+
+def _one_graph() -> bool:
+    """Whether ``torch.compile`` was told to make one graph. Runs while it traces, and says so once."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    one = getattr(InstructionTranslator.current_tx().output.root_tx, "one_graph", True)
+    if one and not _said_one_graph:
+        _said_one_graph.append(True)
+        logger.warning("chains interrupt a compiled graph; under fullgraph=True each convolution is filtered by itself")
+    return bool(one)
+
+
+_said_one_graph: list[bool] = []
+# What torch.compiler.assume_constant_result sets, without importing the compiler: the function runs while it traces.
+_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 #: In the ``__dict__`` of a module that could not be traced: why.
