@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_networks import BLOCKS, BREAKERS, CHANNELS, Breaker, Network, Residual, Unit
+from chain_networks import (
+    BLOCKS,
+    BREAKERS,
+    CHANNELS,
+    Breaker,
+    Context,
+    Network,
+    Residual,
+    Squeeze,
+    SqueezeLinear,
+    Unit,
+)
 from fake_library import FakeLibrary, loaded
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -22,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gf_tvm
-from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, run
+from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, lowering, run
 from gf_tvm.errors import ModelError
 from gf_tvm.models import build_model
 
@@ -102,7 +113,7 @@ def filtered_names(model: nn.Module) -> list[str]:
     patches=st.lists(st.sampled_from([2, 2, 2, 4, 4, 7, (2, 4), (3, 2)]), min_size=1, max_size=2),
     freeze=st.sampled_from(["nothing", "first", "some"]),
     needs_input=st.booleans(),
-    cells=st.sampled_from([1.0, 1.0, 4.0]),
+    cells=st.sampled_from([1.0, grids.MAX_CELLS, grids.MAX_CELLS]),
     seed=SEEDS,
 )
 def test_chained_gradients_equal_unchained_ones(
@@ -121,12 +132,12 @@ def test_chained_gradients_equal_unchained_ones(
     by_name = {name: choice.choice(patches) for name in names if choice.random() < 0.9}
     assume(by_name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grids, "MAX_CELLS", cells)  # above 1 grids may cut a map in different places
+        patch.setattr(grids, "MAX_CELLS", cells)  # at 1 chains end where grids cut a map in different places
         actual, expected, report = both(model, by_name, x.requires_grad_(needs_input))
     # Not bit by bit: the order of a convolution's sums depends on where its tensors lie.
     if not torch.allclose(actual["result"], expected["result"], rtol=1e-10, atol=1e-12):
         # Chains run as wholes, so that several dropouts may draw their noise in another order.
-        assert sum(isinstance(module, nn.Dropout) for module in model.modules()) > 1
+        assert sum(isinstance(module, nn.Dropout | nn.Dropout2d) for module in model.modules()) > 1
         assume(False)
     assert worst(actual, expected) < 1e-10, str(report)
     lengths = [len(chain.convolutions) for chain in report.chains]
@@ -252,6 +263,25 @@ def test_a_mistake_is_noticed(mistake: None) -> None:
     model = fine_tuned("resnet18_025", 8, True)
     plain, chained = filtered(model, 8), filtered(model, 8, chain=True)
     assert worst(gradients(chained, images()), gradients(plain, images())) > 1e-3
+
+
+@pytest.mark.parametrize("wrong", ["_times", "_times_saved", "_resize"])
+def test_a_mistake_with_values_of_one_pixel_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost factor: of a mean or a repeated pixel; of dropped channels or a gate; a lost image branch."""
+    unit = {**UNIT, "norm": "none", "act": "silu"}
+    middle = [Context("tanh", "bilinear", "shape"), nn.Dropout2d(0.4), SqueezeLinear("relu", "view")]
+    model = prepare(Network([Unit(unit), *middle, Unit(unit)], "map"), 0, "nothing")
+    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    patches = {"blocks.0.conv": 2, "blocks.4.conv": 2}
+    actual, expected, report = both(model, patches, x)
+    assert worst(actual, expected) < 1e-10
+    assert [chain.convolutions for chain in report.chains] == [tuple(patches)]
+    wrongly = {"_times": lambda self, term, factor: term, "_times_saved": lambda self, term, kept: term}
+    monkeypatch.setattr(lowering._Lowering, wrong, wrongly.get(wrong, lambda self, i, op, terms: None))
+    actual, expected, _ = both(model, patches, x)
+    assert any(
+        name not in actual or (actual[name] - expected[name]).norm() > 1e-3 * expected[name].norm() for name in expected
+    )
 
 
 # What is kept
@@ -697,6 +727,19 @@ def test_two_inputs_and_a_tuple_of_results() -> None:
     assert worst(*results) < 1e-10
 
 
+@pytest.mark.parametrize("how", ["mean", "view", "flatten", "conv", "used elsewhere"])
+def test_squeeze_excitation_ends_no_chain(how: str) -> None:
+    unit = {**UNIT, "norm": "trained", "act": "silu"}
+    middle = Squeeze("relu", True) if how == "conv" else SqueezeLinear("relu", how)
+    model = prepare(Network([Unit(unit), nn.Sequential(nn.Dropout2d(0.4), middle), Unit(unit)], "mean"), 0, "nothing")
+    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names = ["blocks.0.conv", "blocks.2.conv"]
+    actual, expected, report = both(model, dict.fromkeys(names, 2), x)
+    assert worst(actual, expected) < 1e-10
+    chains = [chain.convolutions for chain in report.chains]
+    assert chains == ([("blocks.2.conv",)] if how == "used elsewhere" else [tuple(names)]), report
+
+
 class Sizes(nn.Module):
     """Sizes are read of maps that other maps are resized to."""
 
@@ -744,21 +787,27 @@ def test_parametrized_weights() -> None:
     assert worst(*results) < 1e-10
 
 
-def test_grids_that_do_not_match_end_a_chain() -> None:
+@pytest.mark.parametrize("max_cells", [1.0, grids.MAX_CELLS])
+@pytest.mark.parametrize("size", [28, 32])
+def test_grids_that_cut_a_map_in_different_places(size: int, max_cells: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """28 x 28, patches of 4: the first grid's patches begin at 0, 4, ...; those of stride 2 at -2, 6, ..."""
+    monkeypatch.setattr(grids, "MAX_CELLS", max_cells)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)
     ).double()
-    x = torch.randn(2, 2, 28, 28, dtype=torch.float64)
+    x = torch.randn(2, 2, size, size, dtype=torch.float64)
     actual, expected, report = both(model, {"0": 4, "2": 4, "4": 4}, x)
     assert worst(actual, expected) < 1e-10
-    assert [chain.convolutions for chain in report.chains] == [("2", "4")]
-    assert "a grid of 7x7 patches and one of 4x4 cut the 28x28 map in different places" in report.alone["0"]
-    x = torch.randn(2, 2, 32, 32, dtype=torch.float64)  # here one grid refines the other
-    actual, expected, report = both(model, {"0": 4, "2": 4, "4": 4}, x)
-    assert worst(actual, expected) < 1e-10
-    assert [chain.convolutions for chain in report.chains] == [("0", "2", "4")]
+    ends = size == 28 and max_cells == 1  # at 32 x 32 one grid refines the other
+    assert [chain.convolutions for chain in report.chains] == [("2", "4") if ends else ("0", "2", "4")]
+    if ends:
+        assert "a grid of 7x7 patches and one of 4x4 cut the 28x28 map in different places" in report.alone["0"]
+    else:
+        cells = 10 if size == 28 else 8  # along one axis: cut at 0, 4, 6, 8, 12, 14, 16, 20, 22, 24
+        sums, masks = 3 * (-(-size // 4)) ** 2 + 2 * 3 * 4**2, 3 * cells**2 + 3 * 4**2
+        (chain,) = report.chains
+        assert chain.kept_values == 2 * (sums - (-(-size // 4)) ** 2 + masks)
 
 
 @settings(max_examples=60)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..filtered import FilteredConv2d
-from .graph import Conv, Op, Outside, Pool, Region, Resize
+from .graph import Conv, Op, Outside, Pool, Region, Resize, View
 from .recognise import (
     Alias,
     Found,
@@ -24,6 +24,7 @@ from .recognise import (
     attribute,
     changes_input,
     has_hooks,
+    is_flat,
     only_metadata,
     recognise,
     steps_in,
@@ -192,6 +193,7 @@ def capture(module: nn.Module, needs: Sequence[bool], everything: bool = False) 
         known[node] = recognise(node, modules, known)
     _settle(graph, known)
     _leave_untrained(graph, known, modules, needs, everything)
+    _leave_flat(graph, known)
     ways = _measure(graph, known)
     parts, alone = _parts(graph, known, modules)
     numbers = {node: found for node, found in known.items() if isinstance(found, Number)}
@@ -313,6 +315,36 @@ def _leave_untrained(
             known[node] = Other(UNTRAINED)
 
 
+def _leave_flat(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> None:
+    """Values (n, c) that go elsewhere than back to a map are no part of a region: a classifier is one step as ever.
+
+    The mean over a map may be a region's last operation.
+    """
+
+    while True:
+        outside = {
+            _source(source, known)
+            for node in graph.nodes
+            if not isinstance(known[node], Found | Alias | Number)
+            for source in node.all_input_nodes
+        }
+        gone = []
+        for node in graph.nodes:
+            found = known[node]
+            if not isinstance(found, Found) or isinstance(found.op, Pool):
+                continue
+            back, there = (isinstance(found.op, View) and found.op.flat is flat for flat in (False, True))
+            source = _inputs(node, known)[0]
+            reads_flat = back or (found.op.flat and not there)
+            if (found.op.flat and node in outside) or (
+                reads_flat and (source in outside or not is_flat(source, known))
+            ):
+                gone.append(node)
+        if not gone:
+            return
+        known.update(dict.fromkeys(gone, Other("cannot stay on the patch grid")))
+
+
 def _source(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> fx.Node:
     """The step whose result ``node`` returns as it is."""
     while isinstance(found := known[node], Alias):
@@ -328,11 +360,14 @@ def _measure(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> dict[fx.Node,
     """
     origins: dict[fx.Node, dict[fx.Node, None]] = {}  # what has to run before the size of a result is known
     before: dict[fx.Node, set[fx.Node]] = {}
-    ways = {}
+    ways: dict[fx.Node, tuple[tuple[fx.Node, Found], ...]] = {}
     for position, node in enumerate(graph.nodes):
         found = known[node]
         if isinstance(found, Number) and found.source is not None:
             source = _source(found.source, known)
+            if is_flat(source, known):  # it has two dimensions in the network and four in a region
+                known[node], ways[source] = Number(source, (source,)), ()
+                continue
             known[node] = Number(source, tuple(origins[source]))
             steps = [step for step in list(graph.nodes)[:position] if step in before[source]]
             ways[source] = tuple(
@@ -340,7 +375,7 @@ def _measure(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> dict[fx.Node,
                 for step in steps
                 if isinstance(what := known[step], Found)
             )
-        if not isinstance(found, Found) or (isinstance(found.op, Pool) and found.op.flat):
+        if not isinstance(found, Found):
             origins[node], before[node] = {node: None}, set()
             continue
         inputs = _inputs(node, known)
@@ -466,7 +501,7 @@ def _part(
         tensors = tuple(None if path is None else paths.setdefault(path, len(paths)) for path in found.tensors)
         op = replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors)
         if found.number is not None:
-            assert isinstance(op, Resize)
+            assert isinstance(op, Resize | View)
             op = replace(op, number=len(taken))
             taken.append(found.number)
         ops.append(op)

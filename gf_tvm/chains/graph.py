@@ -44,11 +44,13 @@ class Op:
         name: of the module, or of the step in the traced graph, for people.
         inputs: values.
         tensors: numbers among the region's parameters and buffers, in an order that each kind of operation defines.
+        flat: the result is (n, c), of one pixel; the shape is given as (n, c, 1, 1) here, and in a chain it is that.
     """
 
     name: str
     inputs: tuple[int, ...]
     tensors: tuple[int | None, ...] = ()
+    flat: bool = False
 
     def shape(self, *inputs: Shape) -> Shape:
         """The result's shape. Raises Misfit."""
@@ -61,7 +63,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Conv(Op):
-    """A convolution; ``tensors``: weight, bias. ``filtered``: else an exact one, which has to be 1x1 on a 1x1 map."""
+    """A convolution; ``tensors``: weight, bias.
+
+    ``filtered``: else an exact one, which has to be 1x1 on a 1x1 map; a linear layer (``flat``) is one, too.
+    """
 
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
@@ -183,12 +188,40 @@ class Slice(Op):
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """The mean over the whole map. ``flat``: the result is (n, c), not (n, c, 1, 1); only a region's exit can be."""
-
-    flat: bool = False
+    """The mean over the whole map."""
 
     def shape(self, *inputs: Shape) -> Shape:
         return (*inputs[0][:2], 1, 1)
+
+
+@dataclass(frozen=True)
+class Drop(Op):
+    """Dropout of whole channels of an image: times one random value per image and channel, 0 or 1 / (1 - p)."""
+
+    p: float = 0.5
+
+
+@dataclass(frozen=True)
+class View(Op):
+    """One pixel of (n, c, 1, 1) as (n, c), if ``flat``, or back.
+
+    ``target``: the sizes that the network asks for, -1 for what is left, or None where they are these in any case.
+    ``number``: where they are only known when it runs, their position among the region's numbers.
+    """
+
+    target: tuple[int, ...] | None = None
+    number: int | None = None
+
+    def given(self, numbers: Sequence[Any]) -> Op:
+        return self if self.number is None else replace(self, target=tuple(numbers[self.number]), number=None)
+
+    def shape(self, *inputs: Shape) -> Shape:
+        wanted = inputs[0][:2] if self.flat else inputs[0]
+        target = wanted if self.target is None else self.target
+        fits = len(target) == len(wanted) and all(t in (w, -1) for t, w in zip(target, wanted, strict=True))
+        if not fits or inputs[0][2:] != (1, 1):
+            raise Misfit("changes the shape of a map")
+        return inputs[0]
 
 
 @dataclass(frozen=True)
@@ -279,7 +312,7 @@ class Region:
         found = ((op, self.result(i)) for i, op in enumerate(self.ops))
         return [(op, value) for op, value in found if isinstance(op, Conv) and op.filtered]
 
-    def shapes(self, entries: Sequence[Shape]) -> tuple[list[Shape | None], dict[int, str]]:
+    def shapes(self, entries: Sequence[Shape | None]) -> tuple[list[Shape | None], dict[int, str]]:
         """The shape of every value, None where it is unknown, and by operation why it cannot stay on the grid."""
         shapes: list[Shape | None] = list(entries)
         misfits: dict[int, str] = {}

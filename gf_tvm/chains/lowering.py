@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Op, Pool, Region, Resize, Scale, Shape, Slice
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pool, Region, Resize, Scale, Shape, Slice, View
 from .grids import Cuts, Grid, fits, shared
 from .steps import (
     Channels,
@@ -255,6 +255,13 @@ class _Lowering:
             self._norm(i, op, terms)
         elif isinstance(op, Gate):
             self._gate(i, op, terms)
+        elif isinstance(op, Drop):
+            for term in terms:
+                if self.at.needs[op.inputs[0]]:
+                    self._deliver(i, op.inputs[0], self._times_saved(term, Kept(i, "gate")))
+        elif isinstance(op, View):
+            for term in terms:
+                self._deliver(i, op.inputs[0], term)
         elif isinstance(op, Scale):
             for term in terms:
                 self._deliver(i, op.inputs[0], self._times(term, op.factor))

@@ -22,7 +22,7 @@ class Layout:
     reasons: dict[int, str]
 
 
-def partition(region: Region, shapes: Sequence[Shape], needs: Sequence[bool], trained: frozenset[int]) -> Layout:
+def partition(region: Region, shapes: Sequence[Shape | None], needs: Sequence[bool], trained: frozenset[int]) -> Layout:
     """Find the longest chains.
 
     A value's gradient either stays on patch grids or has full size. It has full size where it comes from outside of
@@ -31,7 +31,7 @@ def partition(region: Region, shapes: Sequence[Shape], needs: Sequence[bool], tr
     until nothing does.
 
     Args:
-        shapes, needs: of the entries, and whether their gradients are needed.
+        shapes, needs: of the entries (None: no map), and whether their gradients are needed.
         trained: the region's tensors whose gradients are needed.
     """
     all_shapes, misfits = region.shapes(shapes)

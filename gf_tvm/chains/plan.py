@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
+from .graph import Add, Conv, Gate, Map, Norm, Op, Region, Shape, Slice, View
 from .lowering import Factor, Kept, Mean, Situation, lower
 from .steps import Step
 
@@ -105,7 +105,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
         entries=entries,
         exits=exits,
         shapes={v: situation.shape(v) for v in (*entries, *exits)},
-        flat=frozenset(region.result(i) for i in ops if isinstance(op := region.ops[i], Pool) and op.flat),
+        flat=frozenset(region.result(i) for i in ops if region.ops[i].flat),
         tensors=tensors,
         needs=frozenset(v for v in entries if situation.needs[v]),
         trained=frozenset(t for t in tensors if t in situation.trained),
@@ -172,7 +172,7 @@ def _schedule(
         inplace = (
             isinstance(op, Map | Add)
             and source is not None
-            and not isinstance(source, Slice)  # a view of its input
+            and not isinstance(source, Slice | View)  # a view of its input
             and readers[first] == [i]
             and first not in exits
         )

@@ -45,7 +45,7 @@ class Program:
             elif what.op == "placeholder":
                 env[what] = next(given)
             elif what.op == "output":
-                results = fx.node.map_arg(what.args[0], env.__getitem__)
+                results: Any = fx.node.map_arg(what.args[0], env.__getitem__)
                 return pytree.tree_unflatten(results, self.captured.result)
             else:
                 env[what] = self.step(what, env)
@@ -181,9 +181,14 @@ class _PartRunner:
         self, entries: Sequence[Any], tensors: Sequence[Any], numbers: tuple[Any, ...]
     ) -> tuple[Layout, list[Unit]] | None:
         """What to do with these tensors; None where they are no maps."""
-        if not all(isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point() and t.numel() for t in entries):
+        if not all(isinstance(t, Tensor) for t in entries):
             return None
-        shapes: tuple[Shape, ...] = tuple(tuple(t.shape) for t in entries)
+        maps = [t.dim() == 4 and t.is_floating_point() and t.numel() > 0 for t in entries]
+        if not any(maps):
+            return None
+        shapes: tuple[Shape | None, ...] = tuple(
+            tuple(t.shape) if is_map else None for t, is_map in zip(entries, maps, strict=True)
+        )
         needs = tuple(t.requires_grad for t in entries)
         trained = frozenset(i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad)
         key = (shapes, needs, trained, numbers)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..filtered import FilteredConv2d
 from ..geometry import as_pair
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice, View
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Found:
         """The operation, given the numbers that it takes."""
         if self.number is None:
             return self.op
-        assert isinstance(self.op, Resize)
+        assert isinstance(self.op, Resize | View)
         return replace(self.op, number=0).given((fx.node.map_arg(self.number, numbers.__getitem__),))
 
 
@@ -126,15 +126,35 @@ def _number(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> Number | None
     return None
 
 
+def is_flat(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> bool:
+    """Whether a step is an operation whose result is (n, c)."""
+    found = known[node]
+    return is_flat(found.source, known) if isinstance(found, Alias) else isinstance(found, Found) and found.op.flat
+
+
 def recognise(node: fx.Node, modules: Mapping[str, nn.Module], known: Mapping[fx.Node, Recognised]) -> Recognised:
     """What a step of a traced graph is. ``known`` has the steps before it."""
     number = _number(node, known)
     if number is not None:
         return number
+    found = _kind(node, modules, known)
+    if not isinstance(found, Found) or not any(is_flat(i, known) for i in found.inputs):
+        return found
+    if isinstance(found.op, Map | Scale):
+        return replace(found, op=replace(found.op, flat=True))
+    # (n, c) behaves as (n, c, 1, 1) does in these only.
+    return found if isinstance(found.op, View) or (isinstance(found.op, Conv) and found.op.flat) else _BREAKS
+
+
+def _kind(node: fx.Node, modules: Mapping[str, nn.Module], known: Mapping[fx.Node, Recognised]) -> Recognised:
     if node.op == "call_module":
         return _module(node, str(node.target), modules[str(node.target)], known)
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _call(node, _FUNCTIONS[node.target], known, modules)
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        return _view(node, known)
+    if node.op == "call_method" and node.target == "expand_as":
+        return _expand_as(node, known)
     if node.op == "call_method" and node.target in _METHODS:
         return _call(node, _METHODS[str(node.target)], known, modules)
     return _BREAKS
@@ -196,10 +216,18 @@ def _module(node: fx.Node, path: str, module: nn.Module, known: Mapping[fx.Node,
     if kind is nn.Identity:
         return Alias(x)
     if kind in (nn.Dropout, nn.Dropout2d):
+        assert isinstance(module, nn.modules.dropout._DropoutNd)
         if not module.training or module.p == 0:
             return Alias(x)
         if kind is nn.Dropout:
             return Found(Map(path, (), kind="dropout", settings=(module.p,)), (x,))
+        return Found(Drop(path, (), p=module.p), (x,))
+    if kind is nn.Linear and is_flat(x, known):
+        assert isinstance(module, nn.Linear)
+        linear = Conv(path, (), flat=True, co=module.out_features, filtered=False)
+        return Found(linear, (x,), (f"{path}.weight", None if module.bias is None else f"{path}.bias"))
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1) and _is_small(x, known):
+        return Found(View(path, (), flat=True), (x,))
     if kind is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
         return Found(Pool(path, ()), (x,))
     if kind is nn.Upsample:
@@ -320,6 +348,45 @@ def _dropout(name: str, a: dict[str, Any], *_: Any) -> Recognised:
     if not a["training"] or a["p"] == 0:
         return Alias(a["input"])
     return Found(Map(name, (), kind="dropout", settings=(a["p"],)), (a["input"],))
+
+
+def _drop(name: str, a: dict[str, Any], *_: Any) -> Recognised:
+    found = _dropout(name, a)
+    return Found(Drop(name, (), p=a["p"]), found.inputs) if isinstance(found, Found) else found
+
+
+def _flatten(name: str, a: dict[str, Any], known: Mapping[fx.Node, Recognised], _: Any) -> Recognised:
+    x = a["input"]
+    if isinstance(x, fx.Node) and (a["start_dim"], a["end_dim"]) in ((1, -1), (1, 3)) and _is_small(x, known):
+        return Found(View(name, (), flat=True), (x,))
+    return _BREAKS
+
+
+def _view(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> Recognised:
+    """``x.view(n, c)`` and ``x.view(n, c, 1, 1)``, with sizes as numbers or one by one."""
+    x, *sizes = node.args
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = list(sizes[0])
+    if node.kwargs or not isinstance(x, fx.Node) or len(sizes) not in (2, 4):
+        return _BREAKS
+    flat = len(sizes) == 2
+    numbers = steps_in(tuple(sizes))
+    known_sizes = all(isinstance(s, int | fx.Node) for s in sizes) and all(
+        isinstance(known[s], Number) for s in numbers
+    )
+    if not known_sizes or not (_is_small(x, known) if flat else is_flat(x, known) and sizes[2:] == [1, 1]):
+        return _BREAKS
+    return Found(View(node.name, (), flat=flat), (x,), number=tuple(sizes))
+
+
+def _expand_as(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> Recognised:
+    """A scale expanded to the map that it is multiplied with: that happens by itself."""
+    if len(node.args) != 2 or not isinstance(node.args[0], fx.Node) or not _is_small(node.args[0], known):
+        return _BREAKS
+    products = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+    if all(user.target in products and set(user.args) == {node, node.args[1]} for user in node.users):
+        return Alias(node.args[0])
+    return _BREAKS
 
 
 def _add(sign: float) -> Build:
@@ -455,11 +522,14 @@ def _item(name: str, a: dict[str, Any], known: Mapping[fx.Node, Recognised], mod
             return _BREAKS
         return Found(Slice(name, (), how=(*pieces.how, index)), (pieces.source,))
     everything = slice(None)
-    if isinstance(index, tuple) and len(index) >= 2 and all(i == everything for i in (index[0], *index[2:])):
+    whole = (everything, None)
+    if isinstance(index, tuple) and len(index) >= 2 and index[0] == everything and all(i in whole for i in index[2:]):
         channels = index[1]
         if isinstance(channels, slice) and channels.step in (None, 1) and len(index) <= 4:
             bounds = (channels.start, channels.stop)
-            if all(b is None or isinstance(b, int) for b in bounds):
+            if index[2:] == (None, None) and bounds == (None, None) and is_flat(source, known):
+                return Found(View(name, ()), (source,))
+            if None not in index[2:] and all(b is None or isinstance(b, int) for b in bounds):
                 return Found(Slice(name, (), how=("slice", *bounds)), (source,))
     return _BREAKS
 
@@ -484,6 +554,8 @@ _FUNCTIONS: dict[Any, tuple[str, Build]] = {
     torch.tanh: ("input", _activation("tanh")),
     F.tanh: ("input", _activation("tanh")),
     F.dropout: ("input, p=0.5, training=True, inplace=False", _dropout),
+    F.dropout2d: ("input, p=0.5, training=True, inplace=False", _drop),
+    torch.flatten: ("input, start_dim=0, end_dim=-1", _flatten),
     operator.add: (_BINARY, _add(1)),
     operator.iadd: (_BINARY, _add(1)),
     torch.add: (f"{_BINARY}, alpha=1", _add(1)),
@@ -518,6 +590,7 @@ _FUNCTIONS: dict[Any, tuple[str, Build]] = {
     operator.getitem: ("a, b", _item),
 }
 _METHODS: dict[str, tuple[str, Build]] = {
+    "flatten": _FUNCTIONS[torch.flatten],
     "relu": _FUNCTIONS[torch.relu],
     "relu_": _FUNCTIONS[torch.relu],
     "sigmoid": _FUNCTIONS[torch.sigmoid],
@@ -551,9 +624,9 @@ def _is_small(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> bool:
         return _is_small(found.source, known)
     if not isinstance(found, Found) or isinstance(found.op, Outside | Resize):
         return False
-    if isinstance(found.op, Pool) and found.op.flat:
+    if found.op.flat:
         return False
-    if isinstance(found.op, Pool):
+    if isinstance(found.op, Pool | View):
         return True
     if isinstance(found.op, Conv) and found.op.filtered and (found.op.kernel, found.op.padding) != ((1, 1), (0, 0)):
         return False

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from . import elementwise, grids, kernels
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Resize, Scale, Slice
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
 from .lowering import Factor, Mean
 from .plan import Forward, Plan
@@ -43,6 +43,7 @@ def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) 
     Args:
         entries: by ``plan.entries``. tensors: by ``plan.tensors``.
     """
+    entries = [t if t.dim() == 4 else t[:, :, None, None] for t in entries]
     results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)  # type: ignore[no-untyped-call]
     return results
 
@@ -152,6 +153,13 @@ def _operation(
         part = x[:, start : start + width]
         # A view of an entry cannot leave an autograd function.
         return part.clone() if step.result in plan.exits else part, None
+    if isinstance(op, View):
+        return x, None
+    if isinstance(op, Drop):
+        noise = elementwise.noise(x.new_empty(*x.shape[:2], 1, 1), op.p)
+        if "gate" in step.keep:
+            kept[step.keep["gate"]] = noise
+        return x * noise, None
     if isinstance(op, Resize):
         n, c, h, w = x.shape
         return F.interpolate(x, op.target((n, c, h, w)), mode=op.mode, align_corners=op.corners), None
@@ -162,6 +170,8 @@ def _operation(
 def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None], kept: dict[int, Tensor]) -> Tensor:
     weight, bias = own
     assert weight is not None
+    if weight.dim() == 2:  # of a linear layer
+        weight = weight[:, :, None, None]
     if "weight" in step.keep:
         kept[step.keep["weight"]] = weight
     x, weight, bias = cast_for_convolution(x, weight, bias)
