@@ -543,6 +543,46 @@ def test_checkpointing(reentrant: bool) -> None:
     assert lengths(chained) == [5]
 
 
+class Checkpointed(Small):
+    """Checkpoints its blocks, which drop pixels and channels."""
+
+    reentrant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.act = nn.Sequential(nn.SiLU(), nn.Dropout(0.3), nn.Dropout2d(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        for block in self.blocks:
+            y = checkpoint(block, y, use_reentrant=self.reentrant)
+        return self.head(self.pool(y).flatten(1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_inside(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that checkpoints its parts is not traced, since that would be lost; the parts are."""
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+    chained, plain = (
+        gf_tvm.filter_model(Checkpointed().double().eval(), 2, last=5, chain=chain) for chain in (True, False)
+    )
+    for model in (chained, plain):
+        for block in model.blocks:
+            block.act.train()
+    assert worst(gradients(chained, images(2, 14)), gradients(plain, images(2, 14))) < 1e-10
+    report = chains_of(chained)
+    assert [chain.convolutions for chain in report.chains] == [
+        (f"blocks.{i}.conv1", f"blocks.{i}.conv2") for i in range(2)
+    ]
+    assert list(report.untraced) == [""]
+    assert reentrant or "checkpoints a part" in report.untraced[""]
+    assert not report.waiting
+    # What the blocks' chains keep is not there before the backward pass.
+    _, tensors = kept(chained, images(2, 14))
+    assert not [t for t in tensors if t.dim() == 4 and t.shape[1:] == (4, 4, 4)]
+
+
 def test_autocast() -> None:
     chained, plain = (model.float() for model in (small(), small(chain=False)))
     x = images(4, 32, torch.float32)

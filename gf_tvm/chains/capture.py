@@ -136,9 +136,9 @@ class _Tracer(fx.Tracer):
         self.context = _context()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A graph does not record under which ``torch.no_grad`` or ``torch.autocast`` a step ran."""
+        """A graph does not record under which ``torch.no_grad``, ``torch.autocast`` or checkpointing a step ran."""
         if _context() != self.context:
-            raise CannotTrace("its Python code switches gradients or autocast on or off")
+            raise CannotTrace("its Python code switches gradients or autocast on or off, or checkpoints a part")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -222,7 +222,8 @@ def _context() -> tuple[Any, ...]:
     """Switches of this thread that decide how a step runs."""
     devices = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # those of torch.utils.checkpoint, say
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast, hooks
 
 
 def _generators() -> tuple[bytes, str]:

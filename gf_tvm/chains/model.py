@@ -81,6 +81,9 @@ class ChainReport:
         return "\n".join(lines)
 
 
+NOT_RUN = "it has not run a training step"
+
+
 class ChainedForward:
     """A module's forward pass with chains; it stands for ``forward`` in the module's ``__dict__``.
 
@@ -95,7 +98,7 @@ class ChainedForward:
 
     def _forget(self) -> None:
         self._programs: dict[Any, Program | str] = {}
-        self.last: Program | str = "it has not run a training step"
+        self.last: Program | str = NOT_RUN
 
     # Copies and pickles take the module along and trace it anew.
     def __getstate__(self) -> dict[str, Any]:
@@ -246,7 +249,9 @@ def _roots(module: nn.Module) -> Iterator[tuple[nn.Module, str | None]]:
             try:
                 if any(isinstance(what, Part) for what in _order_of(module)):
                     yield module, None
-                    return
+                    if not isinstance(module, nn.Sequential):
+                        return
+                # Code that cannot be traced may call a sequence's members one by one, as for checkpointing.
                 reason = None
             except CannotTrace as error:
                 reason = str(error)
@@ -277,7 +282,8 @@ def chains_of(model: nn.Module) -> ChainReport:
         if not isinstance(forward, ChainedForward):
             continue
         if isinstance(forward.last, str):
-            waiting[name] = forward.last
+            if forward.last != NOT_RUN or not _runs_elsewhere(model, name):
+                waiting[name] = forward.last
             continue
         prefix = f"{name}." if name else ""
         alone |= {prefix + conv: reason for conv, reason in forward.last.captured.alone.items()}
@@ -286,6 +292,19 @@ def chains_of(model: nn.Module) -> ChainReport:
         alone |= others
     untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
     return ChainReport(tuple(chains), alone, untraced, waiting)
+
+
+def _runs_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether a module around a sequence's member runs it, or the members of a sequence run one by one."""
+
+    def ran(other: str) -> bool:
+        forward = vars(model.get_submodule(other)).get("forward")
+        return isinstance(forward, ChainedForward) and forward.last != NOT_RUN
+
+    others = [other for other, _ in model.named_modules() if other != name]
+    around = (o for o in others if not o or name.startswith(f"{o}."))
+    inside = (o for o in others if not name or o.startswith(f"{name}."))
+    return any(ran(other) for other in (*around, *inside))
 
 
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:
