@@ -238,6 +238,34 @@ def test_networks(name: str, chains: dict[int, list[int]], last: int, train_norm
     assert sorted([*convs, *report.alone]) == sorted(gf_tvm.filter_report(chained).filtered)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "last", "chains"), [("ResNet", 8, [2, 5]), ("UperNet", 14, [3, 3])])
+def test_networks_of_transformers(name: str, last: int, chains: list[int]) -> None:
+    """They read sizes between operations, add in place and return objects of their own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    if name == "ResNet":
+        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=3))
+    else:
+        trunk = transformers.ResNetConfig(**sizes, out_features=[f"stage{i}" for i in range(1, 5)])
+        config = transformers.UperNetConfig(
+            backbone_config=trunk, hidden_size=4, num_labels=3, use_auxiliary_head=False
+        )
+        model = transformers.UperNetForSemanticSegmentation(config)
+    model.double().eval()
+    plain, chained = filtered(model, last), filtered(model, last, chain=True)
+    x = images(2, 64)
+    results = []
+    for each in (plain, chained):
+        output = each(x)
+        assert type(output) is type(model(x))
+        output.logits.square().sum().backward()
+        results.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert worst(results[1], results[0]) < 1e-10
+    assert [len(chain.convolutions) for chain in chains_of(chained).chains] == chains
+
+
 def test_whole_network_trained_with_wide_patches() -> None:
     model = fine_tuned("resnet18_025", 20, True).requires_grad_(True)
     plain, chained = filtered(model, 20, 4), filtered(model, 20, 4, chain=True)
@@ -600,6 +628,21 @@ def test_autocast() -> None:
     assert worst(*results) < 0.05
     exact = gradients(plain.float(), x)
     assert exact.keys() == results[0].keys()
+
+
+def test_autocast_with_values_of_one_pixel() -> None:
+    """Every operation has the dtype that it has in the network."""
+    unit = {**UNIT, "norm": "frozen", "act": "relu"}
+    middle = [Context("tanh", "bilinear", "shape"), nn.Dropout2d(0.4), SqueezeLinear("relu", "view")]
+    model = prepare(Network([Unit(unit), *middle, Unit(unit)], "mean"), 0, "nothing").float()
+    x = torch.randn(2, CHANNELS, 12, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected, report = both(model, {"blocks.0.conv": 2, "blocks.4.conv": 2}, x)
+    assert len(report.chains) == 1
+    assert actual["result"].dtype == expected["result"].dtype == torch.bfloat16
+    torch.testing.assert_close(actual["result"], expected["result"])
+    # Gradients on the grid are float32, those of the unchained model rounded to bfloat16 at every step.
+    assert worst(actual, expected) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
