@@ -239,7 +239,7 @@ def test_networks(name: str, chains: dict[int, list[int]], last: int, train_norm
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("name", "last", "chains"), [("ResNet", 8, [2, 5]), ("UperNet", 14, [3, 3])])
+@pytest.mark.parametrize(("name", "last", "chains"), [("ResNet", 8, [2, 5]), ("UperNet", 14, [3, 4])])
 def test_networks_of_transformers(name: str, last: int, chains: list[int]) -> None:
     """They read sizes between operations, add in place and return objects of their own."""
     transformers = pytest.importorskip("transformers")
