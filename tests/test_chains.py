@@ -810,19 +810,6 @@ def test_two_inputs_and_a_tuple_of_results() -> None:
     assert worst(*results) < 1e-10
 
 
-@pytest.mark.parametrize("how", ["mean", "view", "flatten", "conv", "used elsewhere"])
-def test_squeeze_excitation_ends_no_chain(how: str) -> None:
-    unit = {**UNIT, "norm": "trained", "act": "silu"}
-    middle = Squeeze("relu", True) if how == "conv" else SqueezeLinear("relu", how)
-    model = prepare(Network([Unit(unit), nn.Sequential(nn.Dropout2d(0.4), middle), Unit(unit)], "mean"), 0, "nothing")
-    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    names = ["blocks.0.conv", "blocks.2.conv"]
-    actual, expected, report = both(model, dict.fromkeys(names, 2), x)
-    assert worst(actual, expected) < 1e-10
-    chains = [chain.convolutions for chain in report.chains]
-    assert chains == ([("blocks.2.conv",)] if how == "used elsewhere" else [tuple(names)]), report
-
-
 class Sizes(nn.Module):
     """Sizes are read of maps that other maps are resized to."""
 
@@ -840,6 +827,45 @@ class Sizes(nn.Module):
         if self.batched:
             side = side + F.interpolate(torch.relu(side).mean((-2, -1), keepdim=True), size=[h, w])
         return self.d(torch.tanh(side))
+
+
+def test_every_step_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a size is read of a map that is not there, and of one that is."""
+
+    class Model(Sizes):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            z = y.cumsum(3)  # so y is there before its size is read
+            return z * y.size(2) + y if self.batched else z.reshape(y.shape)
+
+    runs: Counter[str] = Counter()
+    chained, plainly = run._convolution, gf_tvm.FilteredConv2d.forward
+    monkeypatch.setattr(run, "_convolution", lambda op, *rest: (runs.update([op.name]), chained(op, *rest))[1])
+    monkeypatch.setattr(
+        gf_tvm.FilteredConv2d,
+        "forward",
+        lambda self, x: (runs.update(n for n, m in model.named_modules() if m is self), plainly(self, x))[1],
+    )
+    x = images(2, 10, torch.float32)
+    for batched, chain in ((True, [2]), (False, [2])):
+        model = gf_tvm.filter_model(Model(batched), 2, last=4, chain=True)
+        runs.clear()
+        model(x)
+        assert lengths(model) == chain
+        assert runs == Counter("abcd")
+
+
+@pytest.mark.parametrize("how", ["mean", "view", "flatten", "conv", "used elsewhere"])
+def test_squeeze_excitation_ends_no_chain(how: str) -> None:
+    unit = {**UNIT, "norm": "trained", "act": "silu"}
+    middle = Squeeze("relu", True) if how == "conv" else SqueezeLinear("relu", how)
+    model = prepare(Network([Unit(unit), nn.Sequential(nn.Dropout2d(0.4), middle), Unit(unit)], "mean"), 0, "nothing")
+    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names = ["blocks.0.conv", "blocks.2.conv"]
+    actual, expected, report = both(model, dict.fromkeys(names, 2), x)
+    assert worst(actual, expected) < 1e-10
+    chains = [chain.convolutions for chain in report.chains]
+    assert chains == ([("blocks.2.conv",)] if how == "used elsewhere" else [tuple(names)]), report
 
 
 @pytest.mark.parametrize("size", [(2, 3, 10, 7), (3, 10, 7)], ids=["images", "one image"])

@@ -79,6 +79,8 @@ class Program:
         if source is None:
             return self.step(node, env)
         assert isinstance(node.args[0], fx.Node)
+        if source in env:
+            return self.step(node, {node.args[0]: env[source]})
         shape = self._shape(source, self.captured.numbers[node].inputs, env)
         if shape is None:  # the map itself has to tell; what comes before it then runs unchained
             for before, _ in self.captured.ways[source]:
@@ -89,8 +91,6 @@ class Program:
 
     def _shape(self, source: fx.Node, origins: Sequence[fx.Node], env: Mapping[fx.Node, Any]) -> Shape | None:
         """The shape of a step's result, None if it cannot be told before the step has run."""
-        if source in env:
-            return None
         known = {node: tuple(env[node].shape) if isinstance(env[node], Tensor) else env[node] for node in origins}
         key = (source, *known.values())
         if key not in self.shapes:
