@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GeometryError
 from ..geometry import Pair
 from ..shapes import parse_patches
-from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig
+from ..training.config import AMP, CACHES, CHAIN_MEANS, SCHEDULES, TrainConfig
 from ._config import add_config_option
 from ._output import Progress, check_writable, format_table, write_json
 
@@ -60,8 +60,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
     parser.add_argument(
         "--chain",
-        action="store_true",
-        help="keep gradients on the patch grid between filtered convolutions where that is exact",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=CHAIN_MEANS,
+        metavar="DTYPE",
+        help="keep gradients on the patch grid between filtered convolutions where that is exact; with a "
+        f"dtype ({' or '.join(CHAIN_MEANS)}), keep the means of derivatives in it",
     )
     option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
     protocol = parser.add_argument_group("protocol")

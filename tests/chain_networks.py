@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Any] = {
     "tanh": nn.Tanh,
     "identity": nn.Identity,
     "dropout": lambda: nn.Dropout(0.3),
+    "dropout of channels": lambda: nn.Dropout2d(0.3),
     "two": lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.2), nn.SiLU()),
 }
 #: Channels of every map between blocks.
@@ -141,6 +142,61 @@ class Squeeze(nn.Module):
         s = x.mean((2, 3), keepdim=True) if self.method else self.pool(x)
         s = self.gate(self.expand(self.act(self.reduce(s))))
         return s * x if self.method else x * s
+
+
+class SqueezeLinear(nn.Module):
+    """Squeeze-excitation by linear layers, in the ways in which it is written."""
+
+    def __init__(self, act: str, how: str) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Linear(CHANNELS, 2), nn.Linear(2, CHANNELS, bias=False)
+        self.act, self.pool, self.how = ACTIVATIONS[act](), nn.AdaptiveAvgPool2d(1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "mean":
+            s = x.mean((2, 3))
+        elif self.how == "view":
+            b, c, _, _ = x.size()
+            s = self.pool(x).view(b, c)
+        else:
+            s = torch.flatten(self.pool(x), 1)
+        s = torch.sigmoid(self.expand(self.act(self.reduce(s))))
+        if self.how == "flatten":
+            return x * s[:, :, None, None]
+        if self.how == "view":
+            return x * s.view(b, c, 1, 1).expand_as(x)
+        s = s.view(-1, CHANNELS, 1, 1)
+        return x * s if self.how == "mean" else x * s + self.pool(x).flatten(1).mean(1)[:, None, None, None]
+
+
+class Context(nn.Module):
+    """The map's mean, convolved, is added everywhere: resizing that is exact on the grid, by a size read on the way."""
+
+    def __init__(self, act: str, mode: str, how: str) -> None:
+        super().__init__()
+        self.conv, self.act, self.mode, self.how = nn.Conv2d(CHANNELS, CHANNELS, 1), ACTIVATIONS[act](), mode, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.act(self.conv(F.adaptive_avg_pool2d(x, 1)))
+        size = (x.size(2), x.size(-1)) if self.how == "size" else x.shape[-2:]
+        y = F.interpolate(mean, size=size, mode=self.mode)
+        return F.interpolate(x, size=size, mode=self.mode) + y if self.how == "same size" else x + y
+
+
+class TopDown(nn.Module):
+    """A smaller map enlarged to the size of another one, which is read before that one is used."""
+
+    def __init__(self, first: dict[str, Any], second: dict[str, Any], how: str) -> None:
+        super().__init__()
+        self.side, self.top, self.last = Unit(same_size(first)), Unit(same_size(second)), Unit(same_size(first))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.side(x)
+        small = F.avg_pool2d(x, 2, ceil_mode=True) if self.how == "pool" else x[:, :, ::2, ::2]
+        _, _, h, w = side.size()
+        side = side + F.interpolate(self.top(small), size=(h, (w + w) // 2), mode="bilinear")
+        return self.last(side)
 
 
 class Scaled(nn.Module):
@@ -258,6 +314,18 @@ BLOCKS = st.one_of(
     st.builds(Joined, UNITS, UNITS, st.booleans()),
     st.builds(Halves, UNITS, st.sampled_from(["chunk", "split", "slice"]), st.sampled_from([*ACTIVATIONS])),
     st.builds(Squeeze, st.sampled_from([*ACTIVATIONS]), st.booleans()),
+    st.builds(
+        SqueezeLinear,
+        st.sampled_from([act for act in ACTIVATIONS if act != "dropout of channels"]),
+        st.sampled_from(["mean", "view", "flatten", "used elsewhere"]),
+    ),
+    st.builds(
+        Context,
+        st.sampled_from([*ACTIVATIONS]),
+        st.sampled_from(["nearest", "bilinear", "area"]),
+        st.sampled_from(["shape", "size", "same size"]),
+    ),
+    st.builds(TopDown, UNITS, UNITS, st.sampled_from(["pool", "slice"])),
     st.builds(Scaled, st.sampled_from(["times", "divided", "negative", "trained", "buffer"])),
     st.builds(Twice, UNITS),
     st.builds(Breaker, st.sampled_from([*BREAKERS])),

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_networks import BLOCKS, BREAKERS, CHANNELS, Breaker, Network, Residual, Unit
+from chain_networks import (
+    BLOCKS,
+    BREAKERS,
+    CHANNELS,
+    Breaker,
+    Context,
+    Network,
+    Residual,
+    Squeeze,
+    SqueezeLinear,
+    Unit,
+)
 from fake_library import FakeLibrary, loaded
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -22,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gf_tvm
-from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, run
+from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, lowering, run
+from gf_tvm.errors import ModelError
 from gf_tvm.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +113,7 @@ def filtered_names(model: nn.Module) -> list[str]:
     patches=st.lists(st.sampled_from([2, 2, 2, 4, 4, 7, (2, 4), (3, 2)]), min_size=1, max_size=2),
     freeze=st.sampled_from(["nothing", "first", "some"]),
     needs_input=st.booleans(),
-    cells=st.sampled_from([1.0, 1.0, 4.0]),
+    cells=st.sampled_from([1.0, grids.MAX_CELLS, grids.MAX_CELLS]),
     seed=SEEDS,
 )
 def test_chained_gradients_equal_unchained_ones(
@@ -120,12 +132,12 @@ def test_chained_gradients_equal_unchained_ones(
     by_name = {name: choice.choice(patches) for name in names if choice.random() < 0.9}
     assume(by_name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grids, "MAX_CELLS", cells)  # above 1 grids may cut a map in different places
+        patch.setattr(grids, "MAX_CELLS", cells)  # at 1 chains end where grids cut a map in different places
         actual, expected, report = both(model, by_name, x.requires_grad_(needs_input))
     # Not bit by bit: the order of a convolution's sums depends on where its tensors lie.
     if not torch.allclose(actual["result"], expected["result"], rtol=1e-10, atol=1e-12):
         # Chains run as wholes, so that several dropouts may draw their noise in another order.
-        assert sum(isinstance(module, nn.Dropout) for module in model.modules()) > 1
+        assert sum(isinstance(module, nn.Dropout | nn.Dropout2d) for module in model.modules()) > 1
         assume(False)
     assert worst(actual, expected) < 1e-10, str(report)
     lengths = [len(chain.convolutions) for chain in report.chains]
@@ -209,8 +221,9 @@ def filtered(model: nn.Module, last: int, patch: int = 2, **how: Any) -> nn.Modu
         ("mobilenetv2_025", {4: [4], 8: [8]}),
         ("mcunet_050", {4: [4], 8: [8]}),
         ("fcn_resnet18_025", {4: [4], 8: [8]}),
-        ("deeplabv3_resnet18_025", {4: [3], 8: [2, 6]}),
-        ("upernet_resnet18_025", {4: [], 8: []}),
+        ("deeplabv3_resnet18_025", {4: [4], 8: [8]}),
+        ("pspnet_resnet18_025", {4: [], 8: [2]}),
+        ("upernet_resnet18_025", {4: [2], 8: [3]}),
     ],
 )
 def test_networks(name: str, chains: dict[int, list[int]], last: int, train_norm: bool) -> None:
@@ -223,6 +236,34 @@ def test_networks(name: str, chains: dict[int, list[int]], last: int, train_norm
     assert sorted(len(chain.convolutions) for chain in report.chains) == chains[last], str(report)
     convs = [conv for chain in report.chains for conv in chain.convolutions]
     assert sorted([*convs, *report.alone]) == sorted(gf_tvm.filter_report(chained).filtered)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "last", "chains"), [("ResNet", 8, [2, 5]), ("UperNet", 14, [3, 4])])
+def test_networks_of_transformers(name: str, last: int, chains: list[int]) -> None:
+    """They read sizes between operations, add in place and return objects of their own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    if name == "ResNet":
+        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=3))
+    else:
+        trunk = transformers.ResNetConfig(**sizes, out_features=[f"stage{i}" for i in range(1, 5)])
+        config = transformers.UperNetConfig(
+            backbone_config=trunk, hidden_size=4, num_labels=3, use_auxiliary_head=False
+        )
+        model = transformers.UperNetForSemanticSegmentation(config)
+    model.double().eval()
+    plain, chained = filtered(model, last), filtered(model, last, chain=True)
+    x = images(2, 64)
+    results = []
+    for each in (plain, chained):
+        output = each(x)
+        assert type(output) is type(model(x))
+        output.logits.square().sum().backward()
+        results.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert worst(results[1], results[0]) < 1e-10
+    assert [len(chain.convolutions) for chain in chains_of(chained).chains] == chains
 
 
 def test_whole_network_trained_with_wide_patches() -> None:
@@ -250,6 +291,25 @@ def test_a_mistake_is_noticed(mistake: None) -> None:
     model = fine_tuned("resnet18_025", 8, True)
     plain, chained = filtered(model, 8), filtered(model, 8, chain=True)
     assert worst(gradients(chained, images()), gradients(plain, images())) > 1e-3
+
+
+@pytest.mark.parametrize("wrong", ["_times", "_times_saved", "_resize"])
+def test_a_mistake_with_values_of_one_pixel_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost factor: of a mean or a repeated pixel; of dropped channels or a gate; a lost image branch."""
+    unit = {**UNIT, "norm": "none", "act": "silu"}
+    middle = [Context("tanh", "bilinear", "shape"), nn.Dropout2d(0.4), SqueezeLinear("relu", "view")]
+    model = prepare(Network([Unit(unit), *middle, Unit(unit)], "map"), 0, "nothing")
+    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    patches = {"blocks.0.conv": 2, "blocks.4.conv": 2}
+    actual, expected, report = both(model, patches, x)
+    assert worst(actual, expected) < 1e-10
+    assert [chain.convolutions for chain in report.chains] == [tuple(patches)]
+    wrongly = {"_times": lambda self, term, factor: term, "_times_saved": lambda self, term, kept: term}
+    monkeypatch.setattr(lowering._Lowering, wrong, wrongly.get(wrong, lambda self, i, op, terms: None))
+    actual, expected, _ = both(model, patches, x)
+    assert any(
+        name not in actual or (actual[name] - expected[name]).norm() > 1e-3 * expected[name].norm() for name in expected
+    )
 
 
 # What is kept
@@ -287,6 +347,36 @@ def test_nothing_of_full_size_is_kept(name: str, patch: int, train_norm: bool) -
     assert bytes_ < 0.75 * unchained
     head = 4 * 8 * model.get_submodule("fc" if name.startswith("resnet") else "classifier").in_features
     assert 4 * chain.kept_values + head == bytes_
+
+
+@pytest.mark.parametrize("means", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", ["relu", "relu6", "silu", "dropout"])
+def test_means_in_16_bits(act: str, means: torch.dtype) -> None:
+    """Exact where derivatives are 0 or 1 and patches have 4 pixels; the bytes are those that autograd keeps."""
+    unit = {**UNIT, "norm": "frozen", "act": act}
+    model = prepare(Network([Unit(unit), Residual(unit, unit, False, "plus", act)], "mean"), 0, "nothing")
+    names, x = filtered_names(model), torch.randn(2, CHANNELS, 12, 8, dtype=torch.float64)
+    chained = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, chain=True, means=means)
+    plain = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names)
+    error = worst(gradients(chained, x), gradients(plain, x))
+    exact, coarse = act.startswith("relu"), 2 * torch.finfo(means).eps
+    assert error < (1e-10 if exact else coarse)
+    assert exact or error > 1e-6
+    for again in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):
+        assert worst(gradients(again, x), gradients(chained, x)) < 1e-12
+    bytes_, tensors = kept(chained, x)
+    (chain,) = chains_of(chained).chains
+    ours = 8 * (3 * 2 * 4 * 24 + 3 * 4) + 2 * (4 * 2 * 4 * 24)  # x~ and norms' scales; relu, relu, both relus, relu
+    assert sum(t.dtype == means for t in tensors) == 4
+    assert chain.kept_bytes == ours
+    assert bytes_ == ours + 8 * 2 * CHANNELS  # and the classifier's input
+
+
+def test_means_in_another_dtype_are_refused() -> None:
+    model = small(chain=False)
+    with pytest.raises(ModelError, match=r"means must be None .* or torch.bfloat16, got torch.int8"):
+        gf_tvm.filter_model(model, 4, last=5, chain=True, means=torch.int8)
+    assert model.stem.patch == (2, 2)
 
 
 def test_derivatives_are_kept_only_for_what_is_trained() -> None:
@@ -481,6 +571,46 @@ def test_checkpointing(reentrant: bool) -> None:
     assert lengths(chained) == [5]
 
 
+class Checkpointed(Small):
+    """Checkpoints its blocks, which drop pixels and channels."""
+
+    reentrant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.act = nn.Sequential(nn.SiLU(), nn.Dropout(0.3), nn.Dropout2d(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        for block in self.blocks:
+            y = checkpoint(block, y, use_reentrant=self.reentrant)
+        return self.head(self.pool(y).flatten(1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_inside(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that checkpoints its parts is not traced, since that would be lost; the parts are."""
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+    chained, plain = (
+        gf_tvm.filter_model(Checkpointed().double().eval(), 2, last=5, chain=chain) for chain in (True, False)
+    )
+    for model in (chained, plain):
+        for block in model.blocks:
+            block.act.train()
+    assert worst(gradients(chained, images(2, 14)), gradients(plain, images(2, 14))) < 1e-10
+    report = chains_of(chained)
+    assert [chain.convolutions for chain in report.chains] == [
+        (f"blocks.{i}.conv1", f"blocks.{i}.conv2") for i in range(2)
+    ]
+    assert list(report.untraced) == [""]
+    assert reentrant or "checkpoints a part" in report.untraced[""]
+    assert not report.waiting
+    # What the blocks' chains keep is not there before the backward pass.
+    _, tensors = kept(chained, images(2, 14))
+    assert not [t for t in tensors if t.dim() == 4 and t.shape[1:] == (4, 4, 4)]
+
+
 def test_autocast() -> None:
     chained, plain = (model.float() for model in (small(), small(chain=False)))
     x = images(4, 32, torch.float32)
@@ -500,6 +630,21 @@ def test_autocast() -> None:
     assert exact.keys() == results[0].keys()
 
 
+def test_autocast_with_values_of_one_pixel() -> None:
+    """Every operation has the dtype that it has in the network."""
+    unit = {**UNIT, "norm": "frozen", "act": "relu"}
+    middle = [Context("tanh", "bilinear", "shape"), nn.Dropout2d(0.4), SqueezeLinear("relu", "view")]
+    model = prepare(Network([Unit(unit), *middle, Unit(unit)], "mean"), 0, "nothing").float()
+    x = torch.randn(2, CHANNELS, 12, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected, report = both(model, {"blocks.0.conv": 2, "blocks.4.conv": 2}, x)
+    assert len(report.chains) == 1
+    assert actual["result"].dtype == expected["result"].dtype == torch.bfloat16
+    torch.testing.assert_close(actual["result"], expected["result"])
+    # Gradients on the grid are float32, those of the unchained model rounded to bfloat16 at every step.
+    assert worst(actual, expected) < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     chained, plain = small().to(dtype), small(chain=False).to(torch.float64)
@@ -516,20 +661,6 @@ def test_channels_last_and_empty_batches() -> None:
     assert_same(chained, plain, images(2, 14).to(memory_format=torch.channels_last))
     assert_same(chained, plain, images(0, 14))
     assert_same(chained, plain, images(1, 14))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_compiled_and_exported_models_run_unchained() -> None:
-    chained, plain = small().float(), small(chain=False).float()
-    x = images(2, 14, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(chained, fullgraph=True, backend="aot_eager")
-    actual = {name.removeprefix("_orig_mod."): t for name, t in gradients(compiled, x).items()}
-    assert worst(actual, gradients(plain, x)) < 1e-5
-    program = torch.export.export(chained, (x,))
-    torch.testing.assert_close(program.module()(x), plain(x))
-    torch._dynamo.reset()
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -679,6 +810,80 @@ def test_two_inputs_and_a_tuple_of_results() -> None:
     assert worst(*results) < 1e-10
 
 
+class Sizes(nn.Module):
+    """Sizes are read of maps that other maps are resized to."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.batched = batched
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.b(torch.tanh(self.a(x)))
+        h, w = side.shape[-2:]
+        top = self.c(F.max_pool2d(x, 2))
+        side += F.adaptive_avg_pool2d(top, (h, w))  # in place: reading a size is no use of the map
+        if self.batched:
+            side = side + F.interpolate(torch.relu(side).mean((-2, -1), keepdim=True), size=[h, w])
+        return self.d(torch.tanh(side))
+
+
+def test_every_step_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a size is read of a map that is not there, and of one that is."""
+
+    class Model(Sizes):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            z = y.cumsum(3)  # so y is there before its size is read
+            return z * y.size(2) + y if self.batched else z.reshape(y.shape)
+
+    runs: Counter[str] = Counter()
+    chained, plainly = run._convolution, gf_tvm.FilteredConv2d.forward
+    monkeypatch.setattr(run, "_convolution", lambda op, *rest: (runs.update([op.name]), chained(op, *rest))[1])
+    monkeypatch.setattr(
+        gf_tvm.FilteredConv2d,
+        "forward",
+        lambda self, x: (runs.update(n for n, m in model.named_modules() if m is self), plainly(self, x))[1],
+    )
+    x = images(2, 10, torch.float32)
+    for batched, chain in ((True, [2]), (False, [2])):
+        model = gf_tvm.filter_model(Model(batched), 2, last=4, chain=True)
+        runs.clear()
+        model(x)
+        assert lengths(model) == chain
+        assert runs == Counter("abcd")
+
+
+@pytest.mark.parametrize("how", ["mean", "view", "flatten", "conv", "used elsewhere"])
+def test_squeeze_excitation_ends_no_chain(how: str) -> None:
+    unit = {**UNIT, "norm": "trained", "act": "silu"}
+    middle = Squeeze("relu", True) if how == "conv" else SqueezeLinear("relu", how)
+    model = prepare(Network([Unit(unit), nn.Sequential(nn.Dropout2d(0.4), middle), Unit(unit)], "mean"), 0, "nothing")
+    x = torch.randn(2, CHANNELS, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names = ["blocks.0.conv", "blocks.2.conv"]
+    actual, expected, report = both(model, dict.fromkeys(names, 2), x)
+    assert worst(actual, expected) < 1e-10
+    chains = [chain.convolutions for chain in report.chains]
+    assert chains == ([("blocks.2.conv",)] if how == "used elsewhere" else [tuple(names)]), report
+
+
+@pytest.mark.parametrize("size", [(2, 3, 10, 7), (3, 10, 7)], ids=["images", "one image"])
+def test_reading_a_size_ends_no_chain(size: tuple[int, ...]) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain, chained = (
+        gf_tvm.filter_model(Sizes(len(size) == 4).double(), 2, last=4, chain=chain) for chain in (False, True)
+    )
+    for patch in (2, 3):
+        for model in (plain, chained):
+            for conv in (model.a, model.b, model.c, model.d):
+                conv.patch = (patch, patch)
+        assert_same(chained, plain, x)
+    # A single image without a batch dimension runs as it is. What is resized needs a gradient of full size.
+    convolutions = [("a", "b")] if x.dim() == 4 else []
+    assert [chain.convolutions for chain in chains_of(chained).chains] == convolutions
+
+
 def test_parametrized_weights() -> None:
     results = []
     for chain in (True, False):
@@ -691,21 +896,27 @@ def test_parametrized_weights() -> None:
     assert worst(*results) < 1e-10
 
 
-def test_grids_that_do_not_match_end_a_chain() -> None:
+@pytest.mark.parametrize("max_cells", [1.0, grids.MAX_CELLS])
+@pytest.mark.parametrize("size", [28, 32])
+def test_grids_that_cut_a_map_in_different_places(size: int, max_cells: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """28 x 28, patches of 4: the first grid's patches begin at 0, 4, ...; those of stride 2 at -2, 6, ..."""
+    monkeypatch.setattr(grids, "MAX_CELLS", max_cells)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)
     ).double()
-    x = torch.randn(2, 2, 28, 28, dtype=torch.float64)
+    x = torch.randn(2, 2, size, size, dtype=torch.float64)
     actual, expected, report = both(model, {"0": 4, "2": 4, "4": 4}, x)
     assert worst(actual, expected) < 1e-10
-    assert [chain.convolutions for chain in report.chains] == [("2", "4")]
-    assert "a grid of 7x7 patches and one of 4x4 cut the 28x28 map in different places" in report.alone["0"]
-    x = torch.randn(2, 2, 32, 32, dtype=torch.float64)  # here one grid refines the other
-    actual, expected, report = both(model, {"0": 4, "2": 4, "4": 4}, x)
-    assert worst(actual, expected) < 1e-10
-    assert [chain.convolutions for chain in report.chains] == [("0", "2", "4")]
+    ends = size == 28 and max_cells == 1  # at 32 x 32 one grid refines the other
+    assert [chain.convolutions for chain in report.chains] == [("2", "4") if ends else ("0", "2", "4")]
+    if ends:
+        assert "a grid of 7x7 patches and one of 4x4 cut the 28x28 map in different places" in report.alone["0"]
+    else:
+        cells = 10 if size == 28 else 8  # along one axis: cut at 0, 4, 6, 8, 12, 14, 16, 20, 22, 24
+        sums, masks = 3 * (-(-size // 4)) ** 2 + 2 * 3 * 4**2, 3 * cells**2 + 3 * 4**2
+        (chain,) = report.chains
+        assert chain.kept_values == 2 * (sums - (-(-size // 4)) ** 2 + masks)
 
 
 @settings(max_examples=60)

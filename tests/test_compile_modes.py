@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gf_tvm
+from gf_tvm.chains import model as chain_model
 from gf_tvm.functional import conv2d
 from gf_tvm.geometry import Geometry
 
@@ -258,3 +259,48 @@ def test_meta_tensors() -> None:
     assert y.shape == (2, 4, 6, 5)
     assert x.grad is not None
     assert x.grad.shape == x.shape
+
+
+class Around(nn.Module):
+    """Two modules that are chained, something that is compiled around them, and what stands in the way of one trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = (
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x * 2).relu() + x
+        if float(x.shape[0]) > 0:  # fx cannot trace it, Dynamo can
+            y = y.tanh()
+        return self.last(y).sin() * 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by Dynamo, after a break
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_chains_under_compilation(fullgraph: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Chains interrupt the graph, what is around them is compiled; where that is forbidden they are left out."""
+    plain, chained = (gf_tvm.filter_model(Around(), 2, last=4, chain=chain) for chain in (False, True))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(chained, backend=counter, fullgraph=fullgraph)
+    chain_model._said_one_graph.clear()
+    for n in (2, 3, 3):
+        x = torch.randn(n, 2, 12, 10)
+        assert_same(gradients(compiled, chained, x), gradients(plain, plain, x))
+    lengths = [len(chain.convolutions) for chain in gf_tvm.chains_of(chained).chains]
+    assert lengths == ([] if fullgraph else [2, 2])
+    assert caplog.text.count("chains interrupt a compiled graph") == fullgraph
+    # Before, between and behind the two, and again as soon as the batch is dynamic.
+    assert counter.frame_count == (2 if fullgraph else 6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x))
+
+
+def test_chained_models_are_exported_as_they_are() -> None:
+    plain, chained = (gf_tvm.filter_model(Around(), 2, last=4, chain=chain) for chain in (False, True))
+    x = torch.randn(2, 2, 12, 10)
+    for strict in (False, True):
+        program = torch.export.export(chained, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), plain(x))

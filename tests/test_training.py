@@ -92,8 +92,8 @@ def stop_at(phase: str, epoch: int, step: int) -> Callable[[Event], None]:
         ("lr", float("nan")), ("lr", float("inf")), ("lr", "0.1"), ("pretrain_lr", 0.0), ("momentum", 1.0),
         ("momentum", -0.1), ("weight_decay", -1e-4), ("clip", 0), ("clip", -1.0), ("clip", float("nan")),
         ("schedule", "exponential"), ("patch", "R2"), ("warmup_epochs", -1), ("warmup_epochs", 10), ("step_epochs", 0),
-        ("step_factor", 0), ("amp", "float16"), ("patience", 0), ("patience", 1.5), ("min_delta", -0.1),
-        ("min_delta", float("nan")), ("cache", "gpu"),
+        ("step_factor", 0), ("amp", "float16"), ("chain", "int8"), ("patience", 0), ("patience", 1.5),
+        ("min_delta", -0.1), ("min_delta", float("nan")), ("cache", "gpu"),
     ],
 )  # fmt: skip
 def test_config_names_what_is_wrong(field: str, value: Any) -> None:
@@ -164,9 +164,14 @@ def test_chained_runs_train_alike_and_keep_less(config: TrainConfig, cache: str)
     config = replace(config, model="training_models:pointwise", patch=2, last=2, shift=0, flip=False, cache=cache)
     dataset = load_data(config)
     pretrained = pretrain(config, dataset)
-    plain, chained = (finetune(replace(config, chain=chain), dataset, pretrained) for chain in (False, True))
+    plain, chained, half = (
+        finetune(replace(config, chain=chain), dataset, pretrained) for chain in (False, True, "float16")
+    )
     assert (plain.chains, chained.chains) == ((), (("3", "5"),))
-    assert (plain.config.variant, chained.config.variant) == ("R2", "R2 chained")
+    assert [r.config.variant for r in (plain, chained, half)] == ["R2", "R2 chained", "R2 chained float16"]
+    for a, b in zip(chained.rows, half.rows, strict=True):
+        assert b.train_loss == pytest.approx(a.train_loss, rel=1e-3)
+        assert b.kept_bytes_convolutions < a.kept_bytes_convolutions
     for a, b in zip(plain.rows, chained.rows, strict=True):
         assert b.train_loss == pytest.approx(a.train_loss, rel=1e-4)
         assert 0 < b.kept_bytes_convolutions <= b.kept_bytes < a.kept_bytes

@@ -10,10 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..filtered import FilteredConv2d
-from .graph import Conv, Op, Region
-from .recognise import Alias, Found, Other, Pieces, Recognised, attribute, changes_input, has_hooks, recognise
+from .graph import Conv, Op, Outside, Pool, Region, Resize, View
+from .recognise import (
+    Alias,
+    Found,
+    Number,
+    Other,
+    Pieces,
+    Recognised,
+    attribute,
+    changes_input,
+    has_hooks,
+    is_flat,
+    only_metadata,
+    recognise,
+    steps_in,
+)
 
 #: Why a convolution is in no chain.
 UNTRAINED = "has nothing trained in it or before it"
@@ -30,11 +45,13 @@ class Part:
     Attributes:
         nodes: the step that computes each value, entries first.
         tensors: paths of parameters and buffers.
+        numbers: arguments that operations take when they run: numbers and steps.
     """
 
     region: Region
     nodes: tuple[fx.Node, ...]
     tensors: tuple[str, ...]
+    numbers: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,35 +61,49 @@ class Capture:
     Attributes:
         graph: its steps; modules are named relative to it.
         order: steps and regions in the order of execution.
+        result: how the traced module's result is put together from the tuple that the graph returns.
         alone: filtered convolutions that are in no region, and why.
+        numbers: steps that are known before the maps that they measure are there.
+        ways: by step that is measured, the operations from which its result's size follows.
     """
 
     graph: fx.Graph
     order: tuple[fx.Node | Part, ...]
+    result: pytree.TreeSpec
     alone: dict[str, str]
+    numbers: dict[fx.Node, Number]
+    ways: dict[fx.Node, tuple[tuple[fx.Node, Found], ...]]
 
 
 class _Module(nn.Module):
-    """Calls a module's own forward pass, without its hooks: those run around it in any case."""
+    """Calls a module's own forward pass, without its hooks: those run around it in any case.
+
+    Results of other classes than fx knows (transformers' outputs) are taken apart, into a tuple.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.result: pytree.TreeSpec | None = None
+
+    def run(self, *given: Tensor) -> tuple[Any, ...]:
+        leaves, self.result = pytree.tree_flatten(type(self.module).forward(self.module, *given))
+        return tuple(leaves)
 
 
 class _One(_Module):
     def forward(self, a: Tensor) -> Any:
-        return type(self.module).forward(self.module, a)
+        return self.run(a)
 
 
 class _Two(_Module):
     def forward(self, a: Tensor, b: Tensor) -> Any:
-        return type(self.module).forward(self.module, a, b)
+        return self.run(a, b)
 
 
 class _Three(_Module):
     def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Any:
-        return type(self.module).forward(self.module, a, b, c)
+        return self.run(a, b, c)
 
 
 #: By number of tensors that the module is called with; a tracer reads names of arguments from a signature.
@@ -105,9 +136,9 @@ class _Tracer(fx.Tracer):
         self.context = _context()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A graph does not record under which ``torch.no_grad`` or ``torch.autocast`` a step ran."""
+        """A graph does not record under which ``torch.no_grad``, ``torch.autocast`` or checkpointing a step ran."""
         if _context() != self.context:
-            raise CannotTrace("its Python code switches gradients or autocast on or off")
+            raise CannotTrace("its Python code switches gradients or autocast on or off, or checkpoints a part")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -127,6 +158,8 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A tensor that forward made itself would be the same in every run (and is hung on the module by fx)."""
+        if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            raise CannotTrace(f"its Python code makes a {type(a).__name__}")  # fx would make it a plain dictionary
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             held = any(a is buffer for buffer in self.root.buffers()) or a in self.tensor_attrs
             if not held:
@@ -160,8 +193,12 @@ def capture(module: nn.Module, needs: Sequence[bool], everything: bool = False) 
         known[node] = recognise(node, modules, known)
     _settle(graph, known)
     _leave_untrained(graph, known, modules, needs, everything)
+    _leave_flat(graph, known)
+    ways = _measure(graph, known)
     parts, alone = _parts(graph, known, modules)
-    return Capture(graph, _order(graph, known, parts), alone)
+    numbers = {node: found for node, found in known.items() if isinstance(found, Number)}
+    assert wrapper.result is not None
+    return Capture(graph, _order(graph, known, parts), wrapper.result, alone, numbers, ways)
 
 
 def _trace(wrapper: _Module) -> fx.Graph:
@@ -185,7 +222,8 @@ def _context() -> tuple[Any, ...]:
     """Switches of this thread that decide how a step runs."""
     devices = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # those of torch.utils.checkpoint, say
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast, hooks
 
 
 def _generators() -> tuple[bytes, str]:
@@ -198,8 +236,27 @@ def _refuse_shared_changes(graph: fx.Graph, modules: Mapping[str, nn.Module]) ->
         if node.op not in ("call_module", "call_function", "call_method") or not changes_input(node, modules):
             continue
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or len(source.users) > 1 or not _fresh(source, modules):
+        while isinstance(source, fx.Node) and _hands_on(source, modules) and _readers_of_values(source) == 1:
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or _readers_of_values(source) > 1 or not _fresh(source, modules):
             raise CannotTrace(f"{node.name} changes in place what may be used elsewhere")
+
+
+def _readers_of_values(node: fx.Node) -> int:
+    return sum(not only_metadata(user) for user in node.users)
+
+
+def _hands_on(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a step returns its argument, or a view of it."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        idle = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+        passes = idle or type(module) in (nn.Identity, nn.Flatten)
+        return passes and not has_hooks(module) and "forward" not in vars(module)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in ("flatten", "view", "reshape", "squeeze")
 
 
 def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -259,6 +316,36 @@ def _leave_untrained(
             known[node] = Other(UNTRAINED)
 
 
+def _leave_flat(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> None:
+    """Values (n, c) that go elsewhere than back to a map are no part of a region: a classifier is one step as ever.
+
+    The mean over a map may be a region's last operation.
+    """
+
+    while True:
+        outside = {
+            _source(source, known)
+            for node in graph.nodes
+            if not isinstance(known[node], Found | Alias | Number)
+            for source in node.all_input_nodes
+        }
+        gone = []
+        for node in graph.nodes:
+            found = known[node]
+            if not isinstance(found, Found) or isinstance(found.op, Pool):
+                continue
+            back, there = (isinstance(found.op, View) and found.op.flat is flat for flat in (False, True))
+            source = _inputs(node, known)[0]
+            reads_flat = back or (found.op.flat and not there)
+            if (found.op.flat and node in outside) or (
+                reads_flat and (source in outside or not is_flat(source, known))
+            ):
+                gone.append(node)
+        if not gone:
+            return
+        known.update(dict.fromkeys(gone, Other("cannot stay on the patch grid")))
+
+
 def _source(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> fx.Node:
     """The step whose result ``node`` returns as it is."""
     while isinstance(found := known[node], Alias):
@@ -266,10 +353,49 @@ def _source(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> fx.Node:
     return node
 
 
+def _measure(graph: fx.Graph, known: dict[fx.Node, Recognised]) -> dict[fx.Node, tuple[tuple[fx.Node, Found], ...]]:
+    """Let sizes wait for no region: they follow from those of the maps that come into it.
+
+    Returns, by step that is measured, the operations between those maps and its result, with the steps that compute
+    their inputs.
+    """
+    origins: dict[fx.Node, dict[fx.Node, None]] = {}  # what has to run before the size of a result is known
+    before: dict[fx.Node, set[fx.Node]] = {}
+    ways: dict[fx.Node, tuple[tuple[fx.Node, Found], ...]] = {}
+    for position, node in enumerate(graph.nodes):
+        found = known[node]
+        if isinstance(found, Number) and found.source is not None:
+            source = _source(found.source, known)
+            if is_flat(source, known):  # it has two dimensions in the network and four in a region
+                known[node], ways[source] = Number(source, (source,)), ()
+                continue
+            known[node] = Number(source, tuple(origins[source]))
+            steps = [step for step in list(graph.nodes)[:position] if step in before[source]]
+            ways[source] = tuple(
+                (step, replace(what, inputs=tuple(_inputs(step, known))))
+                for step in steps
+                if isinstance(what := known[step], Found)
+            )
+        if not isinstance(found, Found):
+            origins[node], before[node] = {node: None}, set()
+            continue
+        inputs = _inputs(node, known)
+        origins[node] = {o: None for source in inputs for o in origins[source]} | dict.fromkeys(found.number_steps)
+        before[node] = {node}.union(*(before[source] for source in inputs))
+    return ways
+
+
 def _inputs(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    """The maps (and what else comes from outside of all regions) that a step reads."""
     found = known[node]
-    steps = found.inputs if isinstance(found, Found) else node.all_input_nodes
+    steps = found.inputs if isinstance(found, Found | Number) else node.all_input_nodes
     return [_source(step, known) for step in steps]
+
+
+def _waits_for(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    """What has to be there before a step can run."""
+    found = known[node]
+    return [*_inputs(node, known), *(found.number_steps if isinstance(found, Found) else ())]
 
 
 def _parts(
@@ -285,11 +411,11 @@ def _parts(
     positions = {node: k for k, node in enumerate(graph.nodes)}
     for members in {id(g): g for g in group.values()}.values():
         ordered = sorted(members, key=positions.__getitem__)
-        convs = [op for node in ordered if isinstance(op := _op(known[node]), Conv) and op.filtered]
-        if convs and len(ordered) > 1:
+        convs = {node: op for node in ordered if isinstance(op := _op(known[node]), Conv) and op.filtered}
+        if convs and sum(not isinstance(_op(known[node]), Outside) for node in ordered) > 1:
             parts.append(_part(ordered, known, modules, graph))
         else:
-            alone.update({op.name: _only_neighbours(ordered[0], known, modules) for op in convs})
+            alone.update({op.name: _only_neighbours(node, known, modules) for node, op in convs.items()})
     for node in graph.nodes:
         found = known[node]
         filtered = node.op == "call_module" and isinstance(modules[str(node.target)], FilteredConv2d)
@@ -302,7 +428,7 @@ def _depths(graph: fx.Graph, known: Mapping[fx.Node, Recognised]) -> dict[fx.Nod
     """How often the way to a step leaves and enters regions, at least; later, where that joins it to its users."""
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        inputs = _inputs(node, known)
+        inputs = _waits_for(node, known)
         if isinstance(known[node], Found):
             depth[node] = max((depth[i] + (not isinstance(known[i], Found)) for i in inputs), default=0)
         else:
@@ -354,15 +480,6 @@ def _groups(
     return group
 
 
-def only_metadata(node: fx.Node) -> bool:
-    """Whether a step reads a tensor's shape or type and not its values."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
-    )
-
-
 def _op(found: Recognised) -> Op | None:
     return found.op if isinstance(found, Found) else None
 
@@ -378,11 +495,17 @@ def _part(
     numbers = {node: v for v, node in enumerate((*entries, *ordered))}
     paths: dict[str, int] = {}
     ops = []
+    taken: list[Any] = []
     for node in ordered:
         found = known[node]
         assert isinstance(found, Found)
         tensors = tuple(None if path is None else paths.setdefault(path, len(paths)) for path in found.tensors)
-        ops.append(replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors))
+        op = replace(found.op, inputs=tuple(numbers[i] for i in _inputs(node, known)), tensors=tensors)
+        if found.number is not None:
+            assert isinstance(op, Resize | View)
+            op = replace(op, number=len(taken))
+            taken.append(found.number)
+        ops.append(op)
     exits: dict[int, str] = {}
     seen: set[int] = set()
     for node in graph.nodes:
@@ -398,6 +521,7 @@ def _part(
         Region(len(entries), tuple(ops), exits, frozenset(seen - exits.keys()), names),
         (*entries, *ordered),
         tuple(paths),
+        tuple(taken),
     )
 
 
@@ -409,6 +533,8 @@ def _user(node: fx.Node, known: Mapping[fx.Node, Recognised], modules: Mapping[s
     name = str(node.target) if node.op == "call_module" else node.name
     if isinstance(found, Other):
         return f"{name} {found.reason}"
+    if isinstance(found, Found) and isinstance(found.op, Outside):
+        return f"{name} {found.op.reason}"
     return f"{name} reads something else as well that comes later"
 
 
@@ -428,10 +554,11 @@ def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Par
             return
         done.add(id(what))
         if isinstance(what, Part):
-            for entry in what.nodes[: what.region.entries]:
-                visit(entry)
+            for step in [*what.nodes[: what.region.entries], *steps_in(what.numbers)]:
+                visit(step)
         else:
-            for step in what.all_input_nodes:
+            number = known[what]
+            for step in number.inputs if isinstance(number, Number) else what.all_input_nodes:
                 visit(step)
         order.append(what)
 
@@ -441,7 +568,8 @@ def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Par
     def superfluous(node: fx.Node) -> bool:
         """Whether a step only hands on what regions read from its source."""
         passes = isinstance(known[node], Alias | Pieces)
-        return passes and all(user in part_of or superfluous(user) for user in node.users)
+        others = [user for user in node.users if user not in part_of and not isinstance(known[user], Number)]
+        return passes and all(superfluous(user) for user in others)
 
     for node in graph.nodes:
         if node not in part_of and not superfluous(node):

@@ -72,10 +72,8 @@ def run(
     """
     if kind == "dropout":
         (p,) = settings
-        # As torch draws it on the CPU, so that a seed gives the same noise.
-        noise = torch.empty_like(z).bernoulli_(1 - p)
-        noise = noise.div_(1 - p) if p < 1 else noise
-        return (z.mul_(noise) if inplace else z * noise), noise if derivative else None
+        factor = noise(torch.empty_like(z), p)
+        return (z.mul_(factor) if inplace else z * factor), factor if derivative else None
     rule = RULES[kind]
     if not derivative:
         return rule.apply(z, inplace, *settings), None
@@ -84,6 +82,12 @@ def run(
         return y, rule.derivative(_ones(y), y, y, *settings)
     slope = rule.derivative(_ones(z), z, z, *settings)
     return rule.apply(z, inplace, *settings), slope
+
+
+def noise(t: Tensor, p: float) -> Tensor:
+    """Fill ``t`` with what dropout multiplies by, drawn as torch does on the CPU: a seed gives the same noise."""
+    t.bernoulli_(1 - p)
+    return t.div_(1 - p) if p < 1 else t
 
 
 def _ones(like: Tensor) -> Tensor:

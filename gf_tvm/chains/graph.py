@@ -6,8 +6,9 @@ and no modules: where its parameters come from is the business of :mod:`.program
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import GeometryError
@@ -18,7 +19,21 @@ Shape = tuple[int, int, int, int]
 
 
 class Misfit(Exception):
-    """Why an operation, on values of these shapes, cannot stay on the patch grid."""
+    """Why an operation, on values of these shapes, cannot stay on the patch grid.
+
+    ``shape``: the result's, where it is known all the same.
+    """
+
+    def __init__(self, reason: str, shape: Shape | None = None) -> None:
+        super().__init__(reason)
+        self.shape = shape
+
+
+def _broadcast(a: Shape, b: Shape) -> Shape | None:
+    if any(p != q and 1 not in (p, q) for p, q in zip(a, b, strict=True)):
+        return None
+    n, c, h, w = (q if p == 1 else p for p, q in zip(a, b, strict=True))
+    return n, c, h, w
 
 
 @dataclass(frozen=True)
@@ -29,20 +44,29 @@ class Op:
         name: of the module, or of the step in the traced graph, for people.
         inputs: values.
         tensors: numbers among the region's parameters and buffers, in an order that each kind of operation defines.
+        flat: the result is (n, c), of one pixel; the shape is given as (n, c, 1, 1) here, and in a chain it is that.
     """
 
     name: str
     inputs: tuple[int, ...]
     tensors: tuple[int | None, ...] = ()
+    flat: bool = False
 
     def shape(self, *inputs: Shape) -> Shape:
         """The result's shape. Raises Misfit."""
         return inputs[0]
 
+    def given(self, numbers: Sequence[Any]) -> Op:
+        """The same operation with what it takes from ``numbers``, which are known only when it runs."""
+        return self
+
 
 @dataclass(frozen=True)
 class Conv(Op):
-    """A convolution; ``tensors``: weight, bias. ``filtered``: else an exact one, which has to be 1x1 on a 1x1 map."""
+    """A convolution; ``tensors``: weight, bias.
+
+    ``filtered``: else an exact one, which has to be 1x1 on a 1x1 map; a linear layer (``flat``) is one, too.
+    """
 
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
@@ -103,7 +127,7 @@ class Gate(Op):
         if len(inputs) == 2:
             x, s = inputs
             if s[2:] != (1, 1) or s[1] != x[1] or s[0] not in (1, x[0]):
-                raise Misfit("multiplies two maps")
+                raise Misfit("multiplies two maps", _broadcast(x, s))
         return inputs[0]
 
 
@@ -115,7 +139,7 @@ class Add(Op):
 
     def shape(self, *inputs: Shape) -> Shape:
         if inputs[0] != inputs[1]:
-            raise Misfit("adds maps of different shapes")
+            raise Misfit("adds maps of different shapes", _broadcast(*inputs))
         return inputs[0]
 
 
@@ -164,12 +188,97 @@ class Slice(Op):
 
 @dataclass(frozen=True)
 class Pool(Op):
-    """The mean over the whole map. ``flat``: the result is (n, c), not (n, c, 1, 1); only a region's exit can be."""
-
-    flat: bool = False
+    """The mean over the whole map."""
 
     def shape(self, *inputs: Shape) -> Shape:
         return (*inputs[0][:2], 1, 1)
+
+
+@dataclass(frozen=True)
+class Drop(Op):
+    """Dropout of whole channels of an image: times one random value per image and channel, 0 or 1 / (1 - p)."""
+
+    p: float = 0.5
+
+
+@dataclass(frozen=True)
+class View(Op):
+    """One pixel of (n, c, 1, 1) as (n, c), if ``flat``, or back.
+
+    ``target``: the sizes that the network asks for, -1 for what is left, or None where they are these in any case.
+    ``number``: where they are only known when it runs, their position among the region's numbers.
+    """
+
+    target: tuple[int, ...] | None = None
+    number: int | None = None
+
+    def given(self, numbers: Sequence[Any]) -> Op:
+        return self if self.number is None else replace(self, target=tuple(numbers[self.number]), number=None)
+
+    def shape(self, *inputs: Shape) -> Shape:
+        wanted = inputs[0][:2] if self.flat else inputs[0]
+        target = wanted if self.target is None else self.target
+        fits = len(target) == len(wanted) and all(t in (w, -1) for t, w in zip(target, wanted, strict=True))
+        if not fits or inputs[0][2:] != (1, 1):
+            raise Misfit("changes the shape of a map")
+        return inputs[0]
+
+
+@dataclass(frozen=True)
+class Resize(Op):
+    """Another height and width: exact on the patch grid from a single pixel, or where nothing changes.
+
+    Attributes:
+        mode, corners: as ``torch.nn.functional.interpolate`` takes them.
+        size: the result's (height, width), or None; then ``scale`` (vertical, horizontal) is what sizes grow by.
+        number: where ``size`` is only known when it runs, its position among the region's numbers.
+    """
+
+    mode: str = "nearest"
+    corners: bool | None = None
+    size: Pair | None = None
+    scale: tuple[float, float] | None = None
+    number: int | None = None
+
+    def given(self, numbers: Sequence[Any]) -> Op:
+        if self.number is None:
+            return self
+        size = numbers[self.number]
+        return replace(self, size=(size, size) if isinstance(size, int) else tuple(size), number=None)
+
+    def target(self, x: Shape) -> Pair:
+        """(height, width) of the result."""
+        if self.size is not None:
+            return self.size
+        assert self.scale is not None
+        h, w = (math.floor(float(pixels) * scale) for pixels, scale in zip(x[2:], self.scale, strict=True))
+        return h, w
+
+    def shape(self, *inputs: Shape) -> Shape:
+        x = inputs[0]
+        result: Shape = (*x[:2], *self.target(x))
+        if x[2:] != (1, 1) and not (result == x and self.size is not None):
+            raise Misfit("cannot stay on the patch grid", result)
+        return result
+
+
+@dataclass(frozen=True)
+class Outside(Op):
+    """What never stays on the patch grid, but gives a map whose shape is known from its input's.
+
+    Such a step may lie between operations of one region, so that what is after it is seen together with what is before.
+    ``tensors``: its parameters. ``reason`` completes "<name> ...".
+    """
+
+    reason: str = ""
+    measure: Callable[[Shape], Sequence[int]] = tuple
+
+    def shape(self, *inputs: Shape) -> Shape:
+        try:
+            found = tuple(self.measure(inputs[0]))
+        except RuntimeError:  # a map too small for it, say; the step itself will tell
+            found = ()
+        raise Misfit(self.reason, found if len(found) == 4 else None)
 
 
 @dataclass(frozen=True)
@@ -194,13 +303,17 @@ class Region:
         """The value that an operation computes."""
         return self.entries + op
 
+    def given(self, numbers: Sequence[Any]) -> Region:
+        """The region with what its operations take from ``numbers``."""
+        return replace(self, ops=tuple(op.given(numbers) for op in self.ops)) if numbers else self
+
     def filtered(self) -> list[tuple[Conv, int]]:
         """The filtered convolutions and the values that they compute."""
         found = ((op, self.result(i)) for i, op in enumerate(self.ops))
         return [(op, value) for op, value in found if isinstance(op, Conv) and op.filtered]
 
-    def shapes(self, entries: Sequence[Shape]) -> tuple[list[Shape | None], dict[int, str]]:
-        """The shape of every value, None where it is unknown, and why by operation."""
+    def shapes(self, entries: Sequence[Shape | None]) -> tuple[list[Shape | None], dict[int, str]]:
+        """The shape of every value, None where it is unknown, and by operation why it cannot stay on the grid."""
         shapes: list[Shape | None] = list(entries)
         misfits: dict[int, str] = {}
         for i, op in enumerate(self.ops):
@@ -209,5 +322,5 @@ class Region:
                 shapes.append(None if None in inputs else op.shape(*inputs))  # type: ignore[arg-type]
             except Misfit as misfit:
                 misfits[i] = f"{op.name} {misfit}"
-                shapes.append(None)
+                shapes.append(misfit.shape)
         return shapes, misfits

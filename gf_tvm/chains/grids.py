@@ -103,9 +103,11 @@ def _patches_at(cuts: Cuts, pixels: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(owners[pixel - cuts.points[0]] for pixel in pixels)
 
 
-#: How many cells two grids may have in common, in patches of the finer one. At 1 the grids coincide, or one refines
-#: the other. The algebra holds for any two grids, but the maps that are kept grow with the cells.
-MAX_CELLS = 1.0
+#: How many cells two grids may have in common along an axis, in patches of the finer one, for a chain to go on. At 1
+#: grids have to coincide or to refine each other. Two grids of a and b patches have at most a + b - 1 cells, so that 2
+#: allows all; cells cost memory, but a chain that ends costs more, since what follows keeps maps of full size: see
+#: docs/patch_grid.md for ResNet-18.
+MAX_CELLS = 2.0
 
 
 def fits(a: Grid, b: Grid) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Op, Pool, Region, Scale, Shape, Slice
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pool, Region, Resize, Scale, Shape, Slice, View
 from .grids import Cuts, Grid, fits, shared
 from .steps import (
     Channels,
@@ -255,6 +255,13 @@ class _Lowering:
             self._norm(i, op, terms)
         elif isinstance(op, Gate):
             self._gate(i, op, terms)
+        elif isinstance(op, Drop):
+            for term in terms:
+                if self.at.needs[op.inputs[0]]:
+                    self._deliver(i, op.inputs[0], self._times_saved(term, Kept(i, "gate")))
+        elif isinstance(op, View):
+            for term in terms:
+                self._deliver(i, op.inputs[0], term)
         elif isinstance(op, Scale):
             for term in terms:
                 self._deliver(i, op.inputs[0], self._times(term, op.factor))
@@ -271,6 +278,8 @@ class _Lowering:
                 self._deliver(i, op.inputs[0], replace(term, start=term.start + start))
         elif isinstance(op, Pool):
             self._pool(i, op, terms)
+        elif isinstance(op, Resize):
+            self._resize(i, op, terms)
         else:
             raise AssertionError(f"no rule for {op}")
 
@@ -363,6 +372,20 @@ class _Lowering:
             return
         whole = Grid.whole((h, w))
         self._deliver(i, op.inputs[0], self._times(Term(mean, whole, (), 0, c), 1 / (h * w)))
+
+    def _resize(self, i: int, op: Resize, terms: list[Term]) -> None:
+        """From a single pixel: the sum over the map. Else nothing changes."""
+        x, y = op.inputs[0], self.region.result(i)
+        _, c, h, w = self.at.shape(y)
+        if not self.at.small(x) or (h, w) == (1, 1):
+            for term in terms:
+                self._deliver(i, x, term)
+            return
+        if not self.at.needs[x]:
+            return
+        mean = self._gather(y, y, terms, Grid.whole((h, w)), c)
+        if mean is not None:
+            self._deliver(i, x, self._times(Term(mean, Grid.whole((1, 1)), (), 0, c), h * w))
 
     def _times(self, term: Term, factor: float) -> Term:
         if factor == 1:

@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
+from ..errors import ModelError
 from ..filtered import FilteredConv2d
 from .capture import CannotTrace, Part, capture
 from .compiled import Backward
@@ -41,12 +43,14 @@ class Chain:
         ends: where gradients of full size (or of a single pixel) come in, and why.
         needs_input: whether it gives a gradient of full size to what comes before it.
         kept_values: numbers that the forward pass keeps for the backward pass, parameters not counted.
+        kept_bytes: the memory that they took in the last step.
     """
 
     convolutions: tuple[str, ...]
     ends: tuple[str, ...]
     needs_input: bool
     kept_values: int
+    kept_bytes: int
 
     def __str__(self) -> str:
         lines = [f"chain of {len(self.convolutions)}: {', '.join(self.convolutions)}"]
@@ -79,27 +83,31 @@ class ChainReport:
         return "\n".join(lines)
 
 
+NOT_RUN = "it has not run a training step"
+
+
 class ChainedForward:
     """A module's forward pass with chains; it stands for ``forward`` in the module's ``__dict__``.
 
-    The module runs as it is where gradients are off, while it is compiled, exported or traced, where hooks are
-    registered for all modules, and in a mode in which it cannot be traced.
+    The module runs as it is where gradients are off, while it is exported or traced, where hooks are registered for all
+    modules, and in a mode in which it cannot be traced. Under ``torch.compile`` it interrupts the graph and runs
+    eagerly, with its chains; where ``fullgraph=True`` forbids that it is compiled as it is.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, means: torch.dtype | None = None) -> None:
+        self.module, self.means = module, means
         self._forget()
 
     def _forget(self) -> None:
         self._programs: dict[Any, Program | str] = {}
-        self.last: Program | str = "it has not run a training step"
+        self.last: Program | str = NOT_RUN
 
     # Copies and pickles take the module along and trace it anew.
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
+        return {"module": self.module, "means": self.means}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
+        self.module, self.means = state["module"], state["means"]
         self._forget()
 
     # What inspects a forward pass, as torch.export does, sees the module's own.
@@ -117,7 +125,17 @@ class ChainedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+            if eager and torch.is_grad_enabled() and not _one_graph():
+                return self._eager(*args, **kwargs)
             return self._own(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    @_disable_dynamo  # torch.compiler.disable would import the compiler with this module
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = self._positional(args, kwargs)
         program = self._program(given)
         if program is None:
@@ -148,7 +166,7 @@ class ChainedForward:
         key = (needs, *self._mode())
         if key not in self._programs:
             try:
-                self._programs[key] = Program(self.module, capture(self.module, needs))
+                self._programs[key] = Program(self.module, capture(self.module, needs), self.means)
             except CannotTrace as reason:
                 self._programs[key] = f"it cannot be traced in this mode: {reason}"
         program = self._programs[key]
@@ -172,16 +190,43 @@ class ChainedForward:
         self.last = reason
 
 
+def _one_graph() -> bool:
+    """Whether ``torch.compile`` was told to make one graph. Runs while it traces, and says so once."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    one = getattr(InstructionTranslator.current_tx().output.root_tx, "one_graph", True)
+    if one and not _said_one_graph:
+        _said_one_graph.append(True)
+        logger.warning("chains interrupt a compiled graph; under fullgraph=True each convolution is filtered by itself")
+    return bool(one)
+
+
+_said_one_graph: list[bool] = []
+# What torch.compiler.assume_constant_result sets, without importing the compiler: the function runs while it traces.
+_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 #: In the ``__dict__`` of a module that could not be traced: why.
 _UNTRACED = "_untraced_by_gf_tvm"
 
 
-def chain_model(model: M) -> M:
+#: In which the means of derivatives may be kept.
+MEANS = (None, torch.float16, torch.bfloat16)
+
+
+def check_means(means: torch.dtype | None) -> None:
+    """Raises ModelError."""
+    if means not in MEANS:
+        raise ModelError(f"means must be None (as they are summed), torch.float16 or torch.bfloat16, got {means!r}")
+
+
+def chain_model(model: M, means: torch.dtype | None = None) -> M:
     """Chain the filtered convolutions of ``model``, in place; returns ``model``. See :func:`gf_tvm.filter_model`."""
+    check_means(means)
     unchain_model(model)
     for module, reason in list(_roots(model)):
         if reason is None:
-            module.forward = ChainedForward(module)
+            module.forward = ChainedForward(module, means)
         else:
             vars(module)[_UNTRACED] = reason
     return model
@@ -206,7 +251,9 @@ def _roots(module: nn.Module) -> Iterator[tuple[nn.Module, str | None]]:
             try:
                 if any(isinstance(what, Part) for what in _order_of(module)):
                     yield module, None
-                    return
+                    if not isinstance(module, nn.Sequential):
+                        return
+                # Code that cannot be traced may call a sequence's members one by one, as for checkpointing.
                 reason = None
             except CannotTrace as error:
                 reason = str(error)
@@ -237,7 +284,8 @@ def chains_of(model: nn.Module) -> ChainReport:
         if not isinstance(forward, ChainedForward):
             continue
         if isinstance(forward.last, str):
-            waiting[name] = forward.last
+            if forward.last != NOT_RUN or not _runs_elsewhere(model, name):
+                waiting[name] = forward.last
             continue
         prefix = f"{name}." if name else ""
         alone |= {prefix + conv: reason for conv, reason in forward.last.captured.alone.items()}
@@ -270,7 +318,7 @@ def plans_of(model: nn.Module) -> Iterator[Plan]:
     """The plans of the chains of :func:`chains_of`."""
     for program in _programs(model):
         for _, _, plans in program.layouts:
-            yield from plans
+            yield from (plan for plan, _ in plans)
 
 
 def inside_chains(model: nn.Module) -> set[int]:
@@ -294,13 +342,27 @@ def _programs(model: nn.Module) -> Iterator[Program]:
             yield forward.last
 
 
+def _runs_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether a module around a sequence's member runs it, or the members of a sequence run one by one."""
+
+    def ran(other: str) -> bool:
+        forward = vars(model.get_submodule(other)).get("forward")
+        return isinstance(forward, ChainedForward) and forward.last != NOT_RUN
+
+    others = [other for other, _ in model.named_modules() if other != name]
+    around = (o for o in others if not o or name.startswith(f"{o}."))
+    inside = (o for o in others if not name or o.startswith(f"{name}."))
+    return any(ran(other) for other in (*around, *inside))
+
+
 def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:
     chains, alone = [], {}
     for region, layout, plans in program.layouts:
-        chained = {name for plan in plans for name in plan.convolutions}
-        for plan in plans:
+        chained = {name for plan, _ in plans for name in plan.convolutions}
+        for plan, kept_bytes in plans:
             names = tuple(prefix + name for name in plan.convolutions)
-            chains.append(Chain(names, tuple(_ends(plan, layout, region)), bool(plan.needs), plan.kept_values))
+            ends = tuple(_ends(plan, layout, region, prefix))
+            chains.append(Chain(names, ends, bool(plan.needs), plan.kept_values, kept_bytes))
         for op, value in region.filtered():
             if op.name in chained:
                 continue
@@ -309,12 +371,12 @@ def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, s
     return chains, alone
 
 
-def _ends(plan: Plan, layout: Layout, region: Region) -> Iterator[str]:
+def _ends(plan: Plan, layout: Layout, region: Region, prefix: str) -> Iterator[str]:
     for value in plan.exits:
         op = region.ops[value - region.entries]
         if value in region.seen:
             continue
         if value in layout.reasons:
-            yield f"after {op.name}: {layout.reasons[value]}"
+            yield f"after {prefix}{op.name}: {layout.reasons[value]}"
         else:
-            yield f"after {op.name}: its map is one pixel, so the gradient is the same on every grid"
+            yield f"after {prefix}{op.name}: its map is one pixel, so the gradient is the same on every grid"

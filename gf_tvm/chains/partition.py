@@ -22,7 +22,7 @@ class Layout:
     reasons: dict[int, str]
 
 
-def partition(region: Region, shapes: Sequence[Shape], needs: Sequence[bool], trained: frozenset[int]) -> Layout:
+def partition(region: Region, shapes: Sequence[Shape | None], needs: Sequence[bool], trained: frozenset[int]) -> Layout:
     """Find the longest chains.
 
     A value's gradient either stays on patch grids or has full size. It has full size where it comes from outside of
@@ -31,13 +31,13 @@ def partition(region: Region, shapes: Sequence[Shape], needs: Sequence[bool], tr
     until nothing does.
 
     Args:
-        shapes, needs: of the entries, and whether their gradients are needed.
+        shapes, needs: of the entries (None: no map), and whether their gradients are needed.
         trained: the region's tensors whose gradients are needed.
     """
     all_shapes, misfits = region.shapes(shapes)
     needed = _needed(region, needs, trained)
     plain = {i for i in range(len(region.ops)) if not needed[region.result(i)]}
-    plain |= {i for i in range(len(region.ops)) if all_shapes[region.result(i)] is None}
+    plain |= {i for i in range(len(region.ops)) if i in misfits or all_shapes[region.result(i)] is None}
     full: dict[int, str] = {}
     situation = Situation(all_shapes, needed, trained, full, plain, frozenset(region.exits))
     for value, reason in region.exits.items():

@@ -73,7 +73,7 @@ def pieces_of(model: nn.Module) -> Iterator[Piece]:
         forward = vars(module).get("forward")
         if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
             for runner in forward.last.regions.values():
-                for plan in () if runner.last is None else runner.last[1]:
+                for plan, _ in () if runner.last is None else runner.last[1]:
                     yield Piece(name, forward.last.captured, runner.part, plan)
 
 
@@ -105,13 +105,12 @@ class Bound:
     def one_by_one(self, entries: Sequence[Tensor], watch: Watch | None = None) -> tuple[Tensor, ...]:
         """The exits, each operation as the network runs it without chains. What works in place may change entries."""
         piece, part = self.piece, self.piece.part
-        runner = self._program.regions[id(part)]
         numbered = set(part.nodes)
         exits = [part.nodes[v] for v in piece.plan.exits]
         env = {part.nodes[v]: entry for v, entry in zip(piece.plan.entries, entries, strict=True)}
         for k, step in enumerate(piece.plan.forward):
             node = part.nodes[step.result]
-            runner._plain(node, env)
+            self._program.compute(node, env)
             if watch is not None:
                 env[node] = watch(node, env[node])
             # As in the network: what nobody reads any more is held by autograd alone, if at all.

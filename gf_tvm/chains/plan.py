@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+
+import torch
 
 from . import segments
 from .compiled import Bound, backward_of
-from .graph import Add, Conv, Gate, Map, Norm, Op, Pool, Region, Shape, Slice
+from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
 from .lowering import Factor, Kept, Mean, Situation, lower
 from .steps import Step
 
@@ -67,6 +69,7 @@ class Plan:
         slot_shapes: their shapes.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
         kept_values: numbers that are kept for the backward pass, parameters not counted.
+        storage: slots that are kept in another dtype than they were summed in.
     """
 
     convolutions: tuple[str, ...]
@@ -83,6 +86,7 @@ class Plan:
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
+    storage: dict[int, torch.dtype] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[segments.Call | Forward, ...]:
@@ -106,8 +110,12 @@ class Plan:
         return backward_of(self.steps, self.registers, self.shapes, self.slot_shapes)
 
 
-def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
-    """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`."""
+def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: torch.dtype | None = None) -> Plan:
+    """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`.
+
+    ``means``: dtype in which the means of derivatives are kept. None: as they are summed. What has other factors
+    (normalised maps, a gate's input) is kept as it is summed in any case, since nothing bounds it.
+    """
     lowered = lower(region, situation, ops)
     assert not lowered.problems, lowered.problems
     members = set(ops)
@@ -123,7 +131,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
         entries=entries,
         exits=exits,
         shapes={v: situation.shape(v) for v in (*entries, *exits)},
-        flat=frozenset(region.result(i) for i in ops if isinstance(op := region.ops[i], Pool) and op.flat),
+        flat=frozenset(region.result(i) for i in ops if region.ops[i].flat),
         tensors=tensors,
         needs=frozenset(v for v in entries if situation.needs[v]),
         trained=frozenset(t for t in tensors if t in situation.trained),
@@ -133,7 +141,17 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int]) -> Plan:
         steps=tuple(lowered.steps),
         registers=tuple(lowered.registers),
         kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
+        storage={} if means is None else dict.fromkeys(_derivatives(region, lowered.slots), means),
     )
+
+
+def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:
+    """Slots that hold means of derivatives of element-wise functions."""
+    return [
+        slot
+        for slot, what in enumerate(slots)
+        if isinstance(what, Mean) and all(isinstance(region.ops[i], Map) for i, _ in what.factor)
+    ]
 
 
 def _numbers(what: Mean | Kept, region: Region, situation: Situation) -> int:
@@ -158,7 +176,8 @@ def _slot_shape(what: Mean | Kept, region: Region, situation: Situation) -> tupl
         return geometry.saved_shape if what.what == "x~" else geometry.weight_shape
     if isinstance(op, Gate) and len(op.inputs) == 2:
         return situation.shape(op.inputs[1])
-    return (1, situation.shape(region.result(what.op))[1], 1, 1)
+    n, c, _, _ = situation.shape(region.result(what.op))
+    return (n if isinstance(op, Drop) else 1, c, 1, 1)
 
 
 def _schedule(
@@ -194,7 +213,7 @@ def _schedule(
         inplace = (
             isinstance(op, Map | Add)
             and source is not None
-            and not isinstance(source, Slice)  # a view of its input
+            and not isinstance(source, Slice | View)  # a view of its input
             and readers[first] == [i]
             and first not in exits
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from . import elementwise, grids, kernels
-from .graph import Add, Cat, Conv, Gate, Map, Norm, Pool, Scale, Slice
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
 from .lowering import Factor, Mean
 from .plan import Forward, Plan
@@ -45,6 +45,7 @@ def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) 
     Args:
         entries: by ``plan.entries``. tensors: by ``plan.tensors``.
     """
+    entries = [t if t.dim() == 4 else t[:, :, None, None] for t in entries]
     results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)  # type: ignore[no-untyped-call]
     return results
 
@@ -58,6 +59,7 @@ class _Chain(torch.autograd.Function):
         ctx.dtypes = [t.dtype for t in given]
         ctx.shapes = [t.shape for t in given]
         ctx.save_for_backward(*kept)
+        ctx.kept_bytes = _kept_bytes(plan, kept)
         ctx.set_materialize_grads(False)
         return exits
 
@@ -72,6 +74,12 @@ class _Chain(torch.autograd.Function):
             for grad, shape, dtype in zip(found, ctx.shapes, ctx.dtypes, strict=True)
         ]
         return (None, *results)
+
+
+def _kept_bytes(plan: Plan, kept: Sequence[Tensor]) -> int:
+    """What is kept for the backward pass, in bytes; weights are there in any case."""
+    own = (isinstance(what, Mean) or what.what != "weight" for what in plan.slots)
+    return sum(t.numel() * t.element_size() for t, counts in zip(kept, own, strict=True) if counts)
 
 
 # Forward
@@ -92,7 +100,8 @@ def forward(
         state.forget(unit)
     values = state.values
     exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
-    return exits, tuple(state.kept[slot] for slot in range(len(plan.slots)))
+    kept = (state.kept[slot] for slot in range(len(plan.slots)))
+    return exits, tuple(tensor.to(plan.storage.get(slot, tensor.dtype)) for slot, tensor in enumerate(kept))
 
 
 def _segments(
@@ -204,6 +213,16 @@ def _operation(
         part = x[:, start : start + width]
         # A view of an entry cannot leave an autograd function.
         return part.clone() if step.result in plan.exits else part, None
+    if isinstance(op, View):
+        return x, None
+    if isinstance(op, Drop):
+        noise = elementwise.noise(x.new_empty(*x.shape[:2], 1, 1), op.p)
+        if "gate" in step.keep:
+            kept[step.keep["gate"]] = noise
+        return x * noise, None
+    if isinstance(op, Resize):
+        n, c, h, w = x.shape
+        return F.interpolate(x, op.target((n, c, h, w)), mode=op.mode, align_corners=op.corners), None
     assert isinstance(op, Pool)
     return x.mean(dim=(2, 3), keepdim=True), None
 
@@ -211,6 +230,8 @@ def _operation(
 def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None], kept: dict[int, Tensor]) -> Tensor:
     weight, bias = own
     assert weight is not None
+    if weight.dim() == 2:  # of a linear layer
+        weight = weight[:, :, None, None]
     if "weight" in step.keep:
         kept[step.keep["weight"]] = weight
     x, weight, bias = cast_for_convolution(x, weight, bias)

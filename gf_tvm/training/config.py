@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GfTvmError
 from ..geometry import Pair, as_pair
 from ..shapes import format_patch
 from .schedule import SCHEDULES as SCHEDULES
 
+if TYPE_CHECKING:
+    import torch
+
 #: Dtypes of mixed precision; float16 needs a CUDA device for its gradients' scaling, and training runs on the CPU.
 AMP = ("off", "bfloat16")
+
+#: Dtypes in which chains may keep the means of derivatives.
+CHAIN_MEANS = ("float16", "bfloat16")
 
 CACHES = ("auto", "memory", "disk", "off")
 
@@ -60,7 +66,7 @@ class TrainConfig:
         cache: where the frozen layers' results are kept while fine-tuning: ``memory``, ``disk`` (in the checkpoint
             folder), ``auto`` (memory if they fit, else disk if there is a folder) or ``off``.
         chain: gradients stay on the patch grid between filtered convolutions, see :mod:`gf_tvm.chains`; means nothing
-            to the exact backward pass.
+            to the exact backward pass. ``float16`` or ``bfloat16``: with the means of derivatives kept in that dtype.
 
     Raises:
         TrainingError: a value is out of range. GeometryError: a patch that is none.
@@ -93,7 +99,7 @@ class TrainConfig:
     patience: int | None = None
     min_delta: float = 0.0
     cache: str = "auto"
-    chain: bool = False
+    chain: bool | str = False
 
     def __post_init__(self) -> None:
         patch = None if self.patch in (None, "exact") else self.patch
@@ -133,23 +139,31 @@ class TrainConfig:
         if self.amp not in AMP:
             why = " (float16 needs a CUDA device, training runs on the CPU)" if self.amp == "float16" else ""
             raise TrainingError(f"unknown amp {self.amp!r}; known: {', '.join(AMP)}{why}")
-        if not isinstance(self.chain, bool):
-            raise TrainingError(f"chain must be true or false, got {self.chain!r}")
+        if not isinstance(self.chain, bool) and self.chain not in CHAIN_MEANS:
+            raise TrainingError(f"chain must be true, false, {' or '.join(CHAIN_MEANS)}, got {self.chain!r}")
         if self.cache not in CACHES:
             raise TrainingError(f"unknown cache {self.cache!r}; known: {', '.join(CACHES)}")
 
     @property
     def chained(self) -> bool:
         """Whether there are filtered convolutions, and they are to be chained."""
-        return self.chain and self.patch is not None
+        return bool(self.chain) and self.patch is not None
+
+    @property
+    def chain_means(self) -> torch.dtype | None:
+        """The dtype in which chains keep the means of derivatives; None: as they are summed."""
+        import torch  # not where only a command line is read
+
+        return getattr(torch, self.chain) if isinstance(self.chain, str) else None
 
     @property
     def variant(self) -> str:
-        """``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` behind it where it is."""
+        """``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` (and the means' dtype) where it is."""
         if self.patch is None:
             return "exact"
         patch = format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
-        return f"{patch} chained" if self.chain else patch
+        means = f" {self.chain}" if isinstance(self.chain, str) else ""
+        return f"{patch} chained{means}" if self.chain else patch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``TrainConfig(**d)`` gives an equal configuration."""

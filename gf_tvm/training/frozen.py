@@ -152,7 +152,7 @@ def plan(
             for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
                 parts = split(model, images.x[: min(config.batch, len(images))], enter)
                 if config.chained and name == "train":
-                    chain_model(parts.rest)
+                    chain_model(parts.rest, config.chain_means)
                 enter()
                 sets.append(_Set(name, images, parts, _layout(parts, images), enter))
     except CannotSplit as error:

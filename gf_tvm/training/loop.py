@@ -215,7 +215,7 @@ class Fit:
                     logits, loss = self._forward(x, y)
                 kept_bytes, kept_in_layers = kept.total, kept.in_layers
                 if self.chained is not None:
-                    kept_in_layers += sum(4 * chain.kept_values for chain in chains_of(self.chained).chains)
+                    kept_in_layers += sum(chain.kept_bytes for chain in chains_of(self.chained).chains)
             else:
                 logits, loss = self._forward(x, y)
             forward = time.perf_counter()

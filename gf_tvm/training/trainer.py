@@ -246,7 +246,8 @@ def finetune(
     head = freeze(model, names, config.train_bn_affine)
     kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
     if config.patch is not None:
-        filter_model(model, patch=_patch(config), last=config.last, library=library, chain=config.chain)
+        patch, means = _patch(config), config.chain_means
+        filter_model(model, patch, last=config.last, library=library, chain=bool(config.chain), means=means)
         kernels, missing = _kernels(model, names, config, library)
     if checkpoint is not None:
         files.prepare_folder(Path(checkpoint))
@@ -391,7 +392,7 @@ def _kernels(
         for case in model_cases(model, shape, layers=filtered, patches=[_patch(config)]):
             # `backward` serves where its specialised form is not in the library, so that one may lack.
             case = case if config.amp == "off" else replace(case, dtype=config.amp)
-            wanted = [w for w in workloads_of([case], config.chain) if w.kernel != "backward_weight"]
+            wanted = [w for w in workloads_of([case], bool(config.chain)) if w.kernel != "backward_weight"]
             lacking = [w.key for w in wanted if library.find(w.kernel, w.geometry, w.dtype) is None]
             missing += lacking
             sources.update(dict.fromkeys(case.layers, "torch" if lacking else "tvm"))
