@@ -100,6 +100,11 @@ class Library:
         """The kernel for exactly this workload, or None."""
         return self._kernels.get((kernel, geometry, dtype))
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Keys of its programs."""
+        return tuple(self._programs)
+
     def program(self, key: str) -> Callable[..., None] | None:
         """The function that a program of :func:`gf_tvm.build` became, or None. It takes tensors as kernels do."""
         return self._programs.get(key)

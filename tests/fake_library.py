@@ -41,6 +41,10 @@ class FakeLibrary:
         assert geometry.n >= 1
         return FakeKernel(self, kernel, geometry, dtype) if kernel in self.has and dtype in self.dtypes else None
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        return ()
+
     def program(self, key: str) -> None:
         """It has none."""
 

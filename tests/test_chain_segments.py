@@ -366,8 +366,8 @@ def test_other_tensors_run_operation_by_operation(library: Library, monkeypatch:
     assert found[-1]
 
 
-def test_a_library_without_them_says_so_once(tmp_path: Path) -> None:
-    library = build(tmp_path / "empty.gfb", [])
+def test_a_library_that_lacks_some_says_so(segments: dict[str, list[Segment]], tmp_path: Path) -> None:
+    library = build(tmp_path / "some.gfb", segments["residual"][:1])
     model, x = prepared("residual", torch.float32, library)
     with pytest.warns(gf_tvm.FallbackWarning, match="lacks chain_forward_n2_c4_13x11"):
         step(model, x)

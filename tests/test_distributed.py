@@ -65,7 +65,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, monkeypatch: py
     cases = model_cases(network(), (BATCH // WORLD, 3, 9, 9), layers=["0", "2"], patches=[2])
     # As the layer before it is trained, too, the last convolution's input needs a gradient; the first one's does not.
     workloads = [w for w in workloads_of(cases, chained=True) if w.kernel != "backward_weight"]
-    gf_tvm.build(workloads, "host", out=bundle, shipped=False)
+    chained = gf_tvm.filter_model(network(), 2, layers=["0", "2"], chain=True)
+    gradients(chained, *(tensor.chunk(WORLD)[0] for tensor in images()))
+    gf_tvm.build(workloads, "host", out=bundle, shipped=False, programs=gf_tvm.programs_of(chained))
     torch.multiprocessing.spawn(work, (str(tmp_path), bundle), nprocs=WORLD)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
     whole = gradients(gf_tvm.filter_model(network(), patch=2, layers=["2"]), *images())

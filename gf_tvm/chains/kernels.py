@@ -50,7 +50,10 @@ def find_program(key: str, library: str) -> Callable[..., None] | None:
 
 
 def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., None]] | None:
-    """The programs of these keys in a library; None where there are no keys, or it lacks one, which is said once."""
+    """The programs of these keys in a library; None where there are no keys, or it lacks one.
+
+    That is said once, but not of a library that has no programs at all: its kernels run, which it was built for.
+    """
     from ..library import get
 
     loaded = get(library)
@@ -58,7 +61,8 @@ def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., 
     for key in keys:
         function = loaded.program(key)
         if function is None:
-            autograd._say_once((library, key), f"{loaded} lacks {key}: plain PyTorch operators run instead")
+            if loaded.programs:
+                autograd._say_once((library, key), f"{loaded} lacks {key}: plain PyTorch operators run instead")
             return None
         found[key] = function
     return found or None
