@@ -27,7 +27,7 @@ from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chain_comparison import chain_cases, workloads
+from gf_tvm.chain_comparison import chain_cases, programs, workloads
 from gf_tvm.chain_variants import VARIANTS
 from gf_tvm.comparison import Comparison
 from gf_tvm.errors import GfTvmError
@@ -84,7 +84,8 @@ def measure(
     """A row for each chain and patch. Raises ComparisonError."""
     chains = chain_cases(model, shape, layers=list(names), patches=patches)
     with tempfile.TemporaryDirectory() as folder:
-        library = gf_tvm.load(gf_tvm.build(workloads(chains), "host", logs, Path(folder) / "chains.gfb").path)
+        bundle = Path(folder) / "chains.gfb"
+        library = gf_tvm.load(gf_tvm.build(workloads(chains), "host", logs, bundle, programs=programs(chains)).path)
     return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=lambda done, of, _: progress(done / of))
 
 

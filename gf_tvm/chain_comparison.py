@@ -19,13 +19,16 @@ import torch
 from torch import nn
 
 from .chain_variants import ChainVariants, plain_operators_wanted
+from .chains.compiled import Backward
 from .chains.model import chains_of
 from .chains.piece import Piece, pieces_of
+from .chains.segments import Segment
 from .errors import ModelError
 from .geometry import Geometry, Pair
 from .nn import filter_model, filter_report
 from .rows import ChainRow
 from .shapes import Patch, _check_patches, format_patch, model_cases, workloads_of
+from .training.programs import programs_for
 from .training.trainer import freeze
 from .variants import Timing, torch_dtype
 from .workload import DTYPES, Workload
@@ -61,6 +64,11 @@ class ChainCase:
         """What the filtered and the chained variant call."""
         cases = model_cases(_copy(self.model), self.input_shape, layers=list(self.layers), patches=[self.patch])
         return workloads_of(cases, chained=True)
+
+    def programs(self) -> list[Backward | Segment]:
+        """What of the chained variant can be compiled as a whole."""
+        run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers), chain=True)
+        return programs_for(run, self.input_shape)
 
 
 def chain_cases(
@@ -100,6 +108,11 @@ def chain_cases(
 def workloads(chains: Iterable[ChainCase]) -> list[Workload]:
     """What a library for these cases needs, each once."""
     return list(dict.fromkeys(workload for case in chains for workload in case.workloads()))
+
+
+def programs(chains: Iterable[ChainCase]) -> list[Backward | Segment]:
+    """And what else of the chained variants a library can have."""
+    return list({program.key: program for case in chains for program in case.programs()}.values())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ._output import Progress, check_results, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
+    from ..bundle import Program
     from ..chain_comparison import ChainCase
     from ..comparison import Comparison
     from ..library import Library
@@ -89,12 +90,14 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[C
         return load(args.library)
     # Without the workloads that training calls in a model's first trained layer: they are not compared.
     workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
+    programs: list[Program] = []
     if chains:
         from .. import chain_comparison
 
         workloads = list(dict.fromkeys([*workloads, *chain_comparison.workloads(chains)]))
+        programs += chain_comparison.programs(chains)
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
-        report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb")
+        report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb", programs)
         print_reasons(report)
         return load(report.path)  # its code stays mapped when the file is gone
 

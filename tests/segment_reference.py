@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from gf_tvm.chains import elementwise, grids
-from gf_tvm.chains.model import ChainedForward
-from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.segments import Part, Product, Segment
-
-
-def plans_of(model: torch.nn.Module) -> list[Plan]:
-    """The plans of a model's last training step."""
-    forwards = [vars(module).get("forward") for module in model.modules()]
-    programs = [f.last for f in forwards if isinstance(f, ChainedForward) and not isinstance(f.last, str)]
-    return [plan for program in programs for _, _, plans in program.layouts for plan in plans]
 
 
 def inputs_of(segment: Segment) -> int:

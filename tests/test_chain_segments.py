@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from chain_networks import BLOCKS, CHANNELS, UNITS, Halves, Inverted, Joined, Network, Residual, Scaled, Unit
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
-from segment_reference import inputs_of, plans_of, reference
+from segment_reference import inputs_of, reference
 from strategies import SEEDS
 from test_chains import filtered_names, gradients, prepare, worst
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm.chains import emit_forward, run
 from gf_tvm.chains.grids import Cuts, Grid
+from gf_tvm.chains.model import plans_of
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.segments import COVERED, Call, Segment, programs_of
 from gf_tvm.geometry import Geometry

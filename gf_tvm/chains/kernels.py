@@ -37,16 +37,9 @@ def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> T
 
 
 def find_program(key: str, library: str) -> Callable[..., None] | None:
-    """The program of that key in the library of that digest; where it has none, that is said once."""
-    if not library:
-        return None
-    from ..library import get
-
-    loaded = get(library)
-    found = loaded.program(key)
-    if found is None and loaded.device_type == "cpu":
-        autograd._say_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
-    return found
+    """The program of that key in the library of that digest; see :func:`find_programs`."""
+    found = find_programs([key], library) if library else None
+    return None if found is None else found[key]
 
 
 def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., None]] | None:
@@ -62,7 +55,7 @@ def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., 
         function = loaded.program(key)
         if function is None:
             if loaded.programs:
-                autograd._say_once((library, key), f"{loaded} lacks {key}: plain PyTorch operators run instead")
+                autograd._say_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
             return None
         found[key] = function
     return found or None

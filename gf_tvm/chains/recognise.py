@@ -540,7 +540,7 @@ _FUNCTIONS: dict[Any, tuple[str, Build]] = {
     torch.relu: ("input", _activation("relu")),
     torch.relu_: ("input", _activation("relu")),
     F.relu6: (_UNARY, _activation("relu6")),
-    F.hardtanh: ("input, low=-1.0, high=1.0, inplace=False", _activation("hardtanh", "low", "high")),
+    F.hardtanh: ("input, min_val=-1.0, max_val=1.0, inplace=False", _activation("hardtanh", "min_val", "max_val")),
     F.leaky_relu: ("input, negative_slope=0.01, inplace=False", _activation("leaky_relu", "negative_slope")),
     F.elu: ("input, alpha=1.0, inplace=False", _activation("elu", "alpha")),
     F.hardswish: (_UNARY, _activation("hardswish")),

@@ -38,17 +38,29 @@ def chain_programs(
     """
     found: dict[str, Backward | Segment] = {}
     for patch in patches:
-        # On the meta device, where shapes are all that there is.
-        run = copy.deepcopy(model).to("meta")
+        run = copy.deepcopy(model)
         freeze(run, [name for name, _ in select_layers(run, last=last)], train_bn_affine)
         filter_model(run, patch=patch, last=last, chain=True)
         training_mode(run, "finetune")
-        try:
-            with torch.enable_grad():
-                run(torch.empty(tuple(input_shape), device="meta"))
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            shape = "x".join(map(str, input_shape))
-            raise ModelError(f"{type(model).__name__} does not run on an input of shape {shape}: {reason}") from error
-        found |= {program.key: program for program in programs_of(run)}
+        found |= {program.key: program for program in programs_for(run, input_shape)}
     return list(found.values())
+
+
+def programs_for(model: nn.Module, input_shape: Sequence[int]) -> list[Backward | Segment]:
+    """:func:`gf_tvm.programs_of` a chained model that has not run.
+
+    Args:
+        model: in the mode and with the flags of training; its parameters and buffers are lost, only shapes remain.
+        input_shape: (n, c, h, w) of a training batch.
+
+    Raises:
+        ModelError: the model does not run on that input.
+    """
+    try:
+        with torch.enable_grad():
+            model.to("meta")(torch.empty(tuple(input_shape), device="meta"))
+    except Exception as error:  # the model is the user's code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        shape = "x".join(map(str, input_shape))
+        raise ModelError(f"{type(model).__name__} does not run on an input of shape {shape}: {reason}") from error
+    return programs_of(model)
