@@ -19,7 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ..devices import DeviceProfile
-from ..geometry import Geometry
+from ..geometry import Geometry, ceil_div
 from ..kernels import emit, maps, on_grid, simd
 from ..kernels.stages import ACC
 from ..kernels.strips import alignment, spreading
@@ -44,6 +44,8 @@ from .steps import (
     TimesSaved,
 )
 
+#: Neighbouring channels that a thread takes through all images.
+_CHANNELS = 8
 #: Planes that a plane which is being pooled asks for, counted from itself.
 _NEAR = 4
 
@@ -418,7 +420,11 @@ class _Stage:
 
 
 class _Together:
-    """Steps that work element by element, in one loop over channels; a thread goes through a channel of all images."""
+    """Steps that work element by element, in one loop.
+
+    Planes that follow each other in memory follow each other in time, for what the forward pass kept comes from far
+    away. Where steps end in a sum for each channel, a thread takes some neighbouring channels of all images.
+    """
 
     def __init__(self, whole: _Stage) -> None:
         self.whole, self.stage = whole, whole.stage
@@ -434,15 +440,27 @@ class _Together:
                 self.summed.setdefault(step, adds)
 
     def emit(self) -> None:
-        work = self.batch * self.channels * self.patches * len(self.stage.steps)
-        with emit.loop(self.channels, parallel=work >= emit.PARALLEL_WORK) as c:
-            self.sums = _Sums(self.whole, len(self.summed))
-            self.taps = {step: self._taps(step, c) for step in self.stage.steps if isinstance(step, ConvInput)}
-            with emit.loop(self.batch) as image:
-                self.image, self.channel = image, c
-                _each_vector(self.patches, self.lanes, self._vector)
-            for k, (step, adds) in enumerate(self.summed.items()):
-                self._finish(k, step, adds, c)
+        parallel = self.batch * self.channels * self.patches * len(self.stage.steps) >= emit.PARALLEL_WORK
+        if not self.summed:
+            with emit.loop(self.batch * self.channels, parallel=parallel) as k:
+                self._plane(k // self.channels, k % self.channels)
+            return
+        together = min(_CHANNELS, self.channels)
+        with emit.loop(ceil_div(self.channels, together), parallel=parallel) as block:
+            first = block * together
+            count = together if self.channels % together == 0 else tirx.min(self.channels - first, together)
+            self.sums = _Sums(self.whole, len(self.summed) * together)
+            with emit.loop(self.batch) as image, T.serial(0, count) as c:
+                self.place = c * len(self.summed)
+                self._plane(image, first + c)
+            with T.serial(0, count) as c:
+                for k, (step, adds) in enumerate(self.summed.items()):
+                    self._finish(c * len(self.summed) + k, step, adds, first + c)
+
+    def _plane(self, image: Any, channel: Any) -> None:
+        self.image, self.channel = image, channel
+        self.taps = {step: self._taps(step, channel) for step in self.stage.steps if isinstance(step, ConvInput)}
+        _each_vector(self.patches, self.lanes, self._vector)
 
     def _taps(self, step: ConvInput, c: Any) -> Any:
         """Sum over a depthwise convolution's window."""
@@ -486,10 +504,10 @@ class _Together:
         for step in self.stage.steps:
             if isinstance(step, PatchSum):
                 value = register(step.src) if step.mean is None else register(step.src) * slot(step.mean)
-                self.sums.add(order[step], value, step.grid, at)
+                self.sums.add(self.place + order[step], value, step.grid, at)
                 continue
             if isinstance(step, ConvWeight):
-                self.sums.add(order[step], register(step.src) * slot(step.filtered), None, at)
+                self.sums.add(self.place + order[step], register(step.src) * slot(step.filtered), None, at)
                 continue
             if isinstance(step, Gather):
                 value = None
@@ -513,7 +531,7 @@ class _Together:
             if step.dst in self.whole.register:
                 simd.store(self.whole.register[step.dst], plane, value)
 
-    def _finish(self, k: int, step: PatchSum | ConvWeight, adds: bool, c: Any) -> None:
+    def _finish(self, k: Any, step: PatchSum | ConvWeight, adds: bool, c: Any) -> None:
         target = self.whole.given["tensor", step.tensor]
         if isinstance(step, ConvWeight):
             taps = math.prod(step.geometry.kernel)
@@ -537,10 +555,10 @@ class _Sums:
             self.clear()
 
     def clear(self) -> None:
-        for k in range(self.count):
+        with emit.loop(self.count) as k:
             simd.store(self.buffer, k * self.lanes, simd.splat(0.0, self.lanes))
 
-    def add(self, k: int, value: Any, grid: Grid | None, at: Any) -> None:
+    def add(self, k: Any, value: Any, grid: Grid | None, at: Any) -> None:
         """Add a vector of patches, from patch ``at`` of a plane on. ``grid``: None where pixels do not count."""
         count, start = simd.lanes_of(value), k * self.lanes
         if grid is not None and not uniform(grid):
@@ -548,7 +566,7 @@ class _Sums:
             value = value * simd.load(self.whole.given["floats", 0], place + at, count)
         simd.store(self.buffer, start, simd.load(self.buffer, start, count) + value)
 
-    def total(self, k: int, grid: Grid | None) -> Any:
+    def total(self, k: Any, grid: Grid | None) -> Any:
         """The sum of what was added."""
         total = emit.total(simd.load(self.buffer, k * self.lanes, self.lanes))
         if grid is None or not uniform(grid):
