@@ -8,33 +8,21 @@ then lies above is the kernel's, besides a few hundred kB for starting threads. 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from _own_process import ask, reset_peak
 
 from gf_tvm import machine
 from gf_tvm.library import load
 from gf_tvm.workload import Workload
 
-_CLEAR = Path("/proc/self/clear_refs")
-_TIMEOUT = 300
-
 
 def extra_bytes(library: Path, workload: Workload, threads: int) -> dict[str, Any]:
     """``extra_bytes`` of a kernel's first call and of the second one; or why they are unknown, in ``reason``."""
-    request = json.dumps({"library": str(library), "workload": workload.to_dict(), "threads": threads})
-    command = [sys.executable, str(Path(__file__).resolve()), request]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return {"extra_bytes": None, "reason": f"no result after {_TIMEOUT} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"extra_bytes": None, "reason": said[-1]}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    request = {"library": str(library), "workload": workload.to_dict(), "threads": threads}
+    return {"extra_bytes": None, **ask(__file__, request)}
 
 
 def _measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -47,16 +35,14 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     library = load(request["library"])
     kernel = library.find(workload.kernel, workload.geometry, workload.dtype)
     if kernel is None:
-        return {"extra_bytes": None, "reason": "the bundle lacks this kernel"}
+        return {"reason": "the bundle lacks this kernel"}
     # Written, so that their pages are there before.
     tensors = [torch.full(spec.shape, 0.5, dtype=spec.dtype) for spec in argument_specs(workload)]
     outputs = [spec.output for spec in argument_specs(workload)]
     calls = []
     for _ in range(2):
-        try:
-            _CLEAR.write_text("5")  # sets the peak (VmHWM) back to what is resident now
-        except OSError as error:
-            return {"extra_bytes": None, "reason": f"{_CLEAR}: {error.strerror}"}
+        if reason := reset_peak():
+            return {"reason": reason}
         before = machine.peak_bytes()
         kernel(*tensors)
         after = machine.peak_bytes()

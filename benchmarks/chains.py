@@ -7,7 +7,8 @@ classifier behind them, and the last convolutions of whole models (``--models re
 classifier are trained, batch norms are frozen. Each chain of a network is measured by ``gf_tvm.compare``, see
 ``gf_tvm.chain_comparison``; filtered and chained run the kernels of one library, default schedules where no log has
 any. ``expected`` is what bytes and operations alone promise for a chain's backward pass over that of single layers,
-1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s).
+1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s). ``step_peak_bytes`` is how far the memory of a
+process rises in a training step of the whole network.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from _allocator import keep_freed_memory
 from _bench import conditions
+from _chain_memory import step_bytes
 from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
@@ -80,13 +82,19 @@ def measure(
     logs: Sequence[Path],
     seconds: float,
     progress: Callable[[float], None],
-) -> Comparison:
-    """A row for each chain and patch. Raises ComparisonError."""
+    memory: Callable[[Pair, Path], dict[str, int | None]],
+) -> tuple[Comparison, dict[Pair, dict[str, int | None]]]:
+    """A row for each chain and patch; and by patch what ``memory`` says of the bundle. Raises ComparisonError."""
     chains = chain_cases(model, shape, layers=list(names), patches=patches)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "chains.gfb"
         library = gf_tvm.load(gf_tvm.build(workloads(chains), "host", logs, bundle, programs=programs(chains)).path)
-    return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=lambda done, of, _: progress(done / of))
+        peaks = {patch: memory(patch, bundle) for patch in patches}
+
+    def update(done: float, of: float, _: str) -> None:
+        progress(done / of)
+
+    return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=update), peaks
 
 
 def expected(model: nn.Module, names: Sequence[str], patch: Pair) -> float | None:
@@ -100,6 +108,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Medians in ms, and ratios of medians."""
     headers = ("network", "chain", "patch", *(f"{v} fwd" for v in VARIANTS), *(f"{v} bwd" for v in VARIANTS))
     headers += ("limit", "filtered / chained bwd", "expected", "step gain", "kept: exact MB", "filtered", "chained")
+    headers += ("step's peak: exact MB", "filtered", "chained")
     table = []
     for row in rows:
         forward, backward, kept = (
@@ -114,6 +123,10 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
                 "" if row["expected"] is None else f"{row['expected']:.1f}x",
                 f"{step[1] / step[2]:.2f}x",
                 *(f"{size / 1e6:.3g}" for size in kept),
+                *(
+                    "" if size is None else f"{size / 1e6:.3g}"
+                    for size in (row["step_peak_bytes"][v] for v in VARIANTS)
+                ),
             )
         )
     print(format_table(headers, table))
@@ -127,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", default="resnet18:4,mobilenetv2:8", metavar="M:K,...", help="models and how many convolutions"
     )
+    parser.add_argument("--size", type=int, default=224, metavar="P", help="pixels of an image's side (default: 224)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images (default: 8)")
     parser.add_argument("--patch", default="2,4", metavar="R,...", help="patches (default: 2,4)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="timing of each row (default: 10)")
@@ -143,12 +157,13 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module, list[str], 
         if not text.isdecimal() or int(text) not in STAGES:
             raise UsageError(f"--channels must be among {', '.join(map(str, STAGES))}, got {text!r}")
         channels = int(text)
-        found.append((f"stage {channels}", *stage(channels), (args.batch, channels, *[STAGES[channels]] * 2)))
+        side = -(-STAGES[channels] * args.size // 224)
+        found.append((f"stage {channels}", *stage(channels), (args.batch, channels, side, side)))
     for text in filter(None, args.models.split(",")):
         name, _, last = text.partition(":")
         if not last.isdecimal() or int(last) < 1:
             raise UsageError(f"--models takes MODEL:K with K of at least 1, got {text!r}")
-        shape = (args.batch, 3, 224, 224)
+        shape = (args.batch, 3, args.size, args.size)
         found.append((text, *network(name, shape, int(last)), shape))
     return found
 
@@ -156,8 +171,9 @@ def networks(args: argparse.Namespace) -> list[tuple[str, nn.Module, list[str], 
 def run(args: argparse.Namespace) -> int:
     check_results(args.json, None)
     check_logs(args.logs)
-    if args.batch < 1:
-        raise UsageError(f"--batch must be at least 1, got {args.batch}")
+    for name in ("batch", "size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
     patches = parse_patches(args.patch)
     document: dict[str, Any] = {"schema_version": 2, "conditions": conditions(), "rows": []}
     document["conditions"] |= {"threads": torch.get_num_threads(), "keeps_freed_memory": keep_freed_memory()}
@@ -169,10 +185,14 @@ def run(args: argparse.Namespace) -> int:
             def update(part: float, number: int = number, name: str = name) -> None:
                 progress.update(int(1000 * (number + part)), name)
 
-            found = measure(model, names, shape, patches, args.logs, args.seconds, update)
+            def memory(patch: Pair, bundle: Path, number: int = number) -> dict[str, int | None]:
+                wanted = {key: getattr(args, key) for key in ("channels", "models", "batch", "size")}
+                return step_bytes({**wanted, "threads": torch.get_num_threads()}, number, patch, bundle)
+
+            found, peaks = measure(model, names, shape, patches, args.logs, args.seconds, update, memory)
             for row in found.chains:
-                promised = expected(model, row.convolutions, row.patch)
-                document["rows"].append({"network": name, "expected": promised, **asdict(row)})
+                more = {"expected": expected(model, row.convolutions, row.patch), "step_peak_bytes": peaks[row.patch]}
+                document["rows"].append({"network": name, **more, **asdict(row)})
             limits = {"peak_gflops": found.peak_gflops, "bandwidth_gbs": found.bandwidth_gbs}
             document["conditions"].setdefault("of_networks", {})[name] = {**limits, **found.conditions}
     print_rows(document["rows"])

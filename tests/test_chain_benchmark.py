@@ -27,28 +27,30 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "copy_bandwidth", lambda: 30.0)
     monkeypatch.setattr(machine, "sgemm_peak", lambda: 150.0)
     monkeypatch.setattr(chains, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
-    monkeypatch.setattr(chains, "STAGES", {8: 6})
     monkeypatch.chdir(tmp_path)
 
 
 def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--channels", "8", "--models", "", "--batch", "1", "--patch", "2,7", "--seconds", "0"]
+    command = ["--channels", "64", "--size", "24", "--models", "", "--batch", "1", "--patch", "2", "--seconds", "0"]
     assert chains.main([*command, "--json", "chains.json"]) == 0
     document = json.loads(Path("chains.json").read_text())
     rows = document["rows"]
-    assert [(row["network"], row["patch"]) for row in rows] == [("stage 8", [2, 2]), ("stage 8", [7, 7])]
+    assert [(row["network"], row["patch"]) for row in rows] == [("stage 64", [2, 2])]
+    assert all(set(row["step_peak_bytes"]) == set(chains.VARIANTS) for row in rows)
+    if sys.platform == "linux":
+        assert all(peak >= 0 for row in rows for peak in row["step_peak_bytes"].values())
     assert all(row["schedule"] == row["filtered_schedule"] == "default" for row in rows)  # nothing fell back
-    assert [len(row["convolutions"]) for row in rows] == [4, 4]
-    assert [row["expected"] for row in rows] == [1 + 180 / 8, None]
-    assert document["conditions"]["of_networks"]["stage 8"]["bandwidth_gbs"] == 30.0
-    assert "stage 8" in capsys.readouterr().out
+    assert [len(row["convolutions"]) for row in rows] == [4]
+    assert [row["expected"] for row in rows] == [1 + 180 / 64]
+    assert document["conditions"]["of_networks"]["stage 64"]["bandwidth_gbs"] == 30.0
+    assert "stage 64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--channels", "9"], "--channels must be among 8, got '9'"),
-        (["--channels", "8", "--models", "resnet18:0"], "--models takes MODEL:K with K of at least 1"),
+        (["--channels", "9"], "--channels must be among 64, 128, 256, 512, got '9'"),
+        (["--channels", "64", "--models", "resnet18:0"], "--models takes MODEL:K with K of at least 1"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--logs", "nowhere"], "there is no folder of tuning logs 'nowhere'"),
     ],
