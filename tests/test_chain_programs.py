@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import gf_tvm
 from gf_tvm import verify
-from gf_tvm.chains import compiled, emit_backward, grids, programs_of, run
+from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
 from gf_tvm.compile import compile_module, export
@@ -237,14 +237,12 @@ def test_every_kind_of_step_was_met() -> None:
 def test_a_mistake_is_noticed(mistake, tmp_path, monkeypatch) -> None:
     call = cells_call() if mistake == "patch" else residual_call()
     if mistake == "pixels":
-        monkeypatch.setattr(emit_backward, "uniform", lambda grid: True)
+        monkeypatch.setattr(emit_together, "uniform", lambda grid: True)
     if mistake == "patch":
         true = compiled.indices
-        monkeypatch.setattr(emit_backward, "indices", lambda part: (*true(part)[:4], true(part)[3], true(part)[5]))
+        monkeypatch.setattr(emit_stage, "indices", lambda part: (*true(part)[:4], true(part)[3], true(part)[5]))
     if mistake == "mean":
-        monkeypatch.setattr(
-            emit_backward.maps, "mean_scale", lambda g, s, at, lanes: emit_backward.simd.splat(0.25, lanes)
-        )
+        monkeypatch.setattr(emit_stage.maps, "mean_scale", lambda g, s, at, lanes: emit_stage.simd.splat(0.25, lanes))
     bound = call[0].backward
     assert bound is not None
     function = compile_and_load(bound.program, tmp_path)

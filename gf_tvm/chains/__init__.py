@@ -8,7 +8,10 @@ Modules, each using those before it:
 * ``steps``: what a backward pass consists of
 * ``lowering``: the gradient algebra, from a graph to steps
 * ``partition``: which operations form chains, for given shapes
-* ``compiled``: the whole backward pass as one function of a library; ``emit_backward``: that function, for the compiler
+* ``compiled``: the whole backward pass as one function of a library
+* ``segments``: what is element-wise in the forward pass as functions of a library
+* ``emit_together``, ``emit_stage``, ``emit_backward``, ``emit_forward``: these functions in TVM's IR, where there is a
+  compiler; nothing imports them before
 * ``plan``: one chain, with everything about shapes settled
 * ``kernels``: the products, by a library where there is one
 * ``run``: the autograd function: a plan's forward and backward pass in PyTorch

@@ -165,7 +165,7 @@ class _Sweep:
     def _prologue(self) -> None:
         self.norms = {k: self._norm(k, node) for k, node in enumerate(self.segment.nodes) if node.kind == "norm"}
         for node, target in self.slopes:
-            emit_pieces(self.c, self.lanes, self._copy(self.norms[node]["slope"], target))
+            emit.each_vector(self.c, self.lanes, self._copy(self.norms[node]["slope"], target))
         means = {average.grid for average, _ in self.averages if average.layout == "means"}
         self.scales = [_scales(grid, self.block if self.whole else 1) if grid in means else None for grid in self.grids]
 
@@ -189,7 +189,7 @@ class _Sweep:
             simd.store(vectors["slope"], at, slope)
             simd.store(vectors["offset"], at, offset + given("shift") if has_shift else offset)
 
-        emit_pieces(self.c, self.lanes, some)
+        emit.each_vector(self.c, self.lanes, some)
         return {**vectors, "mean": self.parameters[k, "mean"]}
 
     # Planes
@@ -253,11 +253,7 @@ class _Sweep:
         places = [(before + q if _turned(a) else q) * self._stride(a) for a, _ in self.averages]
         for place, (average, _), sums in zip(places, self.averages, self.sums, strict=True):
             if not self.single[self.grids.index(average.grid)]:
-                emit_pieces(
-                    prod(average.grid.shape),
-                    self.lanes,
-                    lambda at, width, sums=sums, place=place: simd.store(sums, place + at, simd.splat(0.0, width)),
-                )
+                emit.clear(sums, place, prod(average.grid.shape), self.lanes)
         for run in self.runs:
             with emit.loop(run.times) as t:
                 for band in run.bands:
@@ -279,7 +275,7 @@ class _Sweep:
                 value = value * by
             simd.store(target, first * patches + at, value)
 
-        emit_pieces(planes * patches, self.lanes, some)
+        emit.each_vector(planes * patches, self.lanes, some)
 
     def _pool(self, band: Band, start: Any, run: Run, t: Any, places: Sequence[Any]) -> None:
         """Add a band, which begins in the lines at ``start``, to the sums of its patches."""
@@ -388,16 +384,6 @@ def _turned(average: Average) -> bool:
 
 def _once(found: Sequence[Band], g: int, grid: Grid) -> bool:
     return [p for band in found if (p := band.places[g]) is not None] == list(range(grid.shape[0]))
-
-
-def emit_pieces(count: int, lanes: int, visit: Any) -> None:
-    """``visit(first, lanes)`` for vectors, powers of two, that cover ``count`` elements exactly."""
-    whole = count // lanes
-    if whole:
-        with emit.loop(whole) as v:
-            visit(v * lanes, lanes)
-    for at, width in emit.pieces(count - whole * lanes, lanes):
-        visit(whole * lanes + at, width)
 
 
 def _scales(grid: Grid, times: int) -> Any:

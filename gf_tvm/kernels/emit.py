@@ -89,6 +89,21 @@ def pieces(count: int, lanes: int) -> list[tuple[int, int]]:
     return found
 
 
+def each_vector(count: int, lanes: int, visit: Callable[[Any, int], None]) -> None:
+    """``visit(first, lanes)`` for vectors, powers of two, that cover ``count`` elements exactly."""
+    whole = count // lanes
+    if whole:
+        with loop(whole) as v:
+            visit(v * lanes, lanes)
+    for at, width in pieces(count - whole * lanes, lanes):
+        visit(whole * lanes + at, width)
+
+
+def clear(target: Any, to: Any, count: int, lanes: int) -> None:
+    """Set neighbouring elements to zero."""
+    each_vector(count, lanes, lambda at, width: simd.store(target, to + at, simd.splat(0.0, width)))
+
+
 def copy(target: Any, to: Any, source: Any, start: Any, count: int, lanes: int) -> None:
     """Copy ``count`` neighbouring elements."""
     for at, width in pieces(count, lanes):

@@ -1,0 +1,306 @@
+"""The function of one stage of a chain's backward pass: a loop or two over what lies in the caches.
+
+Products are the sweeps of :mod:`gf_tvm.kernels.on_grid`, with the schedules that the logs have for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from ..devices import DeviceProfile
+from ..geometry import Geometry
+from ..kernels import emit, maps, on_grid, simd
+from ..kernels.stages import ACC
+from ..kernels.strips import alignment, spreading
+from ..schedules.cpu import STREAM_BYTES, tiles_of
+from ..workload import Workload
+from .compiled import Tables, indices, scratch_of, space
+from .emit_together import Sums, Together
+from .grids import Cuts
+from .steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, Part, Step
+
+#: Planes that a plane which is being pooled asks for, counted from itself.
+_NEAR = 4
+
+#: A tensor that a stage works on, (kind, number): a "register", or of the kinds of :class:`.compiled.Argument`.
+Operand = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps with numbers of their own: all that the code of a stage depends on.
+
+    Attributes:
+        steps: numbered anew, see :class:`.compiled.Numbers`.
+        adds: by step, whether it adds to a gradient of a parameter or entry that holds something already.
+        registers, values, slots: shapes. tensors: of parameters' gradients.
+        stored: registers that are in memory, not known to this stage alone.
+        floats, integers: lengths of the program's tables, if they are used.
+    """
+
+    batch: int
+    steps: tuple[Step, ...]
+    adds: tuple[bool, ...]
+    registers: tuple[tuple[int, int, int], ...]
+    values: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[int, ...], ...]
+    tensors: tuple[tuple[int, ...], ...]
+    stored: frozenset[int]
+    floats: int
+    integers: int
+
+    @property
+    def sizes(self) -> dict[Operand, int]:
+        """Elements of the tensors that the stage's function takes, in its order."""
+        found = {("register", k): self.batch * math.prod(self.registers[k]) for k in sorted(self.stored)}
+        incoming = [step.value for step in self.steps if isinstance(step, Filter)]
+        found |= {("grad" if k in incoming else "entry", k): math.prod(shape) for k, shape in enumerate(self.values)}
+        found |= {("slot", k): math.prod(shape) for k, shape in enumerate(self.slots)}
+        found |= {("tensor", k): math.prod(shape) for k, shape in enumerate(self.tensors)}
+        scratch = [
+            sum(scratch_of(step.geometry))
+            for step in self.steps
+            if isinstance(step, ConvInput) and step.geometry.dilated
+        ]
+        found |= {("workspace", k): size for k, size in enumerate(scratch)}
+        tables = {("floats", 0): self.floats, ("integers", 0): self.integers}
+        return found | {key: size for key, size in tables.items() if size}
+
+
+class StageEmitter:
+    """Emits one stage's function."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        tables: Tables,
+        profile: DeviceProfile,
+        config_of: Callable[[Workload], dict[str, Any]],
+    ) -> None:
+        self.stage, self.tables, self.profile, self.config_of = stage, tables, profile, config_of
+        self.lanes: int = profile.lanes
+        self.batch = stage.batch
+
+    def function(self, name: str) -> Any:
+        """The PrimFunc: takes pointers to the operands."""
+        sizes = self.stage.sizes
+        kinds = {key: "int32" if key[0] == "integers" else ACC for key in sizes}
+        with IRBuilder() as builder, T.prim_func(is_private=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True})
+            T.func_ret(tvm.ir.PrimType("int32"))
+            pointers = {key: T.arg("".join(map(str, key)), T.handle(kinds[key])) for key in sizes}
+            buffers = {key: T.decl_buffer((size,), kinds[key], data=pointers[key]) for key, size in sizes.items()}
+            self.register = {k: buffer for (kind, k), buffer in buffers.items() if kind == "register"}
+            self.given = {key: buffer for key, buffer in buffers.items() if key[0] != "register"}
+            with simd.streaming(ACC, shared=True):
+                self._emit()
+            # Where a parallel loop fails TVM's code returns, and that it does with a number.
+            T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
+        return builder.get()
+
+    def _emit(self) -> None:
+        first = self.stage.steps[0]
+        if isinstance(first, Filter):
+            self._filter(first)
+        elif isinstance(first, MapSum):
+            self._map_sum(first)
+        elif isinstance(first, Expand):
+            self._expand(first)
+        elif space(first, self.stage.registers) is not None:
+            Together(self).emit()
+        elif isinstance(first, ConvInput) and first.geometry.dilated:
+            self._dilated(first)
+        elif isinstance(first, ConvInput | ConvWeight):
+            self._product(first)
+        else:
+            assert isinstance(first, Gather)
+            self._gather(first)
+
+    # Products
+
+    def _product(self, step: ConvInput | ConvWeight) -> None:
+        g = self.register[step.src]
+        if isinstance(step, ConvInput):
+            self._input_grad(step.geometry, g, self.given["slot", step.weight], self.register[step.dst])
+        else:
+            workload = Workload("weight_grad", step.geometry)
+            saved, grad = self.given["slot", step.filtered], self.given["tensor", step.tensor]
+            self._sweep(workload, {"g": g, "saved": saved, "grad_w": grad})
+
+    def _input_grad(self, geometry: Geometry, g: Any, weight: Any, target: Any) -> None:
+        self._sweep(Workload("input_grad", geometry), {"g": g, "weight": weight, "grad_x_grid": target})
+
+    def _sweep(self, workload: Workload, tensors: dict[str, Any]) -> None:
+        tiles = tiles_of(self.config_of(workload), workload.geometry, self.profile)
+        # The spaces of products on the grid have no such choice; large weights are like large maps.
+        large = 4 * math.prod(workload.geometry.weight_shape) > STREAM_BYTES
+        tiles = replace(tiles, stream=workload.gives_w and large and self.profile.arch == "x86_64")
+        on_grid.emit_products(workload, tiles, self.lanes, tensors)
+
+    def _dilated(self, step: ConvInput) -> None:
+        """A convolution on the grid: g~ once for every tap, moved by it, as channels of their own, times W."""
+        geometry = step.geometry
+        (ph, pw), (kh, kw), lanes = geometry.grid, geometry.kernel, self.lanes
+        patches, taps = ph * pw, kh * kw
+        source, weight = self.register[step.src], self.given["slot", step.weight]
+        sizes = scratch_of(geometry)
+        scratch = self.given["workspace", 0]
+        moved, by_tap = (
+            T.decl_buffer((size,), ACC, data=scratch.data, elem_offset=at)
+            for size, at in zip(sizes, (0, sizes[0]), strict=True)
+        )
+        planes = geometry.n * geometry.co
+        with emit.loop(planes, parallel=planes * patches * taps >= emit.PARALLEL_WORK) as plane:
+            for tap, (u, v) in enumerate(itertools.product(range(kh), range(kw))):
+                base = (plane * taps + tap) * patches
+                emit.clear(moved, base, patches, lanes)
+                down, right = (
+                    k * d - before
+                    for k, d, before in zip((u, v), geometry.grid_dilation, geometry.grid_padding, strict=True)
+                )
+                top, left = max(0, -down), max(0, -right)
+                height, width = ph - abs(down), pw - abs(right)
+                if height > 0 and width > 0:
+                    with emit.loop(height) as i:
+                        to = base + (top + i) * pw + left
+                        start = plane * patches + (top + i + down) * pw + left + right
+                        emit.copy(moved, to, source, start, width, lanes)
+        # (o, tap, c): the taps in the other direction.
+        channels = geometry.ci_group
+        work = geometry.co * taps * channels
+        with emit.loop(geometry.co, parallel=work >= emit.PARALLEL_WORK) as o, emit.loop(channels) as c:
+            for tap in range(taps):
+                value = simd.load(weight, (o * channels + c) * taps + taps - 1 - tap, 1)
+                simd.store(by_tap, (o * taps + tap) * channels + c, value)
+        pointwise = Geometry(
+            geometry.n, geometry.ci, geometry.co * taps, ph, pw, (1, 1), (1, 1), groups=geometry.groups
+        )
+        self._input_grad(pointwise, moved, by_tap, self.register[step.dst])
+
+    # Full-size gradients that come in and go out
+
+    def _filter(self, step: Filter) -> None:
+        geometry, lanes = step.geometry, self.lanes
+        (ph, pw), (height, width) = geometry.grid, geometry.y_shape[2:]
+        axes, patches = maps.out_axes(geometry), ph * pw
+        scales = maps.patch_scales(geometry, 0)
+        planes, source, target = self.batch * geometry.co, self.given["grad", step.value], self.register[step.dst]
+        with emit.loop(planes, parallel=planes * height * width >= emit.PARALLEL_WORK) as plane:
+            line = T.alloc_buffer((patches + lanes,), ACC)
+
+            def row(i: Any) -> None:
+                at = i * pw
+                maps.pool_row(axes, source, plane, (height, width), i, line, at, lanes, _NEAR * height * width)
+
+            with emit.loop(ph) as i:
+                row(i)
+
+            def scaled(at: Any, count: int) -> None:
+                means = simd.load(line, at, count) * maps.mean_scale(geometry, scales, at, count)
+                simd.store(target, plane * patches + at, means)
+
+            emit.each_vector(patches, lanes, scaled)
+
+    def _expand(self, step: Expand) -> None:
+        lanes, grid = self.lanes, step.grid
+        _, channels, height, width = self.stage.values[step.value]
+        (ph, pw), patches = grid.shape, grid.shape[0] * grid.shape[1]
+        (adds,) = self.stage.adds
+        source, target = self.register[step.src], self.given["entry", step.value]
+        size = self.batch * step.width * height * width
+        streams = not adds and 4 * size > STREAM_BYTES and self.profile.arch == "x86_64"
+        streams = maps.can_stream_rows(streams, width, ACC, lanes)
+        # Where values are added no two vectors may overlap.
+        aligned = alignment(width) if streams else lanes if adds else None
+        vectors = spreading(_ranges(grid.cols), lanes, aligned)
+        with emit.loop(self.batch * step.width, parallel=size >= emit.PARALLEL_WORK) as k:
+            line = T.alloc_buffer((patches + lanes,), ACC)
+            # Vectors of a row's last patches reach beyond them.
+            emit.each_vector(
+                patches, lanes, lambda at, count: simd.store(line, at, simd.load(source, k * patches + at, count))
+            )
+            plane = T.bind((k // step.width * channels + step.start + k % step.width) * (height * width))
+
+            def rows(first: Any, count: int) -> None:
+                def sink(row: int, pixel: Any, value: Any) -> None:
+                    at = plane + (first + row) * width + pixel
+                    if adds:
+                        value = value + simd.load(target, at, simd.lanes_of(value))
+                    simd.write(target, at, value, streams)
+
+                maps.spread(vectors, lambda patch, some: simd.load(line, self._patch + patch, some), count, sink)
+
+            with emit.loop(ph) as i:
+                self._patch = i * pw
+                maps.by_row(_ranges(grid.rows), i, rows)
+            if streams:
+                simd.fence()
+
+    # Sums and grids that differ
+
+    def _map_sum(self, step: MapSum) -> None:
+        lanes, patches = self.lanes, math.prod(step.grid.shape)
+        channels = self.stage.registers[step.src][0]
+        source, mean, target = self.register[step.src], self.given["slot", step.mean], self.register[step.dst]
+        work = self.batch * channels * patches
+        with emit.loop(channels, parallel=work >= emit.PARALLEL_WORK) as c:
+            sums = Sums(self, 1)
+            with emit.loop(self.batch) as image:
+                if not step.batch:
+                    sums.clear()
+                plane = T.bind((image * channels + c) * patches)
+
+                def some(at: Any, count: int) -> None:
+                    value = simd.load(source, plane + at, count) * simd.load(mean, plane + at, count)
+                    sums.add(0, value, step.grid, at)
+
+                emit.each_vector(patches, lanes, some)
+                if not step.batch:
+                    simd.store(target, image * channels + c, sums.total(0, step.grid))
+            if step.batch:
+                simd.store(target, c, sums.total(0, step.grid))
+
+    def _gather(self, step: Gather) -> None:
+        patches, channels = math.prod(step.grid.shape), step.channels
+        target = self.register[step.dst]
+        work = self.batch * channels * patches
+        with emit.loop(self.batch * channels, parallel=work >= emit.PARALLEL_WORK) as plane:
+            emit.clear(target, plane * patches, patches, self.lanes)
+        for part in step.parts:
+            with emit.loop(self.batch * part.width, parallel=work >= emit.PARALLEL_WORK) as k:
+                plane = k // part.width * channels + part.start + k % part.width
+                self._add_cells(part, k, target, T.bind(plane * patches), step.grid.shape[1])
+
+    def _add_cells(self, part: Part, k: Any, target: Any, base: Any, columns: int) -> None:
+        """Add one plane of a part, cell by cell. ``k``: the plane's number in the part."""
+        floats, integers = self.given["floats", 0], self.given["integers", 0]
+        at = [self.tables.place(values) for values in indices(part)]
+        _, sh, sw = self.stage.registers[part.src]
+        height, width = part.rows.cells.patches, part.cols.cells.patches
+        source = self.register[part.src]
+
+        def index(table: int, i: Any) -> Any:
+            return tirx.BufferLoad(integers, [at[table] + i])
+
+        with emit.loop(height) as i, emit.loop(width) as j:
+            value = simd.load(source, k * (sh * sw) + index(1, i) * sw + index(4, j), 1)
+            if part.mean is not None:
+                value = value * simd.load(self.given["slot", part.mean], (k * height + i) * width + j, 1)
+            value = value * (simd.load(floats, at[2] + i, 1) * simd.load(floats, at[5] + j, 1))
+            to = T.bind(base + index(0, i) * columns + index(3, j))
+            simd.store(target, to, simd.load(target, to, 1) + value)
+
+
+def _ranges(cuts: Cuts) -> list[range]:
+    """Pixels of each patch."""
+    return [range(a, b) for a, b in zip(cuts.points, cuts.points[1:], strict=False)]
