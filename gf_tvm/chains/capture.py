@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +32,9 @@ from .recognise import (
     recognise,
     steps_in,
 )
+
+_hooks = threading.local()
+_counting = threading.Lock()
 
 #: Why a convolution is in no chain.
 UNTRAINED = "has nothing trained in it or before it"
@@ -206,7 +212,8 @@ def _trace(wrapper: _Module) -> fx.Graph:
     failure: Exception | None = None
     for coarse in (False, True):
         try:
-            graph = _Tracer(coarse).trace(wrapper)
+            with _counted_hooks():
+                graph = _Tracer(coarse).trace(wrapper)
         except Exception as error:  # the module is the user's code, and tracing runs it on stand-ins
             failure = failure or error
             continue
@@ -222,8 +229,38 @@ def _context() -> tuple[Any, ...]:
     """Switches of this thread that decide how a step runs."""
     devices = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # those of torch.utils.checkpoint, say
+    hooks = getattr(_hooks, "count", 0)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast, hooks
+
+
+@contextmanager
+def _counted_hooks() -> Iterator[None]:
+    """Meanwhile ``_hooks.count`` tells how many hooks on saved tensors hold in this thread, as checkpointing sets them.
+
+    Newer versions of PyTorch would tell, 2.7 does not.
+    """
+    with _counting:
+        yield from _count_hooks()
+
+
+def _count_hooks() -> Iterator[None]:
+    module, thread = torch._C._autograd, threading.get_ident()
+    names = {"_push_saved_tensors_default_hooks": 1, "_pop_saved_tensors_default_hooks": -1}
+    true = {name: getattr(module, name) for name in names}
+
+    def counted(name: str, *args: Any) -> Any:
+        if threading.get_ident() == thread:
+            _hooks.count += names[name]
+        return true[name](*args)
+
+    _hooks.count = 0
+    try:
+        for name in names:
+            setattr(module, name, partial(counted, name))
+        yield
+    finally:
+        for name, function in true.items():
+            setattr(module, name, function)
 
 
 def _generators() -> tuple[bytes, str]:
