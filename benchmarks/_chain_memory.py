@@ -8,7 +8,6 @@ resident that nobody holds. Linux with glibc.
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import json
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from _own_process import ask, reset_peak
+
+from gf_tvm.chain_variants import VARIANTS
 
 _MMAP_THRESHOLD = -3  # of malloc.h
 
@@ -28,7 +29,7 @@ def step_bytes(arguments: dict[str, Any], number: int, patch: tuple[int, int], b
         bundle: the kernels of the filtered and the chained variant.
     """
     found: dict[str, int | None] = {}
-    for variant in ("exact", "filtered", "chained"):
+    for variant in VARIANTS:
         request = {"arguments": arguments, "number": number, "patch": patch, "bundle": str(bundle), "variant": variant}
         found[variant] = ask(__file__, request).get("bytes")
     return found
@@ -48,8 +49,7 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     arguments = argparse.Namespace(**request["arguments"])
     torch.set_num_threads(arguments.threads)
     _, model, names, shape = networks(arguments)[request["number"]]
-    model = copy.deepcopy(model).eval()
-    freeze(model, names)
+    freeze(model.eval(), names)
     if request["variant"] != "exact":
         library, chain = gf_tvm.load(request["bundle"]), request["variant"] == "chained"
         gf_tvm.filter_model(model, request["patch"], layers=names, library=library, chain=chain)

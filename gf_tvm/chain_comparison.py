@@ -27,7 +27,7 @@ from .errors import ModelError
 from .geometry import Geometry, Pair
 from .nn import filter_model, filter_report
 from .rows import ChainRow
-from .shapes import Patch, _check_patches, format_patch, model_cases, workloads_of
+from .shapes import Patch, _check_patches, does_not_run, format_patch, model_cases, workloads_of
 from .training.programs import programs_for
 from .training.trainer import freeze
 from .variants import Timing, torch_dtype
@@ -215,10 +215,8 @@ def _copy(model: nn.Module) -> nn.Module:
 def _run_once(model: nn.Module, case: ChainCase) -> None:
     try:
         model(torch.zeros(case.input_shape, dtype=torch_dtype(case.dtype)))
-    except Exception as error:  # the model is the user's code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        shape = "x".join(map(str, case.input_shape))
-        raise ModelError(f"{type(model).__name__} does not run on an input of shape {shape}: {reason}") from error
+    except Exception as error:
+        raise does_not_run(model, case.input_shape, error) from error
 
 
 def _schedules(piece: Piece, library: Library | None, dtype: str) -> dict[str, Counter[str]]:

@@ -234,10 +234,7 @@ def model_cases(
     except (GeometryError, ModelError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{type(model).__name__} does not run on an input of shape {'x'.join(map(str, shape))}: {reason}"
-        ) from error
+        raise does_not_run(model, shape, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -259,6 +256,12 @@ def model_cases(
         needs_no_gradient = not all(needed for _, needed in users)
         cases += [Case(label, replace(geometry, patch=p), dtype, names, needs_no_gradient) for p in pairs]
     return cases
+
+
+def does_not_run(model: torch.nn.Module, shape: Sequence[int], error: Exception) -> ModelError:
+    """What to raise where ``model``, which is the user's code, fails on an input of that shape."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"{type(model).__name__} does not run on an input of shape {'x'.join(map(str, shape))}: {reason}")
 
 
 def _call_of(name: str, module: Any, x: torch.Tensor) -> tuple[Geometry, str]:

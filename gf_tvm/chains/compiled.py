@@ -11,13 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..geometry import Geometry
+from . import kernels
 from .graph import Shape
 from .grids import Grid
 from .steps import (
@@ -131,6 +132,15 @@ class Backward:
         return tables
 
     @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """The tables as the function takes them, made once."""
+        floats, integers = self.tables.floats or [0], self.tables.integers or [0]
+        return {
+            "floats": torch.tensor(floats, dtype=torch.float32),
+            "integers": torch.tensor(integers, dtype=torch.int32),
+        }
+
+    @cached_property
     def stages(self) -> tuple[tuple[Step, ...], ...]:
         """The steps in order: those that are done in one loop over channels together, and the others one by one."""
         found: list[list[Step]] = []
@@ -175,7 +185,7 @@ class Backward:
     def scratch(self) -> int:
         """Where the part of the workspace begins that one stage uses for itself."""
         _, size = self.places
-        return size + -size % LINE
+        return size
 
     @cached_property
     def workspace(self) -> int:
@@ -253,9 +263,9 @@ class Bound:
             if kind in ("grad", "slot"):
                 tensor = self._given(argument, kept, grads)
                 assert tensor is not None
-                given.append(_for_function(tensor, shape))
+                given.append(kernels.ready(tensor.reshape(shape).to(torch.float32)))
             elif kind in ("floats", "integers"):
-                given.append(_constants(tuple(getattr(self.program.tables, kind)), kind == "integers"))
+                given.append(self.program.constants[kind])
             else:
                 result = _result(shape, (kind, number) in self.program.zeroed)
                 given.append(result)
@@ -403,16 +413,3 @@ def covers(grid: Grid) -> bool:
 
 def _result(shape: tuple[int, ...], zero: bool) -> Tensor:
     return torch.zeros(shape) if zero else torch.empty(shape)
-
-
-def _for_function(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.shape != shape:
-        tensor = tensor.reshape(shape)
-    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        tensor = tensor.to(torch.float32).contiguous()
-    return tensor.clone() if tensor.data_ptr() % (4 * LINE) else tensor
-
-
-@lru_cache(maxsize=64)
-def _constants(values: tuple[float, ...], integers: bool) -> Tensor:
-    return torch.tensor(values or (0,), dtype=torch.int32 if integers else torch.float32)

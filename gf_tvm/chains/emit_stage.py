@@ -197,13 +197,8 @@ class StageEmitter:
         planes, source, target = self.batch * geometry.co, self.given["grad", step.value], self.register[step.dst]
         with emit.loop(planes, parallel=planes * height * width >= emit.PARALLEL_WORK) as plane:
             line = T.alloc_buffer((patches + lanes,), ACC)
-
-            def row(i: Any) -> None:
-                at = i * pw
-                maps.pool_row(axes, source, plane, (height, width), i, line, at, lanes, _NEAR * height * width)
-
             with emit.loop(ph) as i:
-                row(i)
+                maps.pool_row(axes, source, plane, (height, width), i, line, i * pw, lanes, _NEAR * height * width)
 
             def scaled(at: Any, count: int) -> None:
                 means = simd.load(line, at, count) * maps.mean_scale(geometry, scales, at, count)

@@ -11,9 +11,9 @@ from torch import nn
 from ..chains import programs_of
 from ..chains.compiled import Backward
 from ..chains.segments import Segment
-from ..errors import ModelError
 from ..filtered import Patch
 from ..nn import filter_model, select_layers
+from ..shapes import does_not_run
 from .loop import training_mode
 from .trainer import freeze
 
@@ -59,8 +59,6 @@ def programs_for(model: nn.Module, input_shape: Sequence[int]) -> list[Backward 
     try:
         with torch.enable_grad():
             model.to("meta")(torch.empty(tuple(input_shape), device="meta"))
-    except Exception as error:  # the model is the user's code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        shape = "x".join(map(str, input_shape))
-        raise ModelError(f"{type(model).__name__} does not run on an input of shape {shape}: {reason}") from error
+    except Exception as error:
+        raise does_not_run(model, input_shape, error) from error
     return programs_of(model)
