@@ -142,7 +142,7 @@ class Host(Backend):
             "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
             "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
             "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
-            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm; best of start and end",
+            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 products; best of start and end",
         }
 
 

@@ -56,12 +56,17 @@ class LimitedHost(Host):
         self.results = Host.results + len(self._makers)
         self._best = (0.0, 0.0)
         self._units: dict[str, float] = {}
+        self._products: dict[str, float] = {}
         self._limit_calls: dict[str, Call] = {}
 
     @contextmanager
     def running(self, threads: int | None) -> Iterator[int]:
         with super().running(threads) as used:
-            for name, (call, units) in ((SGEMM, machine.sgemm_call()), (COPY, machine.copy_call())):
+            self._products = machine.sgemm_rates()
+            fastest = max(self._products, key=self._products.__getitem__)
+            product = machine.products(machine.SGEMM_SIZE)[fastest]
+            limits = {SGEMM: (product, machine.sgemm_gflop(machine.SGEMM_SIZE)), COPY: machine.copy_call()}
+            for name, (call, units) in limits.items():
                 self._limit_calls[name], self._units[name] = call, units
             try:
                 yield used
@@ -130,9 +135,10 @@ class LimitedHost(Host):
     def conditions(self) -> dict[str, Any]:
         found = super().conditions()
         found["limits"] = (
-            "copy bandwidth (read + write) by torch.copy_, peak by float32 torch.mm, both timed in the rounds of every "
-            "case; of the whole comparison the best of all rounds, of a row median and best of its own"
+            "copy bandwidth (read + write) by torch.copy_, peak by the fastest float32 product of matrices, both timed in "
+            "the rounds of every case; of the whole comparison the best of all rounds, of a row median and best of its own"
         )
+        found["products_gflops"] = self._products
         found["fractions"] = (
             "limit / time: medians of a row's own rounds; those called best: bests of the same rounds. roofline_ms "
             "alone is made with the limits of the whole comparison"

@@ -103,11 +103,13 @@ class Process:
         self._started = False
         self._deadline = 0.0
         environment = {
-            # TVM takes half of the cores if it is not told; its waiting threads must not steal time from others.
+            # TVM takes half of the cores if it is not told, its waiting threads steal time from others, and it would
+            # bind every builder to the first core.
             "TVM_NUM_THREADS": str(threads),
             "TVM_THREAD_POOL_SPIN_COUNT": "0",
+            "TVM_BIND_THREADS": "0",
+            # PyTorch's threads wait as they do in training, awake for a moment: what launching a loop costs counts.
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "passive",
         }
         ours, theirs = socket.socketpair()
         self._output = folder / f"{role}-{ours.fileno()}.txt"
