@@ -135,8 +135,9 @@ class LimitedHost(Host):
     def conditions(self) -> dict[str, Any]:
         found = super().conditions()
         found["limits"] = (
-            "copy bandwidth (read + write) by torch.copy_, peak by the fastest float32 product of matrices, both timed in "
-            "the rounds of every case; of the whole comparison the best of all rounds, of a row median and best of its own"
+            "copy bandwidth (read + write) by torch.copy_, peak by the fastest float32 product of matrices, both timed "
+            "in the rounds of every case; of the whole comparison the best of all rounds, of a row median and best of "
+            "its own"
         )
         found["products_gflops"] = self._products
         found["fractions"] = (

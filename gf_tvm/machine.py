@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import mkldnn
 
 from .errors import DeviceError
 
@@ -213,9 +212,7 @@ def products(size: int) -> dict[str, Callable[[], Any]]:
     a, b, c = (torch.rand(size, size, generator=generator) for _ in range(3))
     found: dict[str, Callable[[], Any]] = {"torch.mm": partial(torch.mm, a, b, out=c)}
     if has_onednn():
-        layer = torch.nn.Linear(size, size, bias=False)
-        layer.weight = torch.nn.Parameter(b, requires_grad=False)
-        found["oneDNN"] = partial(mkldnn.to_mkldnn(layer.eval()), a.to_mkldnn())  # type: ignore[no-untyped-call]
+        found["oneDNN"] = partial(torch.ops.aten.mkldnn_linear, a.to_mkldnn(), b.to_mkldnn(), None)
     return found
 
 
