@@ -110,10 +110,11 @@ def error(call: Call, function: Any) -> float:
     """The largest error of the compiled function in units of what is allowed."""
     bound = call[0].backward
     assert bound is not None
-    assert bound.takes(call[1], call[2])
+    inputs = bound.inputs(call[1], call[2])
+    assert inputs is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_result", poisoned)
-        actual = named(*bound.run(function, call[1], call[2]))
+        actual = named(*bound.run(function, inputs))
     expected, magnitude = by_steps(call), by_steps(call, magnitude=True)
     assert actual.keys() == expected.keys()
     allowed = verify.SAFETY * sums(call[0].steps) * torch.finfo(torch.float32).eps

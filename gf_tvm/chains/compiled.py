@@ -242,42 +242,60 @@ class Bound:
     slots: tuple[int, ...]
     tensors: tuple[int, ...]
 
-    def takes(self, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> bool:
-        """Whether these tensors are of the kind that the function is for."""
-        return all(
-            tensor is not None and tensor.device.type == "cpu" and tensor.dtype in _STORAGE
-            for argument in self.program.arguments
-            if argument.kind in ("grad", "slot")
-            for tensor in (self._given(argument, kept, grads),)
-        )
+    def inputs(self, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> list[Tensor] | None:
+        """The tensors that the function reads, as it takes them; None if one is not of the kind that it is for.
+
+        This and :meth:`run` are called in every step, with caches full of other things: few operations a tensor.
+        """
+        found: list[Tensor] = []
+        for is_grad, number, shape in self._reads:
+            tensor = grads[number] if is_grad else kept[number]
+            if tensor is None or tensor.device.type != "cpu" or tensor.dtype not in _STORAGE:
+                return None
+            if tensor.dtype is not torch.float32 or tensor.shape != shape:
+                tensor = tensor.reshape(shape).to(torch.float32)
+            found.append(kernels.ready(tensor))
+        return found
 
     def run(
-        self, function: Callable[..., None], kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
+        self, function: Callable[..., None], inputs: Sequence[Tensor]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Call the compiled function; arguments and results as of :func:`.run.backward`."""
-        given: list[Tensor] = []
+        """Call the compiled function with :meth:`inputs`.
+
+        Returns:
+            The gradients of entries and of tensors, by the chain's numbers.
+        """
         of_entries: dict[int, Tensor] = {}
         of_tensors: dict[int, Tensor] = {}
-        for argument in self.program.arguments:
-            kind, number, shape = argument.kind, argument.number, argument.shape
-            if kind in ("grad", "slot"):
-                tensor = self._given(argument, kept, grads)
-                assert tensor is not None
-                given.append(kernels.ready(tensor.reshape(shape).to(torch.float32)))
-            elif kind in ("floats", "integers"):
-                given.append(self.program.constants[kind])
-            else:
-                result = _result(shape, (kind, number) in self.program.zeroed)
-                given.append(result)
-                if kind == "entry":
-                    of_entries[self.values[number]] = result
-                elif kind == "tensor":
-                    of_tensors[self.tensors[number]] = result.flatten()
-        function(*given)
+        written: list[Tensor] = []
+        for kind, number, shape, zero in self._writes:
+            result = _result(shape, zero)
+            written.append(result)
+            if kind == "tensor":
+                of_tensors[number] = result
+            elif kind == "entry":
+                of_entries[number] = result
+        constants = self.program.constants
+        function(*inputs, *written, constants["floats"], constants["integers"])
         return of_entries, of_tensors
 
-    def _given(self, argument: Argument, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> Tensor | None:
-        return grads[self.values[argument.number]] if argument.kind == "grad" else kept[self.slots[argument.number]]
+    @cached_property
+    def _reads(self) -> tuple[tuple[bool, int, tuple[int, ...]], ...]:
+        """Of each tensor that is read: whether it is an exit's gradient, the chain's number of it, and its shape."""
+        numbers = {"grad": self.values, "slot": self.slots}
+        return tuple(
+            (a.kind == "grad", numbers[a.kind][a.number], a.shape) for a in self.program.arguments if a.kind in numbers
+        )
+
+    @cached_property
+    def _writes(self) -> tuple[tuple[str, int, tuple[int, ...], bool], ...]:
+        """Of each tensor that is written: kind, the chain's number, shape, and whether it must be zero before."""
+        numbers = {"tensor": self.tensors, "entry": self.values, "workspace": (0,)}
+        return tuple(
+            (a.kind, numbers[a.kind][a.number], a.shape, (a.kind, a.number) in self.program.zeroed)
+            for a in self.program.arguments
+            if a.kind in numbers
+        )
 
 
 def backward_of(

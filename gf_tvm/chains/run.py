@@ -69,11 +69,15 @@ class _Chain(torch.autograd.Function):
         plan: Plan = ctx.plan
         of_entries, of_tensors = backward(plan, ctx.saved_tensors, dict(zip(plan.exits, grads, strict=True)))
         found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in plan.tensors)]
-        results = [
-            None if grad is None else grad.reshape(shape).to(dtype)
-            for grad, shape, dtype in zip(found, ctx.shapes, ctx.dtypes, strict=True)
-        ]
-        return (None, *results)
+        return (None, *map(_as, found, ctx.shapes, ctx.dtypes))
+
+
+def _as(grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    if grad is None:
+        return None
+    if grad.shape != shape:
+        grad = grad.reshape(shape)
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 def _kept_bytes(plan: Plan, kept: Sequence[Tensor]) -> int:
@@ -278,16 +282,18 @@ def backward(
         grads: the gradient of each exit, None where there is none.
 
     Returns:
-        The gradients of entries (full size) and of tensors (flat), by their numbers; those that are zero may lack.
+        The gradients of entries (full size) and of tensors (of any shape), by their numbers; those that are zero may
+        lack.
     """
     like = next((grad for grad in grads.values() if grad is not None), None)
     if like is None:
         return {}, {}
     bound = plan.backward
-    if bound is not None and bound.takes(kept, grads):
+    inputs = bound.inputs(kept, grads) if bound is not None and plan.library else None
+    if bound is not None and inputs is not None:
         function = kernels.find_program(bound.program.key, plan.library)
         if function is not None:
-            return bound.run(function, kept, grads)
+            return bound.run(function, inputs)
     with autograd._without_autocast(like.device.type):
         return _Backward(plan, kept, grads).run()
 
