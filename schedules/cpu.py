@@ -20,7 +20,7 @@ from .space import Config, Space
 #: Larger maps are written past the caches unless the tuner finds otherwise.
 STREAM_BYTES = 4 << 20
 #: Cycles between two lines that are fetched ahead; 0: none are. Faster than that, and the products wait for them.
-AHEAD = (0, 24)
+AHEAD = (0, 12, 24)
 #: Maps in shorter pieces than this are not worth fetching ahead: of each piece, the last line is a part.
 FETCHED_BYTES = 1024
 #: Distances, in channels, at which pooling may prefetch.
@@ -239,7 +239,6 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     config["ahead"] = AHEAD[-1] if fetches_ahead(config["rows"]) else 0
     config["near"] = 4 if pools else 0
     if not config["rows"] and "together" in knobs:
-        # Threads share the groups of channels.
-        usable = [t for t in knobs["together"] if t >= config["ci"]]
-        config["together"] = max((t for t in usable if t * threads <= cig), default=min(usable))
+        # Threads share the groups of channels: W~ of a small one is still near when it is multiplied.
+        config["together"] = min(t for t in knobs["together"] if t >= config["ci"])
     return config

@@ -65,7 +65,8 @@ class ByChannels(Sweep):
         line = T.alloc_buffer((channels + self.lanes,), ACC)
         with emit.loop(cog) as o:
             base = T.bind(((group * cog + o) * cig + start) * taps)
-            self._pack_taps(base, channels, line, 0, o)
+            # The next output channel's windows of the same input channels.
+            self._pack_taps(base, channels, line, 0, o, cig * taps)
 
     def _share_weights(self) -> None:
         geometry = self.geometry

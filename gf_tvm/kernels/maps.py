@@ -288,7 +288,13 @@ def to_channels_last(
 
 
 def pool_windows(
-    weight: Any, base: Any, channels: int, kernel: tuple[int, int], lanes: int, sink: Callable[[Any, Any], None]
+    weight: Any,
+    base: Any,
+    channels: int,
+    kernel: tuple[int, int],
+    lanes: int,
+    sink: Callable[[Any, Any], None],
+    ahead: int,
 ) -> None:
     """Sums of W over its window, for channels that follow each other: first over its columns, then over its rows.
 
@@ -296,16 +302,18 @@ def pool_windows(
         weight, base: W, and where the first channel's window begins.
         channels, kernel: how many windows, and their size.
         sink: takes the first channel and the sums.
+        ahead: see :func:`pixel_rows`.
     """
     (height, width), source, at = kernel, weight, base
     if width > 1 and height > 1:
         count = channels * height
         source, at = T.alloc_buffer((count + lanes,), ACC), 0
         plan = pooling(_windows(count, width), count * width, lanes)
-        pool(plan, pixel_rows(weight, base, 0, 1), lambda first, sums: simd.store(source, first, sums))
+        pool(plan, pixel_rows(weight, base, 0, 1, ahead), lambda first, sums: simd.store(source, first, sums))
+        ahead = 0
     size = height if width > 1 and height > 1 else height * width
     plan = pooling(_windows(channels, size), channels * size, lanes)
-    pool(plan, pixel_rows(source, at, 0, 1), sink)
+    pool(plan, pixel_rows(source, at, 0, 1, ahead), sink)
 
 
 def _windows(count: int, size: int) -> list[range]:
@@ -325,12 +333,12 @@ def spread_windows(
     """
 
     def some(first: Any, count: int) -> None:
-        plan = spreading(_windows(count, taps), lanes, aligned)
-
-        def sink(_: int, pixel: Any, value: Any) -> None:
-            simd.write(grad_w, base + (first * taps + pixel), value, aligned is not None)
-
-        spread(plan, lambda channel, width: simd.load(sums, at + first + channel, width), 1, sink)
+        # One register, as it was stored. Smaller loads across two stores would wait until both are in the cache, and so
+        # until all that was streamed before them is in memory.
+        loaded = T.bind(simd.load(sums, at + first, lanes))
+        for plan in spreading(_windows(count, taps), lanes, aligned):
+            value = simd.pick([loaded], [plan.patch + lane for lane in plan.picks])
+            simd.write(grad_w, base + (first * taps + plan.pixel), value, aligned is not None)
 
     # A register of channels fills as many registers as there are taps.
     whole, rest = divmod(channels, lanes)

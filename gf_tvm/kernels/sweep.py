@@ -31,6 +31,9 @@ from .strips import alignment, planes_together, power_of_two, spreading_planes
 UNROLLED_ROWS = 8
 #: Planes are spread as one row of pixels where that takes no more vectors than this.
 UNROLLED_VECTORS = 64
+#: While weights are summed, those that many elements further on are asked for: hardware that has to notice that they are
+#: read straight on brings them in later.
+_WEIGHTS_AHEAD = 1024
 #: Threads that share a sweep at most.
 MOST_PARTS = 32
 
@@ -128,17 +131,19 @@ class Sweep:
         self.taps = T.alloc_buffer((geometry.co * cig,), ACC)
         with emit.loop(geometry.co, parallel=geometry.co * cig * taps >= emit.PARALLEL_WORK) as o:
             line = T.alloc_buffer((cig + lanes,), ACC)
-            self._pack_taps(o * (cig * taps), cig, line, o // cog * (cog * cig), o % cog)
+            self._pack_taps(o * (cig * taps), cig, line, o // cog * (cog * cig), o % cog, _WEIGHTS_AHEAD)
 
-    def _pack_taps(self, base: Any, channels: int, line: Any, panels: Any, o: Any) -> None:
+    def _pack_taps(self, base: Any, channels: int, line: Any, panels: Any, o: Any, ahead: int) -> None:
         """One output channel's part of panels of W~ (tile of ci, co, ci) that begin at ``panels``.
 
-        ``base`` is where its first window begins in W, ``line`` room for its sums, ``o`` its number in the group.
+        ``base`` is where its first window begins in W, ``line`` room for its sums, ``o`` its number in the group,
+        ``ahead`` how many elements further on W is prefetched.
         """
         geometry = self.geometry
         maps.pool_windows(
             *(self.tensors["weight"], base, channels, geometry.kernel, self.lanes),
             lambda channel, sums: simd.store(line, channel, sums),
+            ahead,
         )
         for rows, first, count in split(channels, self.tiles.ci):
             with emit.loop(count) as t:
