@@ -241,4 +241,13 @@ def _default(workload: Workload, profile: DeviceProfile, knobs: dict[str, tuple[
     if not config["rows"] and "together" in knobs:
         # Threads share the groups of channels: W~ of a small one is still near when it is multiplied.
         config["together"] = min(t for t in knobs["together"] if t >= config["ci"])
+        if not pools:
+            # Weights are all the work there is: tiles and groups that leave no thread waiting.
+
+            def share(ci: int) -> float:
+                size = config["together"] // ci * ci
+                return pad(ceil_div(cig, size), threads) * size * (1 + 0.5 / ci)
+
+            fitting = (c for c in knobs["ci"] if _fits(config["m"], c, profile.registers, max(knobs["ci"])))
+            config["ci"] = min((c for c in fitting if c <= config["together"]), key=share)
     return config
