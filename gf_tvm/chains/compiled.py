@@ -250,7 +250,7 @@ class Bound:
         found: list[Tensor] = []
         for is_grad, number, shape in self._reads:
             tensor = grads[number] if is_grad else kept[number]
-            if tensor is None or tensor.device.type != "cpu" or tensor.dtype not in _STORAGE:
+            if tensor is None or not tensor.is_cpu or tensor.dtype not in _STORAGE:
                 return None
             if tensor.dtype is not torch.float32 or tensor.shape != shape:
                 tensor = tensor.reshape(shape).to(torch.float32)
