@@ -142,12 +142,17 @@ class Backward:
 
     @cached_property
     def stages(self) -> tuple[tuple[Step, ...], ...]:
-        """The steps in order: those that are done in one loop over channels together, and the others one by one."""
+        """The steps in order: those that are done together, and the others one by one.
+
+        Together are steps that go through the same elements, in one loop over channels, and both products of one
+        convolution.
+        """
         found: list[list[Step]] = []
         last = None
         for step in self.steps:
             own = space(step, self.registers)
-            if own is None or own != last:
+            before = found[-1][-1] if found else None
+            if not _same_product(before, step) and (own is None or own != last):
                 found.append([])
             found[-1].append(step)
             last = own
@@ -168,7 +173,7 @@ class Backward:
             taken = [other for other in taken if other[2] >= k]
             for step in stage:
                 for register in () if isinstance(step, Take) else writes(step):
-                    if len(stage) > 1 and last.get(register, k) == k:
+                    if last.get(register, k) == k and len(stage) > 1 and space(step, self.registers) is not None:
                         continue
                     count = self.batch * math.prod(self.registers[register])
                     wanted, at = count + -count % LINE, 0
@@ -387,6 +392,16 @@ def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, i
         over_patches = isinstance(step, ConvInput) and geometry.dilated and math.prod(geometry.kernel) > 1
         return (geometry.ci, *geometry.grid) if geometry.depthwise and not over_patches else None
     return registers[step.dst] if isinstance(step, Times | TimesSaved | Channels | Plus) else None
+
+
+def _same_product(a: Step | None, b: Step) -> bool:
+    """Whether two steps are the products of one convolution, weights first, which one sweep can make."""
+    return (
+        isinstance(a, ConvWeight)
+        and isinstance(b, ConvInput)
+        and (a.src, a.geometry) == (b.src, b.geometry)
+        and not (b.geometry.dilated or b.geometry.depthwise)
+    )
 
 
 def simple(step: Gather, registers: Sequence[tuple[int, int, int]]) -> bool:

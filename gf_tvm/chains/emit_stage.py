@@ -21,6 +21,7 @@ from ..geometry import Geometry
 from ..kernels import emit, maps, on_grid, simd
 from ..kernels.stages import ACC
 from ..kernels.strips import alignment, spreading
+from ..kernels.sweep import Tiles
 from ..schedules.cpu import STREAM_BYTES, tiles_of
 from ..workload import Workload
 from .compiled import Tables, indices, scratch_of, space
@@ -121,31 +122,43 @@ class StageEmitter:
         elif isinstance(first, ConvInput) and first.geometry.dilated:
             self._dilated(first)
         elif isinstance(first, ConvInput | ConvWeight):
-            self._product(first)
+            self._products()
         else:
             assert isinstance(first, Gather)
             self._gather(first)
 
     # Products
 
-    def _product(self, step: ConvInput | ConvWeight) -> None:
-        g = self.register[step.src]
-        if isinstance(step, ConvInput):
-            self._input_grad(step.geometry, g, self.given["slot", step.weight], self.register[step.dst])
-        else:
-            workload = Workload("weight_grad", step.geometry)
-            saved, grad = self.given["slot", step.filtered], self.given["tensor", step.tensor]
-            self._sweep(workload, {"g": g, "saved": saved, "grad_w": grad})
+    def _products(self) -> None:
+        """The products of one convolution: in one sweep where they are cut in the same way."""
+        tensors: dict[str, Any] = {}
+        tiles: dict[str, Tiles] = {}
+        steps = [step for step in self.stage.steps if isinstance(step, ConvInput | ConvWeight)]
+        geometry = steps[0].geometry
+        for step in steps:
+            tensors["g"] = self.register[step.src]
+            if isinstance(step, ConvInput):
+                tensors |= {"weight": self.given["slot", step.weight], "grad_x_grid": self.register[step.dst]}
+                tiles["input_grad"] = self._tiles("input_grad", geometry)
+            else:
+                tensors |= {"saved": self.given["slot", step.filtered], "grad_w": self.given["tensor", step.tensor]}
+                tiles["weight_grad"] = self._tiles("weight_grad", geometry)
+        if len(tiles) == 2:
+            of_x, of_w = tiles["input_grad"], tiles["weight_grad"]
+            both = replace(of_x, co=of_w.co, cv=of_w.cv, stream=of_w.stream)
+            if (of_x.rows, of_x.m, of_x.by_channels) == (of_w.rows, of_w.m, of_w.by_channels):
+                on_grid.emit_both(geometry, both, self.lanes, tensors)
+                return
+        for kernel, own in tiles.items():
+            on_grid.emit_products(Workload(kernel, geometry), own, self.lanes, tensors)
 
-    def _input_grad(self, geometry: Geometry, g: Any, weight: Any, target: Any) -> None:
-        self._sweep(Workload("input_grad", geometry), {"g": g, "weight": weight, "grad_x_grid": target})
-
-    def _sweep(self, workload: Workload, tensors: dict[str, Any]) -> None:
-        tiles = tiles_of(self.config_of(workload), workload.geometry, self.profile)
+    def _tiles(self, kernel: str, geometry: Geometry) -> Tiles:
+        """Of the schedule that the logs have for a product."""
+        workload = Workload(kernel, geometry)
+        tiles = tiles_of(self.config_of(workload), geometry, self.profile)
         # The spaces of products on the grid have no such choice; large weights are like large maps.
-        large = 4 * math.prod(workload.geometry.weight_shape) > STREAM_BYTES
-        tiles = replace(tiles, stream=workload.gives_w and large and self.profile.arch == "x86_64")
-        on_grid.emit_products(workload, tiles, self.lanes, tensors)
+        large = 4 * math.prod(geometry.weight_shape) > STREAM_BYTES
+        return replace(tiles, stream=workload.gives_w and large and self.profile.arch == "x86_64")
 
     def _dilated(self, step: ConvInput) -> None:
         """A convolution on the grid: g~ once for every tap, moved by it, as channels of their own, times W."""
@@ -185,7 +198,9 @@ class StageEmitter:
         pointwise = Geometry(
             geometry.n, geometry.ci, geometry.co * taps, ph, pw, (1, 1), (1, 1), groups=geometry.groups
         )
-        self._input_grad(pointwise, moved, by_tap, self.register[step.dst])
+        tensors = {"g": moved, "weight": by_tap, "grad_x_grid": self.register[step.dst]}
+        tiles = self._tiles("input_grad", pointwise)
+        on_grid.emit_products(Workload("input_grad", pointwise), tiles, self.lanes, tensors)
 
     # Full-size gradients that come in and go out
 

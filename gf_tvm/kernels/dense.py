@@ -40,23 +40,30 @@ class ByChannels(Sweep):
             if sums is not None:
                 simd.store(self.tensors["grad_b"], o, emit.total(sums))
         with simd.streaming(self.dtype, self.stream and tensors is None):
-            if self.needs_x:
-                self._share_input_channels()
-            if self.needs_w:
-                self._share_weights()
+            self._share_channels()
+
+    def _share_channels(self) -> None:
+        if self.needs_x:
+            self._share_input_channels()
+        if self.needs_w:
+            self._share_weights()
 
     def _share_input_channels(self) -> None:
         geometry = self.geometry
         for channels, first, count in split(geometry.ci_group, self.together):
             work = geometry.groups * count * channels * geometry.co_group * self.padded
             with emit.loop(geometry.groups * count, parallel=work >= emit.PARALLEL_WORK) as t:
-                self.taps = T.alloc_buffer((geometry.co_group * channels,), ACC)
-                self.tile = T.alloc_buffer((channels * self.padded + self.lanes,), ACC)
-                group, start = t // count, first + t % count * channels
-                self._sum_taps_of(group, start, channels)
-                self._input_channels(0, group, start, channels, 0)
-                if self.stream:
-                    simd.fence()
+                self._input_share(channels, first, count, t)
+
+    def _input_share(self, channels: int, first: int, count: int, t: Any) -> None:
+        """Number ``t`` of the shares, ``count`` in a group, that have ``channels`` input channels from ``first`` on."""
+        self.taps = T.alloc_buffer((self.geometry.co_group * channels,), ACC)
+        self.tile = T.alloc_buffer((channels * self.padded + self.lanes,), ACC)
+        group, start = t // count, first + t % count * channels
+        self._sum_taps_of(group, start, channels)
+        self._input_channels(0, group, start, channels, 0)
+        if self.stream:
+            simd.fence()
 
     def _sum_taps_of(self, group: Any, start: Any, channels: int) -> None:
         """W~ in panels (tile of ci, co, ci) of some input channels of a group."""
@@ -70,18 +77,21 @@ class ByChannels(Sweep):
 
     def _share_weights(self) -> None:
         geometry = self.geometry
-        cog = geometry.co_group
         for channels, first, count in split(geometry.ci_group, self.wide):
-            work = geometry.groups * count * self.wide * cog * self.patches
+            work = geometry.groups * count * self.wide * geometry.co_group * self.patches
             with emit.loop(geometry.groups * count, parallel=work >= emit.PARALLEL_WORK) as t:
-                self.panel_x = T.alloc_buffer((self.patches * self.wide,), ACC)
-                group, column = t // count, first // self.wide + t % count
-                self._pack_x(0, group, column, channels)
-                for rows, first_o, count_o in split(cog, self.tiles.co):
-                    with emit.loop(count_o) as k:
-                        self._write_weights(group, column, channels, first_o + k * rows, rows)
-                if self.stream:
-                    simd.fence()
+                self._weight_share(channels, first, count, t)
+
+    def _weight_share(self, channels: int, first: int, count: int, t: Any) -> None:
+        """As :meth:`_input_share`, for a column of grad_W."""
+        self.panel_x = T.alloc_buffer((self.patches * self.wide,), ACC)
+        group, column = t // count, first // self.wide + t % count
+        self._pack_x(0, group, column, channels)
+        for rows, first_o, count_o in split(self.geometry.co_group, self.tiles.co):
+            with emit.loop(count_o) as k:
+                self._write_weights(group, column, channels, first_o + k * rows, rows)
+        if self.stream:
+            simd.fence()
 
     def _write_weights(self, group: Any, column: Any, channels: int, start: Any, count: int) -> None:
         """grad_W of ``count`` output channels from ``start`` on and ``channels`` input channels, at all taps."""

@@ -31,8 +31,8 @@ from .strips import alignment, planes_together, power_of_two, spreading_planes
 UNROLLED_ROWS = 8
 #: Planes are spread as one row of pixels where that takes no more vectors than this.
 UNROLLED_VECTORS = 64
-#: While weights are summed, those that many elements further on are asked for: hardware that has to notice that they are
-#: read straight on brings them in later.
+#: While weights are summed, those that many elements further on are asked for: hardware that has to notice that they
+#: are read straight on brings them in later.
 _WEIGHTS_AHEAD = 1024
 #: Threads that share a sweep at most.
 MOST_PARTS = 32
