@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import KINDS, SEEDS, compiling, geometries, kinds
+from tvm.script.ir_builder import tirx as T
 
 from gf_tvm import verify
 from gf_tvm.compile import compile_module
 from gf_tvm.devices import DeviceProfile, get_profile
 from gf_tvm.geometry import Geometry
-from gf_tvm.kernels import definition, emit
+from gf_tvm.kernels import definition, emit, on_grid, simd
 from gf_tvm.kernels.sweep import Sweep, Tiles
 from gf_tvm.library import start_runtime
-from gf_tvm.schedules import definition_hash, get_space
+from gf_tvm.schedules import cpu, definition_hash, get_space
 from gf_tvm.workload import DTYPES, KERNELS, Workload
 
 # What runs in training; the others are checked on fewer geometries.
@@ -177,3 +179,41 @@ def test_the_definition_hash_depends_on_what_matters(profile: DeviceProfile) -> 
     other = Workload("backward", Geometry(2, 16, 16, 12, 12, 3, 4, padding=1))
     assert definition_hash(workload, profile) == definition_hash(again, profile)
     assert definition_hash(workload, profile) != definition_hash(other, profile)
+
+
+def check_both(geometry: Geometry, profile: DeviceProfile, seed: int, by_channels: bool | None = None) -> None:
+    """Both products of one g~, cut as some point of both spaces says."""
+    choice = random.Random(seed)
+    workloads = [Workload(kernel, geometry) for kernel in PRODUCTS]
+    of_x, of_w = (get_space(workload, profile) for workload in workloads)
+    common = [rows for rows in of_x.knobs["rows"] if rows in of_w.knobs["rows"]]
+    rows = choice.choice([rows for rows in common if by_channels is None or by_channels == (rows == 0)])
+    tiles = cpu.tiles_of({**of_w.sample(choice), **of_x.sample(choice), "rows": rows}, geometry, profile)
+    shapes = {spec.name: spec.shape for workload in workloads for spec in verify.argument_specs(workload)}
+    with emit.function() as module:
+        tensors = {name: T.arg(name, T.buffer(shape, "float32")) for name, shape in shapes.items()}
+        flat = {name: simd.flat(tensor) for name, tensor in tensors.items()}
+        with simd.streaming("float32", shared=True):
+            on_grid.emit_both(geometry, tiles, profile.lanes, {**flat, "saved": flat["filtered_x"]})
+    (g, weight), (_, saved) = (verify.random_inputs(workload, seed) for workload in workloads)
+    (grad_x,), (grad_w,) = (verify.poisoned_outputs(workload) for workload in workloads)
+    compile_module(module(), profile)["main"](g, weight, grad_x, saved, grad_w)
+    for workload, found, inputs in zip(workloads, (grad_x, grad_w), ([g, weight], [g, saved]), strict=True):
+        assert verify.excess([found], verify.expected(workload, inputs)) <= 1, workload.key
+
+
+@compiling(25)
+@given(geometries(smallest_n=1, largest_channels=40), SEEDS)
+def test_both_products_of_a_convolution_at_once(profile: DeviceProfile, geometry: Geometry, seed: int) -> None:
+    assume(not (geometry.dilated or geometry.depthwise))
+    check_both(geometry, profile, seed)
+
+
+@pytest.mark.parametrize("patch", [2, 7])
+@pytest.mark.parametrize("by_channels", [True, False])
+def test_both_products_with_many_and_few_patches(profile: DeviceProfile, by_channels: bool, patch: int) -> None:
+    """Groups and tiles that the channels do not fill; few patches are those that by channels are done one by one."""
+    geometry = Geometry(5, 2 * 37, 2 * 29, 14, 14, (3, 3), (patch, patch), padding=(1, 1), groups=2)
+    assert (geometry.n * math.prod(geometry.grid) < on_grid._FEW_PATCHES) == (patch == 7)
+    for seed in range(3):
+        check_both(geometry, profile, seed, by_channels)

@@ -333,8 +333,7 @@ def spread_windows(
     """
 
     def some(first: Any, count: int) -> None:
-        # One register, as it was stored. Smaller loads across two stores would wait until both are in the cache, and so
-        # until all that was streamed before them is in memory.
+        # One register, as it was stored: loads that two stores have a part of wait until both are in the cache.
         loaded = T.bind(simd.load(sums, at + first, lanes))
         for plan in spreading(_windows(count, taps), lanes, aligned):
             value = simd.pick([loaded], [plan.patch + lane for lane in plan.picks])
