@@ -448,6 +448,19 @@ def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.1 < machine.sgemm_peak(0.01) < 1_000_000
 
 
+def test_the_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = {name: product() for name, product in machine.products(96).items()}
+    assert set(found) == {"torch.mm", "oneDNN"} if machine.has_onednn() else {"torch.mm"}
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(96, 96, generator=generator) for _ in range(2))
+    assert torch.allclose(found["torch.mm"], a @ b, atol=1e-4)
+    if "oneDNN" in found:  # the layer of a linear map: y = x W^T
+        assert torch.allclose(found["oneDNN"].to_dense(), a @ b.T, atol=1e-4)
+    monkeypatch.setattr(machine, "sgemm_rates", lambda seconds=1.0: {"torch.mm": 10.0, "oneDNN": 20.0})
+    assert machine.sgemm_peak() == 20.0
+
+
 def test_plot(tmp_path: Path) -> None:
     cases = [Case("a", replace(SMALL, patch=patch)) for patch in ((2, 2), (4, 4))]
     result = run(cases)

@@ -32,7 +32,7 @@ from gf_tvm.tuning import loop, worker
 from gf_tvm.tuning.log import LogFolder, Record, find_best, identity_of, log_path, read_log, shipped_logs
 from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
 from gf_tvm.tuning.measure import Measurer
-from gf_tvm.tuning.process import answer
+from gf_tvm.tuning.process import Process, answer
 from gf_tvm.tuning.runner import Options, Result
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
@@ -694,3 +694,14 @@ def test_the_toy_is_right() -> None:
     assert ToyTask().excess([inputs[0] @ inputs[1]], ToyTask().expected(inputs)) < 1
     assert ToyTask().excess([torch.full((N, N), math.nan)], ToyTask().expected(inputs)) == math.inf
     assert ToySpace().valid(ToySpace().default)
+
+
+@pytest.mark.parametrize("role", ["building", "measuring"])
+def test_workers_may_run_on_every_core(tmp_path: Path, role: str) -> None:
+    """TVM binds the threads of a process to cores unless told otherwise, and so each of several to the same."""
+    process = Process(role, 1, tmp_path)
+    try:
+        process.start()
+        assert os.sched_getaffinity(process._process.pid) == os.sched_getaffinity(0)
+    finally:
+        process.end()
