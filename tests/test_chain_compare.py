@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from chain_networks import BLOCKS, CHANNELS, Network
 from fake_library import FakeLibrary, loaded
 from hypothesis import Phase, assume, given, settings
@@ -103,6 +104,32 @@ def test_rows_have_the_documented_fields() -> None:
     assert row.speedup == row.backward_ms["exact"] / row.backward_ms["chained"]
     assert row.speedup_filtered == row.backward_ms["filtered"] / row.backward_ms["chained"]
     assert row.limit_fraction == row.roofline_ms / row.backward_ms["chained"]
+
+
+class Sized(nn.Module):
+    """Sizes of maps inside and outside of the chain, and of a batch, which the comparison takes in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = F.avg_pool2d(x, 2)
+        y = self.first(self.stem(x)).relu()
+        image = y.mean((2, 3), keepdim=True)
+        y = y + F.interpolate(image, size=half.shape[2:]) + F.interpolate(image, size=y.shape[2:])
+        y = self.second(y).relu()
+        y = y.mean((2, 3), keepdim=True)
+        logits: torch.Tensor = self.head(y.view(y.size(0), -1))
+        return logits
+
+
+def test_sizes_of_maps_outside_of_the_chain() -> None:
+    (row,) = run_once(Sized(), last=2).chains
+    assert row.convolutions == ("first", "second")
+    assert row.max_rel_error < 1e-5
 
 
 def test_the_model_is_left_as_it_is() -> None:

@@ -6,8 +6,9 @@ network they are run with: an unfiltered one, one that is filtered layer by laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -31,12 +32,14 @@ class Piece:
     Attributes:
         root: name of the traced module that it lies in.
         plan: what the chain does.
+        sizes: of maps, also of some outside of the chain, that its operations take.
     """
 
     root: str
     captured: Capture
     part: Part
     plan: Plan
+    sizes: Mapping[fx.Node, Any]
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -74,7 +77,7 @@ def pieces_of(model: nn.Module) -> Iterator[Piece]:
         if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
             for runner in forward.last.regions.values():
                 for plan, _ in () if runner.last is None else runner.last[1]:
-                    yield Piece(name, forward.last.captured, runner.part, plan)
+                    yield Piece(name, forward.last.captured, runner.part, plan, runner.sizes)
 
 
 class Bound:
@@ -87,6 +90,29 @@ class Bound:
         for k, step in enumerate(piece.plan.forward):
             for v in step.op.inputs:
                 self._readers[piece.part.nodes[v]] = k
+        self._measured = {size: self._maps_of(size) for size in piece.sizes}
+
+    def _maps_of(self, size: fx.Node) -> set[fx.Node] | None:
+        """The maps of the piece that a size is computed from; None if one of them lies outside."""
+        piece = self.piece
+        inside = {piece.part.nodes[v] for v in (*piece.plan.entries, *(step.result for step in piece.plan.forward))}
+        maps: set[fx.Node] = set()
+        steps = [size]
+        while steps:
+            step = steps.pop()
+            if step in inside:
+                maps.add(step)
+            elif step in piece.captured.numbers:
+                steps += step.all_input_nodes
+            else:
+                return None
+        return maps
+
+    def _measure(self, env: dict[fx.Node, Any]) -> None:
+        """Read the sizes of maps while they are there: the batch may be another one than the network's."""
+        for size, maps in self._measured.items():
+            if size not in env and maps is not None and maps <= env.keys():
+                self._program.compute(size, env)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -108,12 +134,16 @@ class Bound:
         numbered = set(part.nodes)
         exits = [part.nodes[v] for v in piece.plan.exits]
         env = {part.nodes[v]: entry for v, entry in zip(piece.plan.entries, entries, strict=True)}
+        env |= {size: piece.sizes[size] for size, maps in self._measured.items() if maps is None}
+        self._measure(env)
         for k, step in enumerate(piece.plan.forward):
             node = part.nodes[step.result]
             self._program.compute(node, env)
             if watch is not None:
                 env[node] = watch(node, env[node])
+            self._measure(env)
             # As in the network: what nobody reads any more is held by autograd alone, if at all.
             for gone in [n for n in env if n not in exits and (n not in numbered or self._readers.get(n, -1) <= k)]:
-                del env[gone]
+                if gone not in self._measured:
+                    del env[gone]
         return tuple(env[node] for node in exits)
