@@ -15,6 +15,10 @@ from gf_tvm.devices import DeviceProfile
 _TARGET_KEYS = ("max_threads_per_block", "max_num_threads", "max_shared_memory_per_block")
 
 
+class NoPocl(RuntimeError):
+    """There is none that works."""
+
+
 class Pocl:
     """An OpenCL context on PoCL's CPU device."""
 
@@ -22,11 +26,24 @@ class Pocl:
         import pyopencl
 
         self._cl = pyopencl
-        platforms = [p for p in pyopencl.get_platforms() if "Portable" in p.name]
-        if not platforms:
-            raise RuntimeError("no PoCL among the OpenCL platforms; install pyopencl[pocl]")
-        self._context = pyopencl.Context(platforms[0].get_devices())
+        found = [p for p in pyopencl.get_platforms() if "Portable" in p.name]
+        contexts = (pyopencl.Context(platform.get_devices()) for platform in found)
+        context = next((context for context in contexts if self._builds(context)), None)
+        if context is None:
+            raise NoPocl(
+                "none of the OpenCL platforms is a PoCL that knows this processor; install pyopencl[pocl] or, for one "
+                "that is newer than that, Debian's pocl-opencl-icd"
+            )
+        self._context = context
         self._queue = pyopencl.CommandQueue(self._context)
+
+    def _builds(self, context: Any) -> bool:
+        """PyPI's PoCL has an LLVM of 2022, which compiles nothing for processors that it does not know."""
+        try:
+            self._cl.Program(context, "__kernel void nothing(__global float* a) {}").build()
+        except self._cl.Error:
+            return False
+        return True
 
     def run(
         self, schedule: Any, profile: DeviceProfile, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
