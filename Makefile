@@ -62,7 +62,7 @@ report: $(RUN_STAMP)
 	$(BIN)/gf-tvm evaluate $(SCENES) --library $(REPORT)/scenes.gfb --max-accuracy-drop 2 --out $(REPORT)/scenes \
 	    --json docs/report/scenes.json
 	$(BIN)/gf-tvm report benchmarks/results/cpu.json docs/report/digits.json docs/report/scenes.json \
-	    tuning_logs/x86-64-v4/backward_n32_ci64_co64_56x56_*.jsonl --title "gf_tvm on a 2-core virtual machine" --out docs/report
+	    tuning_logs/x86-64-v4/backward_n32_ci64_co64_56x56_*.jsonl --title "gf_tvm on 2-core virtual machines" --out docs/report
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

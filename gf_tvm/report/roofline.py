@@ -69,6 +69,7 @@ def roofline_figure(document: Mapping[str, Any], title: str = "", stacked: bool 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = document["rows"]
     patches = list(dict.fromkeys(tuple(row["patch"]) for row in rows))
@@ -82,14 +83,16 @@ def roofline_figure(document: Mapping[str, Any], title: str = "", stacked: bool 
     intensities = [intensity(row) for row in rows]
     speeds = [speed(row, time) for row in rows for time in ("reference_ms", "gf_tvm_ms")]
     xs = (min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 4)
-    ys = (min(speeds) / 1.5, max(peak, *speeds) * 1.6)
+    ys = (min(speeds) / 1.5, max(peak, *speeds) * 2.5)
     for axes, panel, patch in zip(all_axes, panels, patches, strict=True):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(*xs)
         axes.set_ylim(*ys)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())  # which, where there are few decades, has labels of its own
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_title(format_patch(patch), loc="left", fontsize=11)
         if not stacked or panel is panels[-1]:
             axes.set_xlabel("floating-point operations per byte moved")
@@ -195,7 +198,7 @@ def _names(axes: Any, rows: Sequence[Mapping[str, Any]], limits: tuple[float, fl
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).padded(5.0)  # of an annotation it would include the line
             free = not any(box.overlaps(other) for other in taken) and not any(box.contains(*mark) for mark in marks)
-            if free and inside.containsx(box.x0) and inside.containsx(box.x1):
+            if free and all(inside.contains(x, y) for x, y in (box.min, box.max)):
                 break
             text.remove()
         else:  # no place is free: over something is better than not at all
