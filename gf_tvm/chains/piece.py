@@ -90,19 +90,19 @@ class Bound:
         for k, step in enumerate(piece.plan.forward):
             for v in step.op.inputs:
                 self._readers[piece.part.nodes[v]] = k
-        self._measured = {size: self._maps_of(size) for size in piece.sizes}
+        values = (*piece.plan.entries, *(step.result for step in piece.plan.forward))
+        inside = {piece.part.nodes[v] for v in values}
+        self._measured = {size: self._maps_of(size, inside) for size in piece.sizes}
 
-    def _maps_of(self, size: fx.Node) -> set[fx.Node] | None:
-        """The maps of the piece that a size is computed from; None if one of them lies outside."""
-        piece = self.piece
-        inside = {piece.part.nodes[v] for v in (*piece.plan.entries, *(step.result for step in piece.plan.forward))}
+    def _maps_of(self, size: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
+        """The maps, of those ``inside`` of the piece, that a size is computed from; None if it takes any other."""
         maps: set[fx.Node] = set()
         steps = [size]
         while steps:
             step = steps.pop()
             if step in inside:
                 maps.add(step)
-            elif step in piece.captured.numbers:
+            elif step in self.piece.captured.numbers:
                 steps += step.all_input_nodes
             else:
                 return None

@@ -164,14 +164,15 @@ class _PartRunner:
         self.known: dict[Any, tuple[Layout, list[Unit]] | None] = {}
         self.last: tuple[Layout, list[tuple[Plan, int]]] | None = None
         self.sizes: dict[fx.Node, Any] = {}  # in the last run, of maps inside and outside of the region
+        self._sized = tuple(steps_in(part.numbers))
 
     def run(self, env: dict[fx.Node, Any]) -> None:
         """Compute the region's values from its entries in ``env``."""
         part = self.part
         entries = [env[node] for node in part.nodes[: part.region.entries]]
         tensors = [self.program.attribute(path) for path in part.tensors]
-        self.sizes = {node: env[node] for node in steps_in(part.numbers)}
-        numbers = fx.node.map_arg(part.numbers, env.__getitem__)
+        self.sizes = {node: env[node] for node in self._sized}
+        numbers = fx.node.map_arg(part.numbers, self.sizes.__getitem__)
         inside = part.nodes[part.region.entries :]
         found = None if any(node in env for node in inside) else self._situation(entries, tensors, numbers)
         if found is None:
