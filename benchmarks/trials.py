@@ -118,7 +118,7 @@ def measure(cases: Sequence[Case], profile: DeviceProfile, args: argparse.Namesp
                 "many_ms_quartiles": row.gf_tvm_ms_quartiles,
                 "max_rel_error": row.max_rel_error,
                 "trials_until_close": until_close(task.trial_seconds),
-                "search": asdict(task),
+                "search": {**asdict(task), "log": Path(task.log).name},
             }
         )
     return {

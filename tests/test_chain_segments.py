@@ -60,7 +60,7 @@ def by_reference(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor
 
 
 #: Residual blocks in a row, whose products of derivatives go from segment to segment.
-SHARP = st.sampled_from(["relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid", "identity", "gelu"])
+SHARP = st.sampled_from(["relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid", "identity", "softplus"])
 SHARP_UNITS = st.builds(
     lambda spec, norm, act: {**spec, "norm": norm, "act": act},
     UNITS,
@@ -150,6 +150,24 @@ class Edges(nn.Module):
         return self.last(total + F.hardswish(e) + F.hardsigmoid(f)).mean((2, 3))
 
 
+class Smooth(nn.Module):
+    """Every function that segments compute and that has no pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        acts = [nn.ELU(1.5), nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.Mish(), nn.GELU(), nn.GELU(approximate="tanh")]
+        self.acts = nn.ModuleList(acts)
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False) for _ in acts)
+        self.first, self.last = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * 2
+        total = x
+        for conv, act in zip(self.convs, self.acts, strict=True):
+            total = total + act(conv(x))
+        return self.last(torch.tanh(total)).mean((2, 3))
+
+
 def networks() -> dict[str, tuple[nn.Module, Any, tuple[int, ...]]]:
     """Networks, patches, and the shapes of their inputs."""
     residual = nn.Sequential(
@@ -172,6 +190,7 @@ def networks() -> dict[str, tuple[nn.Module, Any, tuple[int, ...]]]:
         "wide": (Network([wide], "mean"), 2, (1, CHANNELS, 44, 39)),
         "parts": (Network([parts], "pool"), 4, (3, CHANNELS, 9, 7)),
         "edges": (Edges(), 2, (2, CHANNELS, 7, 6)),
+        "smooth": (Smooth(), 2, (2, CHANNELS, 7, 6)),
     }
 
 

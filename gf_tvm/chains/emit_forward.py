@@ -15,6 +15,7 @@ from ..devices import DeviceProfile
 from ..kernels import emit, maps, simd
 from ..kernels.stages import ACC
 from ..kernels.strips import alignment, pooling, power_of_two
+from . import emit_functions
 from .grids import Cuts, Grid
 from .segments import Average, Node, Part, Product, Segment
 
@@ -363,19 +364,19 @@ class _Sweep:
             return x[0] + (x[1] if alpha == 1 else x[1] * simd.splat(float(alpha), width))
         if node.kind == "scale":
             return x[0] * simd.splat(float(node.settings[0]), width)
-        return _function(node.kind, node.settings, x[0], width)
+        return emit_functions.function(node.kind, node.settings, x[0])
 
     def _factor(self, part: Part, values: Sequence[Any], inputs: int, width: int) -> Any:
         if part.what == "map":
             return values[part.of]
         if part.what == "result":
-            return _slope(part.kind, part.settings, values[part.of], width)
+            return emit_functions.slope_of_result(part.kind, part.settings, values[part.of])
         node = self.segment.nodes[part.of]
         x = values[node.inputs[0]]
         if node.kind == "norm":
             mean, inverse = (simd.splat(self.scalars[part.of, name], width) for name in ("mean", "inverse"))
             return (x - mean) * inverse
-        return _slope(node.kind, node.settings, x, width)
+        return emit_functions.slope(node.kind, node.settings, x)
 
 
 def _turned(average: Average) -> bool:
@@ -403,51 +404,3 @@ def _scales(grid: Grid, times: int) -> Any:
     with emit.loop(times) as k, emit.loop(ph) as i, emit.loop(pw) as j:
         simd.store(scales, (k * ph + i) * pw + j, simd.load(rows, i, 1) * simd.load(columns, j, 1))
     return scales
-
-
-# Functions and their derivatives, as PyTorch computes them: of NaN, and on the edges of pieces, too
-
-
-def _limits(kind: str, settings: Sequence[Any]) -> tuple[float, float]:
-    low, high = {"relu6": (0.0, 6.0), "hardtanh": settings}[kind]
-    return float(low), float(high)
-
-
-def _function(kind: str, settings: Sequence[Any], z: Any, lanes: int) -> Any:
-    def number(value: float) -> Any:
-        return simd.splat(float(value), lanes)
-
-    if kind == "relu":
-        return tirx.Select(tirx.LE(z, number(0)), number(0), z)
-    if kind in ("relu6", "hardtanh"):
-        low, high = _limits(kind, settings)
-        return tirx.Select(tirx.LT(z, number(low)), number(low), tirx.Select(tirx.GT(z, number(high)), number(high), z))
-    if kind == "leaky_relu":
-        return tirx.Select(tirx.GT(z, number(0)), z, z * number(settings[0]))
-    shifted = T.bind(z + number(3))
-    upper = tirx.Select(tirx.GT(shifted, number(6)), number(6), shifted)
-    clamped = T.bind(tirx.Select(tirx.LT(shifted, number(0)), number(0), upper))
-    sixth = clamped * number(1 / 6)
-    return {"hardsigmoid": sixth, "hardswish": z * sixth}[kind]
-
-
-def _slope(kind: str, settings: Sequence[Any], z: Any, lanes: int) -> Any:
-    def number(value: float) -> Any:
-        return simd.splat(float(value), lanes)
-
-    def between(low: float, high: float, inside: float) -> Any:
-        upper = tirx.Select(tirx.LT(z, number(high)), number(inside), number(0))
-        return tirx.Select(tirx.GT(z, number(low)), upper, number(0))
-
-    if kind == "relu":
-        return tirx.Select(tirx.LE(z, number(0)), number(0), number(1))
-    if kind in ("relu6", "hardtanh"):
-        return between(*_limits(kind, settings), 1.0)
-    if kind == "leaky_relu":
-        return tirx.Select(tirx.GT(z, number(0)), number(1), number(settings[0]))
-    if kind == "hardsigmoid":
-        return between(-3.0, 3.0, 1 / 6)
-    assert kind == "hardswish"
-    middle = z * number(1 / 3) + number(0.5)
-    upper = tirx.Select(tirx.GE(z, number(3)), number(1), middle)
-    return tirx.Select(tirx.LE(z, number(-3)), number(0), upper)

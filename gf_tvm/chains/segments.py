@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from . import plan
     from .plan import Forward, Plan
 
-#: Element-wise functions that segments compute: those of pieces that are polynomials. The others end a segment.
-COVERED = frozenset({"relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid"})
+#: Element-wise functions that segments compute; the others (softplus, dropout) end a segment.
+COVERED = frozenset(
+    {"relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid"}
+    | {"elu", "sigmoid", "tanh", "silu", "mish", "gelu"}
+)
 
 #: A product of derivatives, and of how many channels.
 Key = tuple[Factor, int]
@@ -172,11 +175,13 @@ def units(plan: Plan) -> tuple[Call | Forward, ...]:
     return _Split(plan).units()
 
 
-def _is_result_enough(op: Op) -> bool:
+def is_result_enough(op: Op) -> bool:
     """Whether f'(z) follows from f(z)."""
     if not isinstance(op, Map):
         return False
-    return op.kind in ("relu", "relu6", "hardtanh") or (op.kind == "leaky_relu" and op.settings[0] >= 0)
+    if op.kind == "leaky_relu":
+        return bool(op.settings[0] >= 0)
+    return op.kind in ("relu", "relu6", "hardtanh", "sigmoid", "tanh")
 
 
 class _Split:
@@ -327,7 +332,7 @@ class _Split:
     def _from_result(self, part: tuple[int, int], members: Sequence[int]) -> int | None:
         """The value, read by a segment anyway, from which a function's derivative follows."""
         step = self.steps[part[0]]
-        if part[1] or not _is_result_enough(step.op):
+        if part[1] or not is_result_enough(step.op):
             return None
         return step.result if any(step.result in self.steps[i].op.inputs for i in members) else None
 
