@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm import verify
 from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
+from gf_tvm.chains.packs import MEANS, Packed
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
 from gf_tvm.compile import compile_module, export
@@ -45,10 +46,10 @@ def calls_of(model: nn.Module, x: Tensor, seed: int) -> list[Call]:
     found: list[Call] = []
     true = run.backward
 
-    def record(plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> Any:
+    def record(plan: Plan, kept: Packed, grads: Mapping[int, Tensor | None], function: Any) -> Any:
         exits = {value: None if grad is None else grad.detach() for value, grad in grads.items()}
-        found.append((plan, tuple(tensor.detach() for tensor in kept), exits))
-        return true(plan, kept, grads)
+        found.append((plan, tuple(tensor.detach() for tensor in kept.slots()), exits))
+        return true(plan, kept, grads, function)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "backward", record)
@@ -110,7 +111,8 @@ def error(call: Call, function: Any) -> float:
     """The largest error of the compiled function in units of what is allowed."""
     bound = call[0].backward
     assert bound is not None
-    inputs = bound.inputs(call[1], call[2])
+    packs = [torch.full_like(pack, torch.nan) for pack in bound.layout.empty()]
+    inputs = bound.inputs(Packed.of(dict(enumerate(call[1])), bound.layout, packs), call[2])
     assert inputs is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_result", poisoned)
@@ -244,12 +246,12 @@ def test_a_mistake_is_noticed(mistake, tmp_path, monkeypatch) -> None:
     assert bound is not None
     function = compile_and_load(bound.program, tmp_path)
     if mistake == "slot":
-        means = [k for k, a in enumerate(bound.program.arguments) if a.kind == "slot" and a.shape[0] == 3]
+        k = next(k for k, a in enumerate(bound.program.arguments) if (a.kind, a.number) == ("pack", MEANS))
         true_function = function
 
         def function(*tensors: Tensor) -> None:
             changed = list(tensors)
-            changed[means[-1]] = changed[means[-1]] * 1.001
+            changed[k] = changed[k] * 1.001
             true_function(*changed)
 
     assert error(call, function) > 1

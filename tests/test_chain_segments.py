@@ -215,7 +215,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     def forward(plan: Plan, *given: Any) -> Any:
         exits, kept = before(plan, *given)
-        found.update({f"kept {len(found)}": t.detach().clone() for t in kept})
+        found.update({f"kept {len(found) + k}": t.detach().clone() for k, t in enumerate(kept.slots())})
         return exits, kept
 
     before = run.forward

@@ -21,6 +21,7 @@ from ..geometry import Geometry
 from . import kernels
 from .graph import Shape
 from .grids import Grid
+from .packs import LINE, Layout, Packed
 from .steps import (
     Channels,
     ConvInput,
@@ -44,10 +45,8 @@ if TYPE_CHECKING:
     from ..devices import DeviceProfile
     from ..workload import Workload
 
-#: Elements that offsets in the workspace and in the tables are multiples of: a cache line.
-LINE = 16
 #: Dtypes that are converted to float32 on the way in.
-_STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+STORAGE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class Argument:
     """A tensor that the function takes.
 
     Attributes:
-        kind: "grad" of an exit, "slot" that the forward pass kept; written: "tensor" (a parameter's gradient), "entry"
-            (an entry's); "workspace"; "floats" and "integers", see :class:`Tables`.
-        number: of the value, slot or tensor.
+        kind: "grad" of an exit; "pack" of what the forward pass kept, or a "slot" that is in none; written: "tensor" (a
+            parameter's gradient), "entry" (an entry's); "workspace"; "floats" and "integers", see :class:`Tables`.
+        number: of the value, pack, slot or tensor.
     """
 
     kind: str
@@ -97,6 +96,7 @@ class Backward:
             they are met, and libraries' digests are left out.
         values: shapes of exits whose gradients are read and of entries whose gradients are written.
         slots: shapes of those that are read.
+        packs: by slot, the pack that it lies in, or None: see :mod:`.packs`.
     """
 
     batch: int
@@ -104,11 +104,12 @@ class Backward:
     registers: tuple[tuple[int, int, int], ...]
     values: tuple[Shape, ...]
     slots: tuple[tuple[int, ...], ...]
+    packs: tuple[int | None, ...]
 
     @cached_property
     def key(self) -> str:
         """Equal for chains that do the same."""
-        text = repr((self.batch, self.steps, self.registers, self.values, self.slots))
+        text = repr((self.batch, self.steps, self.registers, self.values, self.slots, self.packs))
         convs = sum(isinstance(step, ConvWeight) for step in self.steps)
         return f"chain_backward_n{self.batch}_{convs}convs_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -199,6 +200,11 @@ class Backward:
         return self.scratch + max((sum(scratch_of(geometry)) for geometry in dilated), default=0)
 
     @cached_property
+    def layout(self) -> Layout:
+        """Where in the packs the slots are, by their numbers here."""
+        return Layout.of({k: (pack, self.slots[k]) for k, pack in enumerate(self.packs) if pack is not None})
+
+    @cached_property
     def arguments(self) -> tuple[Argument, ...]:
         """In the order in which the function takes them."""
         grads = dict.fromkeys(step.value for step in self.steps if isinstance(step, Filter | Take))
@@ -209,9 +215,11 @@ class Backward:
                 tensors[step.tensor] = step.geometry.weight_shape
             elif isinstance(step, PatchSum):
                 tensors[step.tensor] = (step.channels,)
+        alone = (k for k, pack in enumerate(self.packs) if pack is None)
         return (
             *(Argument("grad", value, self.values[value]) for value in grads),
-            *(Argument("slot", slot, shape) for slot, shape in enumerate(self.slots)),
+            *(Argument("pack", pack, (size,)) for pack, size in enumerate(self.layout.sizes)),
+            *(Argument("slot", slot, self.slots[slot]) for slot in alone),
             *(Argument("tensor", tensor, shape) for tensor, shape in tensors.items()),
             *(Argument("entry", value, self.values[value]) for value in entries),
             Argument("workspace", 0, (self.workspace,)),
@@ -247,15 +255,24 @@ class Bound:
     slots: tuple[int, ...]
     tensors: tuple[int, ...]
 
-    def inputs(self, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]) -> list[Tensor] | None:
+    @cached_property
+    def layout(self) -> Layout:
+        """Where in the packs the chain's slots are."""
+        return self.program.layout.renumbered(self.slots)
+
+    def inputs(self, kept: Packed, grads: Mapping[int, Tensor | None]) -> list[Tensor] | None:
         """The tensors that the function reads, as it takes them; None if one is not of the kind that it is for.
 
         This and :meth:`run` are called in every step, with caches full of other things: few operations a tensor.
         """
         found: list[Tensor] = []
-        for is_grad, number, shape in self._reads:
-            tensor = grads[number] if is_grad else kept[number]
-            if tensor is None or not tensor.is_cpu or tensor.dtype not in _STORAGE:
+        for kind, number, shape in self._reads:
+            if kind == "pack":
+                pack = kept.packs[number]
+                found.append(pack if pack.dtype is torch.float32 else pack.to(torch.float32))
+                continue
+            tensor = grads[number] if kind == "grad" else kept.alone[number]
+            if tensor is None or not tensor.is_cpu or tensor.dtype not in STORAGE:
                 return None
             if tensor.dtype is not torch.float32 or tensor.shape != shape:
                 tensor = tensor.reshape(shape).to(torch.float32)
@@ -285,12 +302,10 @@ class Bound:
         return of_entries, of_tensors
 
     @cached_property
-    def _reads(self) -> tuple[tuple[bool, int, tuple[int, ...]], ...]:
-        """Of each tensor that is read: whether it is an exit's gradient, the chain's number of it, and its shape."""
-        numbers = {"grad": self.values, "slot": self.slots}
-        return tuple(
-            (a.kind == "grad", numbers[a.kind][a.number], a.shape) for a in self.program.arguments if a.kind in numbers
-        )
+    def _reads(self) -> tuple[tuple[str, int, tuple[int, ...]], ...]:
+        """Of each tensor that is read: what it is, the chain's number of it, and its shape."""
+        numbers = {"grad": self.values, "slot": self.slots, "pack": range(len(self.program.layout.sizes))}
+        return tuple((a.kind, numbers[a.kind][a.number], a.shape) for a in self.program.arguments if a.kind in numbers)
 
     @cached_property
     def _writes(self) -> tuple[tuple[str, int, tuple[int, ...], bool], ...]:
@@ -308,11 +323,12 @@ def backward_of(
     registers: Sequence[tuple[int, int, int]],
     shapes: Mapping[int, Shape],
     slots: Sequence[tuple[int, ...]],
+    packs: Sequence[int | None],
 ) -> Bound | None:
     """The backward pass of these steps as a compiled function; None where several convolutions share a weight.
 
     Args:
-        steps, registers, shapes: as in :class:`.plan.Plan`. slots: shapes, by number.
+        steps, registers, shapes: as in :class:`.plan.Plan`. slots: shapes, by number. packs: those that they lie in.
     """
     weights = [step.tensor for step in steps if isinstance(step, ConvWeight)]
     sums = {step.tensor for step in steps if isinstance(step, PatchSum)}
@@ -329,6 +345,7 @@ def backward_of(
         registers=tuple(registers),
         values=tuple(shapes[value] for value in values),
         slots=tuple(slots[slot] for slot in kept),
+        packs=tuple(packs[slot] for slot in kept),
     )
     return Bound(program, values, kept, tensors)
 

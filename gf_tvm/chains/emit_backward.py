@@ -104,6 +104,9 @@ def _main(program: Backward, calls: Sequence[tuple[tvm.ir.GlobalVar, list[Operan
         def address(operand: Operand) -> Any:
             kind, number = operand
             at = 0
+            if kind == "slot" and number in program.layout.places:
+                pack, at, _ = program.layout.places[number]
+                operand = "pack", pack
             if kind in ("register", "workspace"):
                 at = places[number] if kind == "register" else program.scratch
                 operand = "workspace", 0

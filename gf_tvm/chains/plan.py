@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from . import segments
+from . import packs, segments
 from .compiled import Bound, backward_of
 from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
 from .lowering import Factor, Kept, Mean, Situation, lower
@@ -69,7 +69,8 @@ class Plan:
         slot_shapes: their shapes.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
         kept_values: numbers that are kept for the backward pass, parameters not counted.
-        storage: slots that are kept in another dtype than they were summed in.
+        derivatives: slots that hold means of derivatives of element-wise functions.
+        means: dtype in which these are kept; None: as they were summed.
     """
 
     convolutions: tuple[str, ...]
@@ -86,7 +87,15 @@ class Plan:
     steps: tuple[Step, ...]
     registers: tuple[tuple[int, int, int], ...]
     kept_values: int
-    storage: dict[int, torch.dtype] = field(default_factory=dict)
+    derivatives: frozenset[int]
+    means: torch.dtype | None
+
+    @cached_property
+    def packs(self) -> tuple[int | None, ...]:
+        """By slot, the pack that it lies in where the backward pass is compiled; None for weights."""
+        weights = {k for k, what in enumerate(self.slots) if isinstance(what, Kept) and what.what == "weight"}
+        of_derivatives = [packs.MEANS if k in self.derivatives else packs.OTHERS for k in range(len(self.slots))]
+        return tuple(None if k in weights else pack for k, pack in enumerate(of_derivatives))
 
     @cached_property
     def units(self) -> tuple[segments.Call | Forward, ...]:
@@ -107,7 +116,7 @@ class Plan:
     @cached_property
     def backward(self) -> Bound | None:
         """The backward pass as one compiled function, see :func:`.compiled.backward_of`."""
-        return backward_of(self.steps, self.registers, self.shapes, self.slot_shapes)
+        return backward_of(self.steps, self.registers, self.shapes, self.slot_shapes, self.packs)
 
 
 def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: torch.dtype | None = None) -> Plan:
@@ -141,7 +150,8 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
         steps=tuple(lowered.steps),
         registers=tuple(lowered.registers),
         kept_values=sum(_numbers(what, region, situation) for what in lowered.slots),
-        storage={} if means is None else dict.fromkeys(_derivatives(region, lowered.slots), means),
+        derivatives=frozenset(_derivatives(region, lowered.slots)),
+        means=means,
     )
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from . import elementwise, grids, kernels
+from .compiled import STORAGE
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
 from .lowering import Factor, Mean
+from .packs import UNPACKED, Layout, Packed
 from .plan import Forward, Plan
 from .segments import Call
 from .steps import (
@@ -46,19 +48,27 @@ def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) 
         entries: by ``plan.entries``. tensors: by ``plan.tensors``.
     """
     entries = [t if t.dim() == 4 else t[:, :, None, None] for t in entries]
-    results: tuple[Tensor, ...] = _Chain.apply(plan, *entries, *tensors)  # type: ignore[no-untyped-call]
+    given = dict(zip(plan.tensors, tensors, strict=True))
+    # Autograd works for every tensor that it is given, so it gets none that is frozen.
+    trained = {t: given.pop(t) for t in plan.tensors if t in plan.trained}
+    results: tuple[Tensor, ...] = _Chain.apply(plan, given, tuple(trained), *entries, *trained.values())  # type: ignore[no-untyped-call]
     return results
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
-        entries, tensors = given[: len(plan.entries)], given[len(plan.entries) :]
-        exits, kept = forward(plan, entries, tensors)
-        ctx.plan = plan
+    def forward(
+        ctx: Any, plan: Plan, frozen: dict[int, Tensor], trained: Sequence[int], *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        entries = given[: len(plan.entries)]
+        tensors = {**frozen, **dict(zip(trained, given[len(plan.entries) :], strict=True))}
+        ctx.function = _compiled_backward(plan, entries)
+        layout = UNPACKED if ctx.function is None or plan.backward is None else plan.backward.layout
+        exits, kept = forward(plan, entries, tensors, layout)
+        ctx.plan, ctx.trained, ctx.layout, ctx.alone = plan, trained, layout, tuple(kept.alone)
         ctx.dtypes = [t.dtype for t in given]
         ctx.shapes = [t.shape for t in given]
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*kept.packs, *kept.alone.values())
         ctx.kept_bytes = _kept_bytes(plan, kept)
         ctx.set_materialize_grads(False)
         return exits
@@ -67,9 +77,11 @@ class _Chain(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        of_entries, of_tensors = backward(plan, ctx.saved_tensors, dict(zip(plan.exits, grads, strict=True)))
-        found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in plan.tensors)]
-        return (None, *map(_as, found, ctx.shapes, ctx.dtypes))
+        saved, packs = ctx.saved_tensors, len(ctx.layout.sizes)
+        kept = Packed(ctx.layout, saved[:packs], dict(zip(ctx.alone, saved[packs:], strict=True)))
+        of_entries, of_tensors = backward(plan, kept, dict(zip(plan.exits, grads, strict=True)), ctx.function)
+        found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in ctx.trained)]
+        return (None, None, None, *map(_as, found, ctx.shapes, ctx.dtypes))
 
 
 def _as(grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
@@ -80,21 +92,22 @@ def _as(grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | 
     return grad if grad.dtype is dtype else grad.to(dtype)
 
 
-def _kept_bytes(plan: Plan, kept: Sequence[Tensor]) -> int:
+def _kept_bytes(plan: Plan, kept: Packed) -> int:
     """What is kept for the backward pass, in bytes; weights are there in any case."""
-    own = (isinstance(what, Mean) or what.what != "weight" for what in plan.slots)
-    return sum(t.numel() * t.element_size() for t, counts in zip(kept, own, strict=True) if counts)
+    alone = (t for slot, t in kept.alone.items() if plan.packs[slot] is not None)
+    return sum(t.numel() * t.element_size() for t in (*kept.packs, *alone))
 
 
 # Forward
 
 
 def forward(
-    plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The chain's exits, and what :func:`backward` needs, by slot. Gradients must be off."""
-    state = _Forward(plan, dict(zip(plan.entries, entries, strict=True)), dict(zip(plan.tensors, tensors, strict=True)))
-    functions = _segments(plan, entries, tensors)
+    plan: Plan, entries: Sequence[Tensor], tensors: Mapping[int, Tensor], layout: Layout = UNPACKED
+) -> tuple[tuple[Tensor, ...], Packed]:
+    """The chain's exits, and what :func:`backward` needs, in packs of this layout. Gradients must be off."""
+    packs = layout.empty()
+    state = _Forward(plan, dict(zip(plan.entries, entries, strict=True)), tensors, layout.views(packs))
+    functions = _segments(plan, entries, [tensors[t] for t in plan.tensors])
     for unit in plan.forward if functions is None else plan.units:
         if isinstance(unit, Call):
             assert functions is not None
@@ -104,8 +117,17 @@ def forward(
         state.forget(unit)
     values = state.values
     exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
-    kept = (state.kept[slot] for slot in range(len(plan.slots)))
-    return exits, tuple(tensor.to(plan.storage.get(slot, tensor.dtype)) for slot, tensor in enumerate(kept))
+    kept = Packed.of(state.kept, layout, packs)
+    if plan.means is not None:
+        kept = kept.with_means(plan.derivatives, plan.means)
+    return exits, kept
+
+
+def _compiled_backward(plan: Plan, entries: Sequence[Tensor]) -> Callable[..., None] | None:
+    """The library's function for the backward pass of a chain; None where it has none, or not for such maps."""
+    if plan.backward is None or any(not t.is_cpu or t.dtype not in STORAGE for t in entries):
+        return None
+    return kernels.find_program(plan.backward.program.key, plan.library)
 
 
 def _segments(
@@ -123,11 +145,15 @@ def _segments(
 
 @dataclass
 class _Forward:
-    """A forward pass under way: values, what is kept, and products of derivatives that are still needed."""
+    """A forward pass under way: values, what is kept, and products of derivatives that are still needed.
+
+    ``room``: by slot, where what is kept may be written at once.
+    """
 
     plan: Plan
     values: dict[int, Tensor]
-    tensors: dict[int, Tensor]
+    tensors: Mapping[int, Tensor]
+    room: Mapping[int, Tensor]
     kept: dict[int, Tensor] = field(default_factory=dict)
     products: dict[tuple[Factor, int], Tensor] = field(default_factory=dict)
 
@@ -153,7 +179,10 @@ class _Forward:
         maps = [kernels.ready(self.values[v]) for v in call.values]
         maps += [kernels.ready(self.products[key]) for key in call.products]
         given = [kernels.ready(self.tensors[t]) for t in call.tensors]
-        outputs = [maps[0].new_empty(shape) for shape in segment.outputs]
+        outputs = [
+            maps[0].new_empty(shape) if slot is None or slot not in self.room else self.room[slot].view(shape)
+            for shape, slot in zip(segment.outputs, call.slot_of_output, strict=True)
+        ]
         function(*maps, *given, *outputs)
         results = iter(outputs)
         for value, (_, over) in zip(call.written, segment.written, strict=True):
@@ -271,14 +300,14 @@ def _normalisation(
 
 
 def backward(
-    plan: Plan, kept: Sequence[Tensor], grads: Mapping[int, Tensor | None]
+    plan: Plan, kept: Packed, grads: Mapping[int, Tensor | None], function: Callable[..., None] | None = None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The backward pass of a chain: as one function if the library has it, else its steps one by one.
+    """The backward pass of a chain: by ``function``, which a library has for it, else its steps one by one.
 
     One by one, products are the library's kernels where it has them, and the rest PyTorch's operators.
 
     Args:
-        kept: what :func:`forward` returned, by slot.
+        kept: what :func:`forward` returned, packed as ``function`` takes it.
         grads: the gradient of each exit, None where there is none.
 
     Returns:
@@ -288,14 +317,12 @@ def backward(
     like = next((grad for grad in grads.values() if grad is not None), None)
     if like is None:
         return {}, {}
-    bound = plan.backward
-    inputs = bound.inputs(kept, grads) if bound is not None and plan.library else None
-    if bound is not None and inputs is not None:
-        function = kernels.find_program(bound.program.key, plan.library)
-        if function is not None:
-            return bound.run(function, inputs)
+    if function is not None and plan.backward is not None:
+        inputs = plan.backward.inputs(kept, grads)
+        if inputs is not None:
+            return plan.backward.run(function, inputs)
     with autograd._without_autocast(like.device.type):
-        return _Backward(plan, kept, grads).run()
+        return _Backward(plan, kept.slots(), grads).run()
 
 
 class _Backward:

@@ -164,6 +164,15 @@ class Call:
     forget: tuple[int, ...] = ()
     forget_products: tuple[Key, ...] = ()
 
+    @cached_property
+    def slot_of_output(self) -> tuple[int | None, ...]:
+        """By output of the segment (:attr:`Segment.outputs`), the slot that it is; None for maps and parts."""
+        channels = self.segment.shape[1]
+        whole = {k: slot for slot, k, some in reversed(self.slots) if some in (None, (0, channels))}
+        maps = len(self.segment.outputs) - len(self.segment.averages) - len(self.segment.slopes)
+        averages = (whole.get(k) for k in range(len(self.segment.averages)))
+        return (*(None for _ in range(maps)), *averages, *self.slopes)
+
 
 def programs_of(plan: Plan) -> list[Segment]:
     """The functions that the forward pass of a chain takes from a library."""
