@@ -7,13 +7,15 @@ classifier behind them, and the last convolutions of whole models (``--models re
 classifier are trained, batch norms are frozen. Each chain of a network is measured by ``gf_tvm.compare``, see
 ``gf_tvm.chain_comparison``; filtered and chained run the kernels of one library, default schedules where no log has
 any. ``expected`` is what bytes and operations alone promise for a chain's backward pass over that of single layers,
-1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s). ``step_peak_bytes`` is how far the memory of a
+1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s); ``expected_of_chain`` is the same counted on
+the operations of this chain, with the maps of full size at its ends. ``step_peak_bytes`` is how far the memory of a
 process rises in a training step of the whole network.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,13 +26,15 @@ from typing import Any
 import torch
 from _allocator import keep_freed_memory
 from _bench import conditions
+from _chain_expectation import expected_gain
 from _chain_memory import step_bytes
 from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chain_comparison import chain_cases, programs, workloads
-from gf_tvm.chain_variants import VARIANTS
+from gf_tvm.chain_comparison import ChainCase, chain_cases, programs, workloads
+from gf_tvm.chain_variants import VARIANTS, plain_operators_wanted
+from gf_tvm.chains.piece import pieces_of
 from gf_tvm.comparison import Comparison
 from gf_tvm.errors import GfTvmError
 from gf_tvm.geometry import Pair
@@ -83,8 +87,11 @@ def measure(
     seconds: float,
     progress: Callable[[float], None],
     memory: Callable[[Pair, Path], dict[str, int | None]],
-) -> tuple[Comparison, dict[Pair, dict[str, int | None]]]:
-    """A row for each chain and patch; and by patch what ``memory`` says of the bundle. Raises ComparisonError."""
+) -> tuple[Comparison, dict[Pair, dict[str, int | None]], dict[tuple[Pair, tuple[str, ...]], float]]:
+    """A row for each chain and patch; by patch what ``memory`` says of the bundle; by patch and chain what is expected.
+
+    Raises ComparisonError.
+    """
     chains = chain_cases(model, shape, layers=list(names), patches=patches)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "chains.gfb"
@@ -94,7 +101,16 @@ def measure(
     def update(done: float, of: float, _: str) -> None:
         progress(done / of)
 
-    return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=update), peaks
+    gains = {key: gain for case in chains for key, gain in expected_of_chains(case).items()}
+    return gf_tvm.compare([], library, seconds=seconds, chains=chains, progress=update), peaks, gains
+
+
+def expected_of_chains(case: ChainCase) -> dict[tuple[Pair, tuple[str, ...]], float]:
+    """What is expected of each chain of a case."""
+    run = gf_tvm.filter_model(copy.deepcopy(case.model), case.patch, layers=list(case.layers), chain=True)
+    with plain_operators_wanted():
+        run(torch.zeros(case.input_shape))
+    return {(case.patch, piece.convolutions): expected_gain(piece) for piece in pieces_of(run)}
 
 
 def expected(model: nn.Module, names: Sequence[str], patch: Pair) -> float | None:
@@ -107,7 +123,16 @@ def expected(model: nn.Module, names: Sequence[str], patch: Pair) -> float | Non
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Medians in ms, and ratios of medians."""
     headers = ("network", "chain", "patch", *(f"{v} fwd" for v in VARIANTS), *(f"{v} bwd" for v in VARIANTS))
-    headers += ("limit", "filtered / chained bwd", "expected", "step gain", "kept: exact MB", "filtered", "chained")
+    headers += (
+        "limit",
+        "filtered / chained bwd",
+        "expected",
+        "of chain",
+        "step gain",
+        "kept: exact MB",
+        "filtered",
+        "chained",
+    )
     headers += ("step's peak: exact MB", "filtered", "chained")
     table = []
     for row in rows:
@@ -121,6 +146,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
                 *(f"{value:.3g}" for value in (*forward, *backward, row["roofline_ms"])),
                 f"{backward[1] / backward[2]:.2f}x",
                 "" if row["expected"] is None else f"{row['expected']:.1f}x",
+                f"{row['expected_of_chain']:.1f}x",
                 f"{step[1] / step[2]:.2f}x",
                 *(f"{size / 1e6:.3g}" for size in kept),
                 *(
@@ -189,9 +215,13 @@ def run(args: argparse.Namespace) -> int:
                 wanted = {key: getattr(args, key) for key in ("channels", "models", "batch", "size")}
                 return step_bytes({**wanted, "threads": torch.get_num_threads()}, number, patch, bundle)
 
-            found, peaks = measure(model, names, shape, patches, args.logs, args.seconds, update, memory)
+            found, peaks, gains = measure(model, names, shape, patches, args.logs, args.seconds, update, memory)
             for row in found.chains:
-                more = {"expected": expected(model, row.convolutions, row.patch), "step_peak_bytes": peaks[row.patch]}
+                more = {
+                    "expected": expected(model, row.convolutions, row.patch),
+                    "expected_of_chain": gains[row.patch, row.convolutions],
+                    "step_peak_bytes": peaks[row.patch],
+                }
                 document["rows"].append({"network": name, **more, **asdict(row)})
             limits = {"peak_gflops": found.peak_gflops, "bandwidth_gbs": found.bandwidth_gbs}
             document["conditions"].setdefault("of_networks", {})[name] = {**limits, **found.conditions}

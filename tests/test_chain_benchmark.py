@@ -42,6 +42,10 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["schedule"] == row["filtered_schedule"] == "default" for row in rows)  # nothing fell back
     assert [len(row["convolutions"]) for row in rows] == [4]
     assert [row["expected"] for row in rows] == [1 + 180 / 64]
+    # Maps of 64 x 6 x 6 at 35 GB/s: read by 4 convolutions, written by 3, 2 and 3 sweeps for each batch norm and ReLU,
+    # 3 for the sum of a block's two gradients. Products of 9 patches at 200 GFLOP/s: 4 for weights, 3 for maps.
+    sweeps, products = (4 + 3 + 4 * 2 + 4 * 3 + 3) * 64 * 36 * 4 / 35e9, 7 * 2 * 9 * 64 * 64 / 200e9
+    assert [row["expected_of_chain"] for row in rows] == [pytest.approx(1 + sweeps / products)]
     assert document["conditions"]["of_networks"]["stage 64"]["bandwidth_gbs"] == 30.0
     assert "stage 64" in capsys.readouterr().out
 

@@ -40,13 +40,10 @@ class ByChannels(Sweep):
             if sums is not None:
                 simd.store(self.tensors["grad_b"], o, emit.total(sums))
         with simd.streaming(self.dtype, self.stream and tensors is None):
-            self._share_channels()
-
-    def _share_channels(self) -> None:
-        if self.needs_x:
-            self._share_input_channels()
-        if self.needs_w:
-            self._share_weights()
+            if self.needs_x:
+                self._share_input_channels()
+            if self.needs_w:
+                self._share_weights()
 
     def _share_input_channels(self) -> None:
         geometry = self.geometry

@@ -7,19 +7,13 @@ the panels in place of being pooled, and grad_x~ is written as it is in place of
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
-
-from tvm.script.ir_builder import tirx as T
 
 from ..geometry import Geometry
 from ..workload import Workload
 from . import emit
 from .dense import ByChannels
-from .sweep import Sweep, Tiles, split
-
-#: Fewer patches than this, and a product takes less time than its weights take to be read or written.
-_FEW_PATCHES = 64
+from .sweep import Sweep, Tiles
 
 
 def products(workload: Workload, tiles: Tiles, lanes: int) -> Any:
@@ -79,33 +73,4 @@ class _GridSweep(Sweep):
 
 
 class _GridByChannels(_GridSweep, ByChannels):
-    def _share_channels(self) -> None:
-        """Both products in one parallel loop, where there are both.
-
-        Threads then work on different ones: while one waits for W, or for grad_W to be written, the other multiplies.
-        Where patches are few there is too little to multiply, and all that changes is that loads wait for stores.
-        """
-        if not (self.needs_x and self.needs_w) or self.patches < _FEW_PATCHES:
-            super()._share_channels()
-            return
-        geometry = self.geometry
-        shares: list[tuple[int, Callable[[Any], None]]] = [
-            (geometry.groups * count, partial(share, channels, first, count))
-            for share, size in ((self._input_share, self.together), (self._weight_share, self.wide))
-            for channels, first, count in split(geometry.ci_group, size)
-        ]
-
-        def emit_share(shares: list[tuple[int, Callable[[Any], None]]], t: Any) -> None:
-            (count, share), *others = shares
-            if not others:
-                share(t)
-                return
-            with T.If(t < count):
-                with T.Then():
-                    share(t)
-                with T.Else():
-                    emit_share(others, t - count)
-
-        work = geometry.groups * geometry.ci_group * geometry.co_group * self.patches
-        with emit.loop(sum(count for count, _ in shares), parallel=work >= emit.PARALLEL_WORK) as t:
-            emit_share(shares, t)
+    pass
