@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 #: How rows of chains are measured, for the conditions of a comparison.
 CONDITIONS = (
     "the operations of one chain, on random maps and gradients; a step is a forward pass and the backward pass behind "
-    "it; the filtered convolutions and the last linear layer are trained, batch norms are frozen"
+    "it, which is timed from the moment at which a gradient arrives; the filtered convolutions and the last linear "
+    "layer are trained, batch norms are frozen"
 )
 
 

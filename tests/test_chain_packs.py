@@ -133,7 +133,7 @@ def test_slots_lie_beside_each_other(slots: list[tuple[int | None, list[int]]]) 
     layout = packs.Layout.of({k: (pack, tuple(shape)) for k, (pack, shape) in enumerate(slots) if pack is not None})
     kept = {k: torch.full(shape, float(k)) for k, (_, shape) in enumerate(slots)}
     buffers = layout.empty()
-    packed = packs.Packed.of(kept, layout, buffers)
+    packed = packs.Packed.of(kept, layout, buffers, layout.views(buffers))
     assert list(packed.alone) == [k for k, (pack, _) in enumerate(slots) if pack is None]
     assert all(view.data_ptr() % 64 == 0 for view in layout.views(buffers).values())
     found = packed.slots()

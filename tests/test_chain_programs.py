@@ -112,7 +112,8 @@ def error(call: Call, function: Any) -> float:
     bound = call[0].backward
     assert bound is not None
     packs = [torch.full_like(pack, torch.nan) for pack in bound.layout.empty()]
-    inputs = bound.inputs(Packed.of(dict(enumerate(call[1])), bound.layout, packs), call[2])
+    kept = Packed.of(dict(enumerate(call[1])), bound.layout, packs, bound.layout.views(packs))
+    inputs = bound.inputs(kept, call[2])
     assert inputs is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "_result", poisoned)

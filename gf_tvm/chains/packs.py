@@ -42,7 +42,7 @@ class Layout:
             places[slot] = pack, sizes[pack], shape
             count = math.prod(shape)
             sizes[pack] += count + -count % LINE
-        # A vector may be read beyond the last of them.
+        # Never empty: a function takes every pack.
         return cls(places, tuple(size + LINE for size in sizes))
 
     def renumbered(self, numbers: Sequence[int]) -> Layout:
@@ -78,9 +78,11 @@ class Packed:
     alone: Mapping[int, Tensor]
 
     @classmethod
-    def of(cls, kept: Mapping[int, Tensor], layout: Layout, packs: Sequence[Tensor]) -> Packed:
-        """``kept``: all slots; those that do not lie in ``packs`` already are copied there."""
-        for slot, view in layout.views(packs).items():
+    def of(
+        cls, kept: Mapping[int, Tensor], layout: Layout, packs: Sequence[Tensor], room: Mapping[int, Tensor]
+    ) -> Packed:
+        """``kept``: all slots. What does not lie in ``packs``, of which ``room`` are the views, is copied there."""
+        for slot, view in room.items():
             if kept[slot].data_ptr() != view.data_ptr():
                 view.copy_(kept[slot])
         return cls(layout, packs, {slot: t for slot, t in sorted(kept.items()) if slot not in layout.places})

@@ -113,7 +113,8 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], Packed]:
     """The chain's exits, and what :func:`backward` needs, in packs of this layout. Gradients must be off."""
     packs = layout.empty()
-    state = _Forward(plan, dict(zip(plan.entries, entries, strict=True)), tensors, layout.views(packs))
+    room = layout.views(packs)
+    state = _Forward(plan, dict(zip(plan.entries, entries, strict=True)), tensors, room)
     functions = _segments(plan, entries, [tensors[t] for t in plan.tensors])
     for unit in plan.forward if functions is None else plan.units:
         if isinstance(unit, Call):
@@ -124,7 +125,7 @@ def forward(
         state.forget(unit)
     values = state.values
     exits = tuple(values[v].flatten(1) if v in plan.flat else values[v] for v in plan.exits)
-    kept = Packed.of(state.kept, layout, packs)
+    kept = Packed.of(state.kept, layout, packs, room)
     if plan.means is not None:
         kept = kept.with_means(plan.derivatives, plan.means)
     return exits, kept
@@ -132,7 +133,7 @@ def forward(
 
 def _compiled_backward(plan: Plan, entries: Sequence[Tensor]) -> Callable[..., None] | None:
     """The library's function for the backward pass of a chain; None where it has none, or not for such maps."""
-    if plan.backward is None or any(not t.is_cpu or t.dtype not in STORAGE for t in entries):
+    if not plan.library or plan.backward is None or any(not t.is_cpu or t.dtype not in STORAGE for t in entries):
         return None
     return kernels.find_program(plan.backward.program.key, plan.library)
 
