@@ -17,12 +17,17 @@ from typing import Any
 from tabulate import tabulate
 
 from gf_tvm import machine
-from gf_tvm.errors import FarmError
+from gf_tvm.errors import FarmError, GfTvmError
 from gf_tvm.farm.protocol import Address, TrackerLost
 from gf_tvm.farm.server import versions
 from gf_tvm.farm.tracker import boards
 from gf_tvm.geometry import Geometry
 from gf_tvm.workload import Workload
+
+
+class UsageError(GfTvmError):
+    """Options that do not go together."""
+
 
 #: Takes little time to build and to run, and has a space of many schedules.
 SMALL = Workload("backward", Geometry(n=2, ci=16, co=16, h=14, w=14, kernel=(3, 3), padding=(1, 1), patch=(2, 2)))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _allocator import keep_freed_memory
-from _bench import conditions
+from _bench import UsageError, conditions
 from _chain_expectation import expected_gain
 from _chain_memory import step_bytes
 from _cpu_step import CLASSES, network
@@ -36,7 +36,6 @@ from gf_tvm.chain_comparison import ChainCase, chain_cases, programs, workloads
 from gf_tvm.chain_variants import VARIANTS, plain_operators_wanted
 from gf_tvm.chains.piece import pieces_of
 from gf_tvm.comparison import Comparison
-from gf_tvm.errors import GfTvmError
 from gf_tvm.geometry import Pair
 from gf_tvm.models.layers import BasicBlock
 from gf_tvm.nn import select_layers
@@ -44,11 +43,6 @@ from gf_tvm.runners._output import Progress, check_results, format_table, write_
 from gf_tvm.runners.build import add_logs_argument, check_logs
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import format_patch, parse_patches
-
-
-class UsageError(GfTvmError):
-    """Options that do not go together."""
-
 
 #: Height and width of ResNet-18's stages at 224 x 224.
 STAGES = {64: 56, 128: 28, 256: 14, 512: 7}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from _allocator import keep_freed_memory
 from _authors import published
+from _bench import UsageError
 from _cpu_libraries import stock, tuned, untuned
 from _cpu_memory import extra_bytes
 from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, with_memory
@@ -33,7 +34,7 @@ from _cpu_step import Layer, layers_of, measure_step, network
 from gf_tvm import machine
 from gf_tvm.comparison import check_request, compare
 from gf_tvm.devices import DeviceProfile
-from gf_tvm.errors import DeviceError, GfTvmError
+from gf_tvm.errors import DeviceError
 from gf_tvm.geometry import Pair
 from gf_tvm.host_comparison import LimitedHost, Maker, of_library
 from gf_tvm.library import Library, load
@@ -48,10 +49,6 @@ from gf_tvm.workload import Workload
 
 #: Convolutions that --step filters unless --last says otherwise.
 STEP_LAST = 4
-
-
-class UsageError(GfTvmError):
-    """Options that do not go together."""
 
 
 @dataclass(frozen=True)

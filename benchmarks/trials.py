@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from _allocator import keep_freed_memory
-from _bench import conditions
+from _bench import UsageError, conditions
 from _cpu_libraries import tuned, untuned
 
 from gf_tvm.comparison import check_request, compare
 from gf_tvm.devices import DeviceProfile
-from gf_tvm.errors import GfTvmError
 from gf_tvm.host_comparison import LimitedHost, of_library
 from gf_tvm.rows import LimitedHostRow
 from gf_tvm.runners._cases import add_case_arguments, cases_from
@@ -39,10 +38,6 @@ from gf_tvm.workload import Workload
 
 #: What counts as good as the best.
 CLOSE = 1.05
-
-
-class UsageError(GfTvmError):
-    """Options that do not go together."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ failed.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from gf_tvm.devices import DeviceProfile, get_profile
+from gf_tvm.errors import DeviceError
+
 # Under emulation or load an example takes as long as it takes.
 settings.register_profile("gf_tvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gf_tvm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As in a background job; the processes that tests start, and interrupt, would inherit it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Most tests run without a library on purpose; the tests of the warning itself ask for it.
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
 
@@ -29,6 +36,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def host() -> DeviceProfile:
+    """This CPU's profile; of the session, so that it is asked for before any fixture that builds for it."""
+    try:
+        return get_profile("host")
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

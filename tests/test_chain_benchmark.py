@@ -6,20 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import chains
 import pytest
 
 from gf_tvm import machine
-from gf_tvm.devices import get_profile
-from gf_tvm.errors import DeviceError
 
-try:
-    get_profile("host")
-except DeviceError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import chains
+pytestmark = pytest.mark.usefixtures("host")
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,10 @@ from gf_tvm import bundle as bundle_module
 from gf_tvm import library as library_module
 from gf_tvm import machine
 from gf_tvm.devices import get_profile
-from gf_tvm.errors import DeviceError
 from gf_tvm.library import load
 from gf_tvm.runners.cli import main
 
-try:
-    get_profile("host")
-except DeviceError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("host")
 
 SHAPES = {
     "n": 2, "kernel": 3, "padding": 1, "patches": [2, 4],

@@ -9,17 +9,22 @@ import json
 import math
 import mmap
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
+import _cpu_libraries
+import _cpu_memory
+import _cpu_report
+import _cpu_step
+import cpu
 import pytest
 import torch
+from _authors import published
 
 from gf_tvm import machine, reference, variants
 from gf_tvm.comparison import compare, roofline, traffic
 from gf_tvm.devices import get_profile
-from gf_tvm.errors import DeviceError, GfTvmError
+from gf_tvm.errors import GfTvmError
 from gf_tvm.geometry import Geometry
 from gf_tvm.host_comparison import LimitedHost
 from gf_tvm.library import load
@@ -28,19 +33,7 @@ from gf_tvm.rows import LimitedHostRow
 from gf_tvm.shapes import Case, workloads_of
 from gf_tvm.variants import ComparisonError, Data, Other, relative_error
 
-try:
-    get_profile("host")
-except DeviceError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import _cpu_libraries
-import _cpu_memory
-import _cpu_report
-import _cpu_step
-import cpu
-from _authors import published
+pytestmark = pytest.mark.usefixtures("host")
 
 SHAPES = {
     "n": 2, "kernel": 3, "padding": 1, "patches": [2, 4],

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import trials
 
 from gf_tvm import machine
-from gf_tvm.devices import get_profile
-from gf_tvm.errors import DeviceError
 
-try:
-    get_profile("host")
-except DeviceError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import trials
+pytestmark = pytest.mark.usefixtures("host")
 
 SHAPES = {
     "cases": [{"name": "tiny", "n": 2, "ci": 16, "co": 16, "h": 8, "w": 8, "kernel": [3, 3], "padding": [1, 1]}],
