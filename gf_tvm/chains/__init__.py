@@ -9,10 +9,11 @@ Modules, each using those before it:
 * ``lowering``: the gradient algebra, from a graph to steps
 * ``partition``: which operations form chains, for given shapes
 * ``kernels``: what a library has of a chain: products, programs
+* ``packs``: what the forward pass keeps for a compiled backward pass, in two buffers
 * ``compiled``: the whole backward pass as one function of a library
 * ``segments``: what is element-wise in the forward pass as functions of a library
-* ``emit_together``, ``emit_stage``, ``emit_backward``, ``emit_forward``: these functions in TVM's IR, where there is a
-  compiler; nothing imports them before
+* ``emit_together``, ``emit_stage``, ``emit_backward``, ``emit_functions``, ``emit_forward``: these functions in TVM's
+  IR, where there is a compiler; nothing imports them before
 * ``plan``: one chain, with everything about shapes settled
 * ``run``: the autograd function: a plan's forward and backward pass in PyTorch
 * ``recognise``, ``capture``: from a module to graphs, by torch.fx

@@ -1,7 +1,7 @@
 """exp, tanh and erf of float32 vectors in TVM's IR: LLVM would call the C library lane by lane.
 
-Polynomials were fitted for the least largest error (Lawson's iteration, 2000 points); errors are those against float64
-of 10^7 values, rounding included. NaN stays NaN.
+Polynomials were fitted for the least largest error (Lawson's iteration, 2000 points). The errors named are against
+float64, rounding included; the tests hold the functions to them. NaN stays NaN.
 """
 
 from __future__ import annotations
