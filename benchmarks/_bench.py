@@ -1,4 +1,4 @@
-"""What the benchmarks of the farm share: a tracker, what the machine is, and how results are kept."""
+"""What benchmarks share: what the machine is, a user's mistakes, how results are kept; those of the farm a tracker."""
 
 from __future__ import annotations
 

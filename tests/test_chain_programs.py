@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm import verify
 from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
-from gf_tvm.chains.packs import MEANS, Packed
+from gf_tvm.chains.packs import Packed
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
 from gf_tvm.compile import compile_module, export
@@ -247,12 +247,15 @@ def test_a_mistake_is_noticed(mistake, tmp_path, monkeypatch) -> None:
     assert bound is not None
     function = compile_and_load(bound.program, tmp_path)
     if mistake == "slot":
-        k = next(k for k, a in enumerate(bound.program.arguments) if (a.kind, a.number) == ("pack", MEANS))
+        places = bound.program.layout.places
+        number, start, shape = places[max(k for k, (_, _, shape) in places.items() if shape[0] == 3)]
+        k = next(k for k, a in enumerate(bound.program.arguments) if (a.kind, a.number) == ("pack", number))
         true_function = function
 
         def function(*tensors: Tensor) -> None:
             changed = list(tensors)
-            changed[k] = changed[k] * 1.001
+            changed[k] = changed[k].clone()
+            changed[k][start : start + math.prod(shape)] *= 1.001
             true_function(*changed)
 
     assert error(call, function) > 1

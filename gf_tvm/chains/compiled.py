@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from ..devices import DeviceProfile
     from ..workload import Workload
 
-#: Dtypes that are converted to float32 on the way in.
-STORAGE = (torch.float32, torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class Argument:
@@ -272,7 +269,7 @@ class Bound:
                 found.append(pack if pack.dtype is torch.float32 else pack.to(torch.float32))
                 continue
             tensor = grads[number] if kind == "grad" else kept.alone[number]
-            if tensor is None or not tensor.is_cpu or tensor.dtype not in STORAGE:
+            if tensor is None or not tensor.is_cpu or tensor.dtype not in kernels.STORAGE:
                 return None
             if tensor.dtype is not torch.float32 or tensor.shape != shape:
                 tensor = tensor.reshape(shape).to(torch.float32)

@@ -16,7 +16,7 @@ from ..kernels import simd, smooth
 
 def function(kind: str, settings: Sequence[Any], z: Any) -> Any:
     """f(z); ``kind`` is one of :data:`.segments.COVERED`, ``settings`` as in :data:`.elementwise.RULES`."""
-    number = _numbers(z)
+    number = simd.numbers(z)
     if kind == "relu":
         return tirx.Select(tirx.LE(z, number(0)), number(0), z)
     if kind in ("relu6", "hardtanh"):
@@ -46,7 +46,7 @@ def function(kind: str, settings: Sequence[Any], z: Any) -> Any:
 
 def slope(kind: str, settings: Sequence[Any], z: Any) -> Any:
     """f'(z)."""
-    number = _numbers(z)
+    number = simd.numbers(z)
 
     def between(low: float, high: float, inside: float) -> Any:
         upper = tirx.Select(tirx.LT(z, number(high)), number(inside), number(0))
@@ -79,17 +79,12 @@ def slope(kind: str, settings: Sequence[Any], z: Any) -> Any:
 
 def slope_of_result(kind: str, settings: Sequence[Any], y: Any) -> Any:
     """f'(z) from y = f(z), for functions of :func:`.segments.is_result_enough`."""
-    number = _numbers(y)
+    number = simd.numbers(y)
     if kind == "sigmoid":
         return y * (number(1) - y)
     if kind == "tanh":
         return number(1) - y * y
     return slope(kind, settings, y)
-
-
-def _numbers(like: Any) -> Any:
-    lanes = simd.lanes_of(like)
-    return lambda value: simd.splat(float(value), lanes)
 
 
 def _limits(kind: str, settings: Sequence[Any]) -> tuple[float, float]:
@@ -98,13 +93,13 @@ def _limits(kind: str, settings: Sequence[Any]) -> tuple[float, float]:
 
 
 def _sigmoid(z: Any) -> Any:
-    number = _numbers(z)
+    number = simd.numbers(z)
     return smooth.kept(number(1) / (number(1) + smooth.exp(number(0) - z)))
 
 
 def _mish_gate(z: Any) -> tuple[Any, Any]:
     """tanh(log(1 + e^z)), and its derivative."""
-    number = _numbers(z)
+    number = simd.numbers(z)
     # At 20 it is 1 in float32, and the squares of larger ones overflow.
     power = smooth.kept(smooth.exp(tirx.Select(tirx.GT(z, number(20)), number(20), z)))
     product = smooth.kept(power * (power + number(2)))
@@ -114,7 +109,7 @@ def _mish_gate(z: Any) -> tuple[Any, Any]:
 
 def _gelu_gate(settings: Sequence[Any], z: Any) -> tuple[Any, Any]:
     """What GELU multiplies z with, and its derivative."""
-    number = _numbers(z)
+    number = simd.numbers(z)
     square = smooth.kept(z * z)
     if settings == ("none",):
         gate = smooth.kept(number(0.5) + number(0.5) * smooth.erf(z * number(math.sqrt(0.5))))

@@ -11,8 +11,9 @@ from .. import autograd, reference
 from ..geometry import Geometry
 from ..workload import ALIGNMENT
 
-#: Gradients on the grid are float32 whatever the convolution's dtype is, which only says how grad_W is stored.
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+#: Dtypes that compiled chains take, and convert to float32. Gradients on the grid are float32 whatever the
+#: convolution's dtype is, which only says how grad_W is stored.
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def input_grad(g: Tensor, weight: Tensor, geometry: Geometry, library: str) -> Tensor:
@@ -27,7 +28,7 @@ def input_grad(g: Tensor, weight: Tensor, geometry: Geometry, library: str) -> T
 
 def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> Tensor:
     """grad_W from g~ (n, co, ph, pw) and x~ as it was kept (:attr:`Geometry.saved_shape`)."""
-    found = _find("weight_grad", g, geometry, library, _STORAGE)
+    found = _find("weight_grad", g, geometry, library, STORAGE)
     if found is None:
         filtered = saved if geometry.depthwise else saved.permute(0, 3, 1, 2)
         return reference.weight_grad(g, filtered.to(g.dtype), geometry)

@@ -80,7 +80,7 @@ class Plan:
     flat: frozenset[int]
     tensors: tuple[int, ...]
     needs: frozenset[int]
-    trained: frozenset[int]
+    trained: tuple[int, ...]
     forward: tuple[Forward, ...]
     slots: tuple[Mean | Kept, ...]
     slot_shapes: tuple[tuple[int, ...], ...]
@@ -143,7 +143,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
         flat=frozenset(region.result(i) for i in ops if region.ops[i].flat),
         tensors=tensors,
         needs=frozenset(v for v in entries if situation.needs[v]),
-        trained=frozenset(t for t in tensors if t in situation.trained),
+        trained=tuple(t for t in tensors if t in situation.trained),
         forward=_schedule(region, ops, lowered.slots, exits),
         slots=tuple(lowered.slots),
         slot_shapes=tuple(_slot_shape(what, region, situation) for what in lowered.slots),

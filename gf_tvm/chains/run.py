@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import autograd, reference
 from ..functional import cast_for_convolution
 from . import elementwise, grids, kernels
-from .compiled import STORAGE
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
 from .lowering import Factor, Mean
@@ -50,22 +49,19 @@ def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) 
     entries = [t if t.dim() == 4 else t[:, :, None, None] for t in entries]
     given = dict(zip(plan.tensors, tensors, strict=True))
     # Autograd works for every tensor that it is given, so it gets none that is frozen.
-    trained = {t: given.pop(t) for t in plan.tensors if t in plan.trained}
-    results: tuple[Tensor, ...] = _Chain.apply(plan, given, tuple(trained), *entries, *trained.values())  # type: ignore[no-untyped-call]
+    trained = [given.pop(t) for t in plan.trained]
+    results: tuple[Tensor, ...] = _Chain.apply(plan, given, *entries, *trained)  # type: ignore[no-untyped-call]
     return results
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, frozen: dict[int, Tensor], trained: Sequence[int], *given: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, frozen: dict[int, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
         entries = given[: len(plan.entries)]
-        tensors = {**frozen, **dict(zip(trained, given[len(plan.entries) :], strict=True))}
-        ctx.function = _compiled_backward(plan, entries)
-        layout = UNPACKED if ctx.function is None or plan.backward is None else plan.backward.layout
+        tensors = {**frozen, **dict(zip(plan.trained, given[len(plan.entries) :], strict=True))}
+        ctx.function, layout = _compiled_backward(plan, entries)
         exits, kept = forward(plan, entries, tensors, layout)
-        ctx.plan, ctx.trained, ctx.layout, ctx.alone = plan, trained, layout, tuple(kept.alone)
+        ctx.plan, ctx.layout, ctx.alone = plan, layout, tuple(kept.alone)
         ctx.dtypes = [t.dtype for t in given]
         ctx.shapes = [t.shape for t in given]
         ctx.save_for_backward(*kept.packs, *kept.alone.values())
@@ -84,8 +80,8 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, packs = ctx.saved_tensors, len(ctx.layout.sizes)
     kept = Packed(ctx.layout, saved[:packs], dict(zip(ctx.alone, saved[packs:], strict=True)))
     of_entries, of_tensors = backward(plan, kept, dict(zip(plan.exits, grads, strict=True)), ctx.function)
-    found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in ctx.trained)]
-    return (None, None, None, *map(_as, found, ctx.shapes, ctx.dtypes))
+    found = [*(of_entries.get(v) for v in plan.entries), *(of_tensors.get(t) for t in plan.trained)]
+    return (None, None, *map(_as, found, ctx.shapes, ctx.dtypes))
 
 
 _gradients_once = torch.autograd.function.once_differentiable(_gradients)
@@ -131,11 +127,16 @@ def forward(
     return exits, kept
 
 
-def _compiled_backward(plan: Plan, entries: Sequence[Tensor]) -> Callable[..., None] | None:
-    """The library's function for the backward pass of a chain; None where it has none, or not for such maps."""
-    if not plan.library or plan.backward is None or any(not t.is_cpu or t.dtype not in STORAGE for t in entries):
-        return None
-    return kernels.find_program(plan.backward.program.key, plan.library)
+def _compiled_backward(plan: Plan, entries: Sequence[Tensor]) -> tuple[Callable[..., None] | None, Layout]:
+    """The library's function for the backward pass of a chain, and how it takes what is kept.
+
+    None and unpacked where the library has none, or not for such maps.
+    """
+    bound = plan.backward if plan.library else None
+    if bound is None or any(not t.is_cpu or t.dtype not in kernels.STORAGE for t in entries):
+        return None, UNPACKED
+    function = kernels.find_program(bound.program.key, plan.library)
+    return function, UNPACKED if function is None else bound.layout
 
 
 def _segments(

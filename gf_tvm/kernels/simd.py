@@ -6,7 +6,7 @@ are loaded and stored. Only powers of two: TVM takes other vectors apart lane by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -54,11 +54,12 @@ def load(buffer: Any, offset: Any, lanes: int) -> Any:
         return value
     if kind_of(buffer) != "uint16":
         return tirx.Cast(vector(ACC, lanes), value)
-    bits = tirx.Cast(vector("uint32", lanes), value) << _bits(16, lanes)
+    bits = tirx.Cast(vector("uint32", lanes), value) << bit_pattern(16, lanes)
     return tirx.reinterpret(vector(ACC, lanes), bits)
 
 
-def _bits(value: int, lanes: int) -> Any:
+def bit_pattern(value: int, lanes: int) -> Any:
+    """An unsigned integer in every lane."""
     scalar = tirx.const(value, "uint32")
     return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
 
@@ -73,9 +74,9 @@ def converted(buffer: Any, value: Any) -> Any:
     # bfloat16: the upper half, rounded to nearest, ties to even; NaN stays NaN, whatever its bits.
     value = T.bind(value)
     bits = T.bind(tirx.reinterpret(vector("uint32", lanes), value))
-    odd = (bits >> _bits(16, lanes)) & _bits(1, lanes)
-    rounded = (bits + _bits(0x7FFF, lanes) + odd) >> _bits(16, lanes)
-    kept = tirx.Select(tirx.NE(value, value), _bits(0x7FC0, lanes), rounded)
+    odd = (bits >> bit_pattern(16, lanes)) & bit_pattern(1, lanes)
+    rounded = (bits + bit_pattern(0x7FFF, lanes) + odd) >> bit_pattern(16, lanes)
+    kept = tirx.Select(tirx.NE(value, value), bit_pattern(0x7FC0, lanes), rounded)
     return tirx.Cast(vector("uint16", lanes), kept)
 
 
@@ -93,6 +94,12 @@ def splat(value: Any, lanes: int) -> Any:
     """A scalar in every lane."""
     value = tirx.const(value, ACC) if isinstance(value, (int, float)) else value
     return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def numbers(like: Any) -> Callable[[float], Any]:
+    """A function that gives a number in as many lanes as ``like`` has."""
+    lanes = lanes_of(like)
+    return lambda value: splat(float(value), lanes)
 
 
 def pick(vectors: Sequence[Any], lanes: Sequence[int | None]) -> Any:

@@ -41,38 +41,35 @@ _LOG_ERFC = (
 
 def exp(x: Any) -> Any:
     """Of ``x`` between -87 and 88, of the nearer limit beyond; relative error 2e-7."""
-    lanes = simd.lanes_of(x)
-    x = kept(tirx.Select(tirx.LT(x, _all(_LEAST, lanes)), _all(_LEAST, lanes), x))
-    x = kept(tirx.Select(tirx.GT(x, _all(_MOST, lanes)), _all(_MOST, lanes), x))
-    power = kept(tirx.floor(x * _all(_LOG2_E, lanes) + _all(0.5, lanes)))
-    rest = kept(x - power * _all(_LN2[0], lanes) - power * _all(_LN2[1], lanes))
-    value = kept(polynomial(_EXP, rest) * (rest * rest) + rest + _all(1.0, lanes))
+    number, lanes = simd.numbers(x), simd.lanes_of(x)
+    x = kept(tirx.Select(tirx.LT(x, number(_LEAST)), number(_LEAST), x))
+    x = kept(tirx.Select(tirx.GT(x, number(_MOST)), number(_MOST), x))
+    power = kept(tirx.floor(x * number(_LOG2_E) + number(0.5)))
+    rest = kept(x - power * number(_LN2[0]) - power * number(_LN2[1]))
+    value = kept(polynomial(_EXP, rest) * (rest * rest) + rest + number(1))
     # 2^power by its bits. A conversion to integers would leave open what becomes of NaN.
-    bits = tirx.reinterpret(simd.vector("int32", lanes), power + _all(_INTEGER, lanes))
-    exponent = (bits + _whole(127, lanes)) << _whole(23, lanes)
-    return value * tirx.reinterpret(simd.vector("float32", lanes), exponent)
+    bits = tirx.reinterpret(simd.vector("uint32", lanes), power + number(_INTEGER))
+    exponent = (bits + simd.bit_pattern(127, lanes)) << simd.bit_pattern(23, lanes)
+    return value * tirx.reinterpret(simd.vector(ACC, lanes), exponent)
 
 
 def tanh(z: Any) -> Any:
     """Relative error 3e-7."""
-    lanes = simd.lanes_of(z)
-    square = kept(z * z)
+    number = simd.numbers(z)
+    square, size = kept(z * z), kept(_signed(z, z))
     near = z + z * (square * polynomial(_TANH, square))
-    size = kept(_size(z))
-    far = _all(1.0, lanes) - _all(2.0, lanes) / (exp(size + size) + _all(1.0, lanes))
-    far = tirx.Select(tirx.LT(z, _all(0.0, lanes)), _all(0.0, lanes) - far, far)
-    return kept(tirx.Select(tirx.LT(size, _all(0.625, lanes)), near, far))
+    far = number(1) - number(2) / (exp(size + size) + number(1))
+    return kept(tirx.Select(tirx.LT(size, number(0.625)), near, _signed(far, z)))
 
 
 def erf(x: Any) -> Any:
     """Relative error 3e-7."""
-    lanes = simd.lanes_of(x)
-    square, size = kept(x * x), kept(_size(x))
+    number = simd.numbers(x)
+    square, size = kept(x * x), kept(_signed(x, x))
     near = x * polynomial(_ERF, square)
-    short = kept(tirx.Select(tirx.GT(size, _all(4.0, lanes)), _all(4.0, lanes), size))
-    far = _all(1.0, lanes) - exp(polynomial(_LOG_ERFC, short))
-    far = tirx.Select(tirx.LT(x, _all(0.0, lanes)), _all(0.0, lanes) - far, far)
-    return kept(tirx.Select(tirx.LT(size, _all(1.0, lanes)), near, far))
+    short = kept(tirx.Select(tirx.GT(size, number(4)), number(4), size))
+    far = number(1) - exp(polynomial(_LOG_ERFC, short))
+    return kept(tirx.Select(tirx.LT(size, number(1)), near, _signed(far, x)))
 
 
 def kept(value: Any) -> Any:
@@ -85,22 +82,14 @@ def kept(value: Any) -> Any:
 
 def polynomial(coefficients: Sequence[float], x: Any) -> Any:
     """The sum of coefficients[k] * x^k."""
-    lanes = simd.lanes_of(x)
-    value = _all(coefficients[-1], lanes)
+    number = simd.numbers(x)
+    value = number(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        value = kept(value * x + _all(coefficient, lanes))
+        value = kept(value * x + number(coefficient))
     return value
 
 
-def _size(x: Any) -> Any:
-    lanes = simd.lanes_of(x)
-    return tirx.Select(tirx.LT(x, _all(0.0, lanes)), _all(0.0, lanes) - x, x)
-
-
-def _all(value: float, lanes: int) -> Any:
-    return simd.splat(value, lanes)
-
-
-def _whole(value: int, lanes: int) -> Any:
-    scalar = tirx.const(value, "int32")
-    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+def _signed(value: Any, x: Any) -> Any:
+    """``value``, or minus that where x is negative."""
+    zero = simd.numbers(x)(0)
+    return tirx.Select(tirx.LT(x, zero), zero - value, value)
