@@ -1,6 +1,6 @@
 """The published formulation of gradient filtering in plain PyTorch operators, as a column of its own.
 
-:mod:`gf_tvm.reference`, the column "plain", computes the same with the same kinds of operators: average pooling of
+:mod:`gf_tvm.core.reference`, the column "plain", computes the same with the same kinds of operators: average pooling of
 grad_y, x~ as sums, one product for each of the two gradients, expansion. Three things differ, and are as published
 here (Yang, Li, Marculescu, "Efficient On-device Training via Gradient Filtering", CVPR 2023, and its public code): W~
 is summed in the forward pass and kept, so it costs the backward pass nothing; maps are padded inside the pooling; and
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gf_tvm import reference
+from gf_tvm.comparison.convolutions import Data, Other
+from gf_tvm.core import reference
 from gf_tvm.shapes import Case
-from gf_tvm.variants import Data, Other
 
 
 def published(case: Case, data: Data) -> Other | None:

@@ -16,13 +16,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gf_tvm import machine
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import FarmError, GfTvmError
 from gf_tvm.farm.protocol import Address, TrackerLost
 from gf_tvm.farm.server import versions
 from gf_tvm.farm.tracker import boards
-from gf_tvm.geometry import Geometry
-from gf_tvm.workload import Workload
+from gf_tvm.machine import cpu
 
 
 class UsageError(GfTvmError):
@@ -65,8 +65,8 @@ def conditions() -> dict[str, Any]:
     """Where and when this runs."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cpu": machine.cpu_model(),
-        "cores": machine.usable_cores(),
+        "cpu": cpu.cpu_model(),
+        "cores": cpu.usable_cores(),
         "load_before": [round(value, 2) for value in os.getloadavg()],
         "versions": versions(),
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 from _own_process import ask, reset_peak
 
-from gf_tvm.chain_variants import VARIANTS
+from gf_tvm.comparison.chain_variants import VARIANTS
 
 _MMAP_THRESHOLD = -3  # of malloc.h
 
@@ -41,7 +41,7 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     from chains import networks
 
     import gf_tvm
-    from gf_tvm import machine
+    from gf_tvm.machine import cpu
     from gf_tvm.training.trainer import freeze
 
     if ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16) != 1:
@@ -57,9 +57,9 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     step()
     if reason := reset_peak():
         return {"reason": reason}
-    before = machine.peak_bytes()
+    before = cpu.peak_bytes()
     step()
-    after = machine.peak_bytes()
+    after = cpu.peak_bytes()
     if before is None or after is None:
         return {"reason": "the system does not tell"}
     return {"bytes": after - before}

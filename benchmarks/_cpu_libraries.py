@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gf_tvm.bundle import build
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.library import Library, load
+from gf_tvm.building import build
+from gf_tvm.bundle.library import Library, load
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.runners._output import Progress
 from gf_tvm.tuning import Event, find_best, tune
-from gf_tvm.workload import Workload
 
 
 def tuned(workloads: Sequence[Workload], profile: DeviceProfile, logs: Sequence[Path], out: Path) -> Library:

@@ -14,9 +14,9 @@ from typing import Any
 
 from _own_process import ask, reset_peak
 
-from gf_tvm import machine
-from gf_tvm.library import load
-from gf_tvm.workload import Workload
+from gf_tvm.bundle.library import load
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine import cpu
 
 
 def extra_bytes(library: Path, workload: Workload, threads: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def extra_bytes(library: Path, workload: Workload, threads: int) -> dict[str, An
 def _measure(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from gf_tvm.verify import argument_specs
+    from gf_tvm.core.verify import argument_specs
 
     torch.set_num_threads(request["threads"])
     workload = Workload.from_dict(request["workload"])
@@ -43,9 +43,9 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     for _ in range(2):
         if reason := reset_peak():
             return {"reason": reason}
-        before = machine.peak_bytes()
+        before = cpu.peak_bytes()
         kernel(*tensors)
-        after = machine.peak_bytes()
+        after = cpu.peak_bytes()
         assert before is not None  # where the peak can be set back, it can be read
         assert after is not None
         calls.append(after - before)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gf_tvm.rows import LimitedHostRow
+from gf_tvm.comparison.rows import LimitedHostRow
 from gf_tvm.runners._output import format_table
 from gf_tvm.runners.compare import digits
 from gf_tvm.shapes import format_patch

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 import gf_tvm
 from gf_cuda.timing import interleaved, quantile
-from gf_tvm import reference, verify
-from gf_tvm.geometry import Geometry, Pair
-from gf_tvm.library import Kernel, Library
+from gf_tvm.bundle.library import Kernel, Library
+from gf_tvm.comparison.convolutions import ComparisonError, Data, relative_error
+from gf_tvm.core import reference, verify
+from gf_tvm.core.geometry import Geometry, Pair
+from gf_tvm.core.workload import Workload
 from gf_tvm.models import build_model, logits_of
 from gf_tvm.nn import select_layers
 from gf_tvm.shapes import Case, format_patch, model_cases
 from gf_tvm.training.measure import StepTimes
-from gf_tvm.variants import ComparisonError, Data, relative_error
-from gf_tvm.workload import Workload
 
 CLASSES = 10
 ROUNDS_LEAST, ROUNDS_MOST = 5, 200

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.devices import DeviceProfile
 from gf_tvm.errors import GfTvmError
+from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.models import build_model
 from gf_tvm.shapes import model_cases, with_dtypes, workloads_of
 

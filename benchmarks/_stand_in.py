@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from gf_tvm.farm.server import Context, Options, Server
-from gf_tvm.tuning.runner import Result
-from gf_tvm.tuning.session import Session
+from gf_tvm.tuning.measuring.runner import Result
+from gf_tvm.tuning.measuring.session import Session
 
 KEY = "stand-in"
 

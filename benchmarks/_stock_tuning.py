@@ -21,9 +21,9 @@ from typing import Any
 
 from _usage import cpu_seconds
 
-from gf_tvm.devices import get_profile
-from gf_tvm.runtime import without_torch
-from gf_tvm.workload import Workload
+from gf_tvm.bundle.runtime import without_torch
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import get_profile
 
 with without_torch():
     import tvm

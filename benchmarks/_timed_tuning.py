@@ -10,18 +10,18 @@ from typing import Any
 
 from _usage import cpu_seconds
 
-from gf_tvm import compile as compiler
+from gf_tvm.codegen import compile as compiler
+from gf_tvm.core.workload import Workload
 from gf_tvm.tuning import loop, search
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measure import Builders, Measurer
-from gf_tvm.tuning.process import CandidateFailed, Process
-from gf_tvm.tuning.runner import Options
+from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.process import CandidateFailed, Process
+from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.worker import Worker, service
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
-from gf_tvm.tuning.worker import Worker, service
-from gf_tvm.workload import Workload
 
-#: A builder's requests, for :class:`~gf_tvm.tuning.process.Process`.
+#: A builder's requests, for :class:`~gf_tvm.tuning.measuring.process.Process`.
 SERVICE = f"{__name__}:timed_service"
 
 
@@ -66,7 +66,7 @@ class TimedWorker(Worker):
 
 
 def timed_service(task: Task | None) -> Any:
-    """See :func:`gf_tvm.tuning.worker.service`."""
+    """See :func:`gf_tvm.tuning.measuring.worker.service`."""
     return service(None) if task is None else TimedWorker(task)
 
 

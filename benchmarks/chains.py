@@ -5,7 +5,7 @@
 Networks: two residual blocks of 64 to 512 channels as ResNet-18 has them at 224 x 224, with average pooling and a
 classifier behind them, and the last convolutions of whole models (``--models resnet18:4``). Their convolutions and the
 classifier are trained, batch norms are frozen. Each chain of a network is measured by ``gf_tvm.compare``, see
-``gf_tvm.chain_comparison``; filtered and chained run the kernels of one library, default schedules where no log has
+``gf_tvm.comparison.chains``; filtered and chained run the kernels of one library, default schedules where no log has
 any. ``expected`` is what bytes and operations alone promise for a chain's backward pass over that of single layers,
 1 + 180 / C at patch 2 and 1 + 730 / C at patch 4 (35 GB/s, 200 GFLOP/s); ``expected_of_chain`` is the same counted on
 the operations of this chain, with the maps of full size at its ends. ``step_peak_bytes`` is how far the memory of a
@@ -32,11 +32,11 @@ from _cpu_step import CLASSES, network
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chain_comparison import ChainCase, chain_cases, programs, workloads
-from gf_tvm.chain_variants import VARIANTS, plain_operators_wanted
 from gf_tvm.chains.piece import pieces_of
-from gf_tvm.comparison import Comparison
-from gf_tvm.geometry import Pair
+from gf_tvm.comparison.chain_variants import VARIANTS, plain_operators_wanted
+from gf_tvm.comparison.chains import ChainCase, chain_cases, programs, workloads
+from gf_tvm.comparison.run import Comparison
+from gf_tvm.core.geometry import Pair
 from gf_tvm.models.layers import BasicBlock
 from gf_tvm.nn import select_layers
 from gf_tvm.runners._output import Progress, check_results, format_table, write_json

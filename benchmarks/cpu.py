@@ -31,21 +31,21 @@ from _cpu_memory import extra_bytes
 from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, with_memory
 from _cpu_step import Layer, layers_of, measure_step, network
 
-from gf_tvm import machine
-from gf_tvm.comparison import check_request, compare
-from gf_tvm.devices import DeviceProfile
+from gf_tvm.bundle.library import Library, load
+from gf_tvm.comparison.cpu import LimitedHost, Maker, of_library
+from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.run import check_request, compare
+from gf_tvm.core.geometry import Pair
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import DeviceError
-from gf_tvm.geometry import Pair
-from gf_tvm.host_comparison import LimitedHost, Maker, of_library
-from gf_tvm.library import Library, load
+from gf_tvm.machine import cpu
+from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.report.roofline import roofline_plot
-from gf_tvm.rows import LimitedHostRow
 from gf_tvm.runners._cases import add_case_arguments, cases_from
 from gf_tvm.runners._output import Progress, check_results, write_json
 from gf_tvm.runners.build import add_logs_argument, check_logs
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import Case, parse_input, parse_patches, workloads_of
-from gf_tvm.workload import Workload
 
 #: Convolutions that --step filters unless --last says otherwise.
 STEP_LAST = 4
@@ -240,9 +240,9 @@ def head(request: Request, library: Library) -> dict[str, Any]:
     """Where a step alone was measured."""
     return {
         "schema_version": 1,
-        "machine": machine.describe(),
+        "machine": cpu.describe(),
         "threads": request.args.threads or torch.get_num_threads(),
-        "versions": machine.versions(),
+        "versions": cpu.versions(),
         "conditions": {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "library": {"file": request.bundle.name, "sha256": library.digest},
@@ -254,7 +254,7 @@ def measure_steps(request: Request, step: Step, library: Library) -> list[dict[s
     """The training step with each patch."""
     parts, found = 1000, []
     with (
-        machine.torch_threads(request.args.threads),
+        cpu.torch_threads(request.args.threads),
         Progress(parts * len(step.patches), "timing training steps", unit="part") as progress,
     ):
         for index, patch in enumerate(step.patches):
@@ -262,7 +262,7 @@ def measure_steps(request: Request, step: Step, library: Library) -> list[dict[s
             def update(part: float, before: int = parts * index) -> None:
                 progress.update(before + int(parts * part))
 
-            others = machine.OtherLoad()
+            others = cpu.OtherLoad()
             figures = measure_step(step.model, step.shape, step.last, patch, library, request.args.seconds, update)
             found.append({**figures, "other_cores": others.cores()})
     return found

@@ -21,14 +21,14 @@ from _bench import SMALL, Tracker, conditions, keep, new_parser, say, show, spre
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.runner import rpc_runner as steps
 
+from gf_tvm.core.verify import argument_specs
 from gf_tvm.farm.virtual import VirtualPi, prepare_root
-from gf_tvm.machine import usable_cores
-from gf_tvm.tuning.measure import Measurer
-from gf_tvm.tuning.ms_runner import FarmRunner
-from gf_tvm.tuning.remote import FarmOptions
-from gf_tvm.tuning.runner import Options
+from gf_tvm.machine.cpu import usable_cores
+from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.ms_runner import FarmRunner
+from gf_tvm.tuning.measuring.remote import FarmOptions
+from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.task import Candidate, WorkloadTask
-from gf_tvm.verify import argument_specs
 
 KEY = "rpi4"
 #: Of the kernels: four boards share the cores of this machine.

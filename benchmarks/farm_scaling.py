@@ -21,11 +21,11 @@ from typing import Any
 from _bench import SMALL, Tracker, conditions, keep, new_parser, say, show, spread
 from _stand_in import KEY
 
-from gf_tvm.machine import usable_cores
-from gf_tvm.tuning.measure import Builders, Measurer
-from gf_tvm.tuning.process import TICK, CandidateFailed
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.runner import Options
+from gf_tvm.machine.cpu import usable_cores
+from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.process import TICK, CandidateFailed
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
 COUNTS = (1, 2, 4, 8)

@@ -34,13 +34,13 @@ from _gpu_train import train
 
 import gf_tvm
 from gf_cuda import GfCudaError, board, get_driver
-from gf_tvm import verify
-from gf_tvm.devices import DeviceProfile, get_profile
+from gf_tvm.comparison.gpu import require_cuda
+from gf_tvm.core import verify
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import GfTvmError
-from gf_tvm.gpu_comparison import require_cuda
+from gf_tvm.machine.profiles import DeviceProfile, get_profile
 from gf_tvm.runners.compare import print_comparison
 from gf_tvm.shapes import Case, paper_cases, parse_dtypes, pick_cases, with_dtypes, workloads_of
-from gf_tvm.workload import Workload
 
 KEY = "gpu-check"
 

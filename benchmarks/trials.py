@@ -24,17 +24,17 @@ from _allocator import keep_freed_memory
 from _bench import UsageError, conditions
 from _cpu_libraries import tuned, untuned
 
-from gf_tvm.comparison import check_request, compare
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.host_comparison import LimitedHost, of_library
-from gf_tvm.rows import LimitedHostRow
+from gf_tvm.comparison.cpu import LimitedHost, of_library
+from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.run import check_request, compare
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.runners._cases import add_case_arguments, cases_from
 from gf_tvm.runners._output import Progress, check_results, format_table, write_json
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.schedules import get_space
 from gf_tvm.shapes import Case, format_patch
 from gf_tvm.tuning import Event, Summary, tune
-from gf_tvm.workload import Workload
 
 #: What counts as good as the best.
 CLOSE = 1.05

@@ -24,9 +24,9 @@ from typing import Any
 from _bench import conditions, keep, new_parser, say
 from _timed_tuning import run_ours
 
-from gf_tvm.geometry import Geometry
-from gf_tvm.machine import usable_cores
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.cpu import usable_cores
 
 RUNS = ("ours", "stock", "stock-ours")
 

@@ -7,7 +7,7 @@ from .bundle import Kernel
 
 
 def limits(row: Dict[str, Any], kernel: Kernel, peak_gflops: float, bandwidth_gbs: float) -> Dict[str, Any]:
-    """The shortest times (ms) that the limits allow; counted as ``gf_tvm.comparison.roofline`` does."""
+    """The shortest times (ms) that the limits allow; counted as ``gf_tvm.comparison.run.roofline`` does."""
     at = kernel.convolution
     # Once each: grad_y, x~ and W read, grad_x and grad_W written.
     moved = sum(argument.nbytes for argument in kernel.program.arguments if argument.name != "grad_b")

@@ -1,7 +1,7 @@
 """Bundles of kernels for NVIDIA GPUs: read, checked, and loaded onto a GPU kernel by kernel, when first needed.
 
 A bundle is a zip file of a manifest and, for each kernel, its CUDA source and the machine code made of it.
-``gf-tvm build --device jetson-nano`` writes it (``gf_tvm.bundle``); nothing of gf_tvm is needed to use it.
+``gf-tvm build --device jetson-nano`` writes it (``gf_tvm.building``); nothing of gf_tvm is needed to use it.
 """
 
 import hashlib

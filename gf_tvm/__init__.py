@@ -6,53 +6,52 @@ Names are imported on first use, so that ``import gf_tvm`` is cheap and training
 from typing import TYPE_CHECKING
 
 from ._lazy import attach
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
     from . import functional as functional
     from . import nn as nn
-    from .autograd import FallbackWarning as FallbackWarning
-    from .bundle import build as build
+    from .building import build as build
+    from .bundle.library import Library as Library
+    from .bundle.library import load as load
     from .chains import ChainReport as ChainReport
     from .chains import chains_of as chains_of
     from .chains import programs_of as programs_of
-    from .comparison import compare as compare
+    from .comparison.run import compare as compare
+    from .core.geometry import Geometry as Geometry
+    from .core.workload import Workload as Workload
     from .evaluation import EvaluateConfig as EvaluateConfig
     from .evaluation import evaluate as evaluate
-    from .geometry import Geometry as Geometry
-    from .library import Library as Library
-    from .library import load as load
     from .nn import FilteredConv2d as FilteredConv2d
     from .nn import FilterReport as FilterReport
     from .nn import filter_model as filter_model
     from .nn import filter_report as filter_report
     from .nn import select_layers as select_layers
     from .nn import unfilter_model as unfilter_model
+    from .ops.operators import FallbackWarning as FallbackWarning
     from .tuning import tune as tune
-    from .workload import Workload as Workload
-
-__version__ = "0.1.0"
 
 #: Where each name lives; "" marks a module of its own.
 _HOMES = {
     "ChainReport": "chains",
     "EvaluateConfig": "evaluation",
-    "FallbackWarning": "autograd",
+    "FallbackWarning": "ops.operators",
     "FilterReport": "nn",
     "FilteredConv2d": "nn",
-    "Geometry": "geometry",
-    "Library": "library",
-    "Workload": "workload",
-    "build": "bundle",
+    "Geometry": "core.geometry",
+    "Library": "bundle.library",
+    "Workload": "core.workload",
+    "build": "building",
     "chains_of": "chains",
     "programs_of": "chains",
-    "compare": "comparison",
+    "compare": "comparison.run",
     "errors": "",
     "evaluate": "evaluation",
     "filter_model": "nn",
     "filter_report": "nn",
     "functional": "",
-    "load": "library",
+    "load": "bundle.library",
     "nn": "",
     "select_layers": "nn",
     "tune": "tuning",

@@ -15,13 +15,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .chains.model import chain_model, check_means, unchain_model
+from .core.geometry import Pair, as_pair
 from .errors import ModelError
-from .filtered import FilteredConv2d as FilteredConv2d
-from .filtered import Patch, check_library
-from .geometry import Pair, as_pair
+from .ops.module import FilteredConv2d as FilteredConv2d
+from .ops.module import Patch, check_library
 
 if TYPE_CHECKING:
-    from .library import Library
+    from .bundle.library import Library
 
 logger = logging.getLogger("gf_tvm")
 

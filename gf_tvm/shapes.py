@@ -1,8 +1,8 @@
 """Which convolutions to tune, compile and compare: the paper's cases, a shapes file, or the layers of a model.
 
 A shapes file is JSON: an object whose ``cases`` list holds one object per convolution. The fields of
-:class:`~gf_tvm.geometry.Geometry`, ``dtype`` and ``patches`` may stand in the head (then they hold for every case) or
-in a case (then they override the head); ``name`` belongs to a case, ``source`` (free text) to the head.
+:class:`~gf_tvm.core.geometry.Geometry`, ``dtype`` and ``patches`` may stand in the head (then they hold for every case)
+or in a case (then they override the head); ``name`` belongs to a case, ``source`` (free text) to the head.
 ``gf_tvm/data/paper_cases.json`` is an example. Nothing here imports TVM.
 """
 
@@ -19,9 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .core.geometry import Geometry, Pair, as_pair
+from .core.workload import DTYPES, Workload
 from .errors import GeometryError, ModelError
-from .geometry import Geometry, Pair, as_pair
-from .workload import DTYPES, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Case:
     Args:
         name: readable; cases that differ in nothing but the patch share it.
         geometry: shapes and patch; n >= 1.
-        dtype: storage dtype of x, y, W and their gradients, one of :data:`~gf_tvm.workload.DTYPES`.
+        dtype: storage dtype of x, y, W and their gradients, one of :data:`~gf_tvm.core.workload.DTYPES`.
         layers: the model's layers that have this geometry; empty for a case from a file.
         first: the input of one of these layers needs no gradient, because nothing before it is trained.
     """

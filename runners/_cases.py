@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..bundle import Program
-    from ..chain_comparison import ChainCase
+    from ..building import Program
+    from ..comparison.chains import ChainCase
     from ..shapes import Case
 
 #: With --model.
@@ -52,7 +52,7 @@ def add_chain_argument(
 
 def chains_from(args: argparse.Namespace) -> list[ChainCase]:
     """The model of the options, to be measured chain by chain. Raises GeometryError and ModelError."""
-    from ..chain_comparison import chain_cases
+    from ..comparison.chains import chain_cases
     from ..errors import GeometryError, ModelError
     from ..shapes import parse_dtypes, parse_patches
 

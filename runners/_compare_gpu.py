@@ -8,13 +8,13 @@ from ._output import format_table
 from .compare import digits, label
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
-    from ..rows import GpuRow
+    from ..comparison.rows import GpuRow
+    from ..comparison.run import Comparison
 
 
 def print_gpu(result: Comparison) -> None:
     """Two tables and what has to be said about them."""
-    from ..rows import GpuRow
+    from ..comparison.rows import GpuRow
 
     rows = [row for row in result.rows if isinstance(row, GpuRow)]
     _print_times(rows)

@@ -53,7 +53,7 @@ def check_results(json_file: Path | None, plot_file: Path | None) -> None:
         if path is not None:
             check_writable(path)
     if plot_file is not None:
-        from ..plot import check_plot  # here, because commands that draw nothing do without matplotlib
+        from ..comparison.plot import check_plot  # here, because commands that draw nothing do without matplotlib
 
         check_plot(plot_file)
 

@@ -12,9 +12,9 @@ from ._cases import add_case_arguments, add_chain_argument, cases_from, programs
 from ._output import OutputError, Progress, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
-    from ..bundle import BuildReport, BuiltKernel, Program
-    from ..devices import DeviceProfile
-    from ..workload import Workload
+    from ..building import BuildReport, BuiltKernel, Program
+    from ..core.workload import Workload
+    from ..machine.profiles import DeviceProfile
 
 
 def add_parser(subparsers: Any) -> None:
@@ -65,7 +65,7 @@ def check_logs(logs: list[Path]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..devices import get_profile
+    from ..machine.profiles import get_profile
     from ..shapes import workloads_of
 
     for path in (args.out, args.json):
@@ -122,7 +122,7 @@ def build_with_progress(
     workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path, programs: Sequence[Program] = ()
 ) -> BuildReport:
     """:func:`gf_tvm.build`, with a progress bar."""
-    from ..bundle import BuiltKernel, build
+    from ..building import BuiltKernel, build
 
     with Progress(len(workloads) + len(programs), "building", unit="kernel") as progress:
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .. import __version__
+from .._version import __version__
 from ..errors import GfTvmError
 
 #: One module of this package each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``.

@@ -13,11 +13,11 @@ from ._output import Progress, check_results, format_table, write_json
 from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
 
 if TYPE_CHECKING:
-    from ..bundle import Program
-    from ..chain_comparison import ChainCase
-    from ..comparison import Comparison
-    from ..library import Library
-    from ..rows import ChainRow, Row
+    from ..building import Program
+    from ..bundle.library import Library
+    from ..comparison.chains import ChainCase
+    from ..comparison.rows import ChainRow, Row
+    from ..comparison.run import Comparison
     from ..shapes import Case
 
 
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..comparison import check_request, compare
+    from ..comparison.run import check_request, compare
 
     check_results(args.json, args.plot)
     check_logs(args.logs)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, result.to_dict())
     if args.plot is not None:
-        from ..plot import plot
+        from ..comparison.plot import plot
 
         plot(result, args.plot)
     return 0
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: Any) -> Library:
     """The bundle that was named, or one that is built from the logs and forgotten after this run."""
-    from ..library import load
+    from ..bundle.library import load
     from ..shapes import workloads_of
 
     if args.library is not None:
@@ -92,7 +92,7 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[C
     workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
     programs: list[Program] = []
     if chains:
-        from .. import chain_comparison
+        from ..comparison import chains as chain_comparison
 
         workloads = list(dict.fromkeys([*workloads, *chain_comparison.workloads(chains)]))
         programs += chain_comparison.programs(chains)

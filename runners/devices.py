@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._output import check_writable, format_table, write_json
 
 if TYPE_CHECKING:
-    from ..devices import DeviceProfile
+    from ..machine.profiles import DeviceProfile
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,8 +35,8 @@ def _cpu(profile: DeviceProfile) -> tuple[object, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..devices import get_profile, list_profiles, runs_here
     from ..errors import DeviceError
+    from ..machine.profiles import get_profile, list_profiles, runs_here
 
     if args.json is not None:
         check_writable(args.json)

@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json)
 
+    from ..bundle.library import load
     from ..evaluation.evaluator import evaluate
-    from ..library import load
-    from ..machine import torch_threads
+    from ..machine.cpu import torch_threads
 
     library = None if args.library is None else load(args.library)
     with _Lines() as lines, torch_threads(args.threads):

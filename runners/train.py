@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.geometry import Pair
 from ..errors import GeometryError
-from ..geometry import Pair
 from ..shapes import parse_patches
 from ..training.config import AMP, CACHES, CHAIN_MEANS, SCHEDULES, TrainConfig
 from ._config import add_config_option
@@ -146,8 +146,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the parsed arguments say. Returns the exit code; raises GfTvmError for a user's mistake."""
-    from ..library import load
-    from ..machine import torch_threads
+    from ..bundle.library import load
+    from ..machine.cpu import torch_threads
     from ..training.metrics import JsonLines, Metrics, Sink, TensorBoard
     from ..training.results import SCHEMA
     from ..training.trainer import train_variants

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cases import add_case_arguments, add_chain_argument, cases_from
-from ._farm import add_tracker_arguments, environment_tracker, tracker_address
 from ._output import Progress, check_writable, format_table, write_json
 from .build import check_logs
+from .farm._arguments import add_tracker_arguments, environment_tracker, tracker_address
 
 if TYPE_CHECKING:
+    from ..core.workload import Workload
     from ..tuning import Event, Summary
-    from ..tuning.remote import FarmOptions
-    from ..workload import Workload
+    from ..tuning.measuring.remote import FarmOptions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -155,7 +155,7 @@ def _farm_options(args: argparse.Namespace) -> FarmOptions | None:
     if args.tracker is None or (here and args.tracker == environment_tracker()):
         return None
     from ..errors import FarmError
-    from ..tuning.remote import FarmOptions
+    from ..tuning.measuring.remote import FarmOptions
 
     if args.key is None:
         raise FarmError("--tracker needs --key KEY, the kind of board; gf-tvm farm status lists the keys")

@@ -7,13 +7,14 @@ from typing import Any
 
 from tvm import s_tir
 
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.geometry import Geometry, ceil_div, pad
-from gf_tvm.kernels import definition, dense, depthwise, forward, on_grid
-from gf_tvm.kernels.emit import PARALLEL_WORK
-from gf_tvm.kernels.simd import item_bytes
-from gf_tvm.kernels.sweep import Tiles, split
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry, ceil_div, pad
+from gf_tvm.core.workload import Workload
+from gf_tvm.kernels import definition
+from gf_tvm.kernels.cpu import dense, depthwise, forward, on_grid
+from gf_tvm.kernels.cpu.emit import PARALLEL_WORK
+from gf_tvm.kernels.cpu.simd import item_bytes
+from gf_tvm.kernels.cpu.sweep import Tiles, split
+from gf_tvm.machine.profiles import DeviceProfile
 
 from .space import Config, Space
 
@@ -109,7 +110,7 @@ def _rows(geometry: Geometry, least: int, most: int) -> tuple[int, ...]:
 def backward(workload: Workload, profile: DeviceProfile) -> Space:
     """The backward pass, or one of its products on the patch grid, as a sweep.
 
-    Knobs are those of :class:`gf_tvm.kernels.sweep.Tiles`, vectors in registers. ``rows`` 0: the work is shared by
+    Knobs are those of :class:`gf_tvm.kernels.cpu.sweep.Tiles`, vectors in registers. ``rows`` 0: the work is shared by
     channels, and the whole batch is one block.
     """
     geometry, lanes = workload.geometry, profile.lanes

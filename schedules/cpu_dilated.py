@@ -1,4 +1,4 @@
-"""Schedules of dilated convolutions' backward pass on CPUs, for the stages of :mod:`gf_tvm.kernels.dilated`."""
+"""Schedules of dilated convolutions' backward pass on CPUs, for the stages of :mod:`gf_tvm.kernels.cpu.dilated`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import tvm
 from tvm import s_tir
 
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.geometry import Geometry, ceil_div
-from gf_tvm.kernels import dilated
-from gf_tvm.kernels.emit import PARALLEL_WORK
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry, ceil_div
+from gf_tvm.core.workload import Workload
+from gf_tvm.kernels.cpu import dilated
+from gf_tvm.kernels.cpu.emit import PARALLEL_WORK
+from gf_tvm.machine.profiles import DeviceProfile
 
 from .space import Config, Space
 
@@ -71,7 +71,7 @@ def _parallel_outer(sch: s_tir.Schedule, block: Any, count: int) -> None:
 
 
 def backward(workload: Workload, profile: DeviceProfile) -> Space:
-    """``backward`` and ``backward_input``; knobs: :class:`gf_tvm.kernels.dilated.Tiles`, chunks, unrolling."""
+    """``backward`` and ``backward_input``; knobs: :class:`gf_tvm.kernels.cpu.dilated.Tiles`, chunks, unrolling."""
     geometry, lanes = workload.geometry, profile.lanes
     if geometry.depthwise:
         return Space({}, {}, lambda _: _depthwise_schedule(workload))

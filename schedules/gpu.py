@@ -10,9 +10,9 @@ from typing import Any
 
 from tvm import s_tir
 
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.kernels import gpu
-from gf_tvm.workload import Workload
+from gf_tvm.core.workload import Workload
+from gf_tvm.kernels.gpu import unfused
+from gf_tvm.machine.profiles import DeviceProfile
 
 from .gpu_maps import (
     bind_threads,
@@ -34,14 +34,14 @@ def get_space(workload: Workload, profile: DeviceProfile) -> Space:
     """The space of ``workload`` on a GPU."""
     geometry, kernel = workload.geometry, workload.kernel
     if kernel.startswith("backward"):
-        return _depthwise(workload) if geometry.depthwise else products(workload, profile, gpu.backward)
+        return _depthwise(workload) if geometry.depthwise else products(workload, profile, unfused.backward)
     if kernel in ("input_grad", "weight_grad"):
-        return products(workload, profile, gpu.input_grad if kernel == "input_grad" else gpu.weight_grad)
+        return products(workload, profile, unfused.input_grad if kernel == "input_grad" else unfused.weight_grad)
     if kernel == "filter_input":
         return _filter_input(workload)
     if kernel == "filter_grad":
-        return _map_space(workload, gpu.filter_grad)
-    return _map_space(workload, gpu.expand)
+        return _map_space(workload, unfused.filter_grad)
+    return _map_space(workload, unfused.expand)
 
 
 def _map_space(workload: Workload, define: Any) -> Space:
@@ -69,7 +69,7 @@ def _depthwise(workload: Workload) -> Space:
     geometry = workload.geometry
 
     def build(config: Config) -> s_tir.Schedule:
-        sch = new_schedule(gpu.depthwise_backward(workload))
+        sch = new_schedule(unfused.depthwise_backward(workload))
         g = sch.get_sblock("g")
         map_of_sums(sch, g, 4, config["threads"])
         pool(sch, sch.get_sblock("pixels"), g, mean_vector(geometry))
@@ -97,7 +97,7 @@ def _filter_input(workload: Workload) -> Space:
     lengths = tuple(size for size in (16, 32, 64) if size < 2 * max(patches, 16))
 
     def build(config: Config) -> s_tir.Schedule:
-        sch = new_schedule(gpu.filter_input(workload))
+        sch = new_schedule(unfused.filter_input(workload))
         out, pixels = sch.get_sblock("filtered_x"), sch.get_sblock("pixels")
         if geometry.depthwise:
             map_of_sums(sch, out, 4, config["threads"])

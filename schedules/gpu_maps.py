@@ -10,8 +10,8 @@ from typing import Any
 import tvm
 from tvm import s_tir
 
-from gf_tvm.geometry import Geometry
-from gf_tvm.kernels.gpu import SUM_THREADS
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.kernels.gpu.unfused import SUM_THREADS
 
 #: Threads of a block where there is nothing to choose.
 THREADS = 256
@@ -98,7 +98,7 @@ def store_patch(sch: s_tir.Schedule, grad_x: Any, geometry: Geometry) -> None:
 
 
 def channel_sum(sch: s_tir.Schedule, name: str, last: str, maps: int) -> None:
-    """Schedule the steps of gf_tvm.kernels.gpu's sums over channels; ``last`` stores what ``NAME_sum`` has summed."""
+    """Schedule the steps of :mod:`gf_tvm.kernels.gpu`'s sums over channels; ``last`` stores ``NAME_sum``'s result."""
     at = None
     for step in ("block", "last", "threads"):
         block = sch.get_sblock(f"{name}_{step}")

@@ -11,11 +11,11 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.geometry import Geometry, ceil_div, pad
-from gf_tvm.kernels import gpu_fused
-from gf_tvm.kernels.gpu import Tiles
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry, ceil_div, pad
+from gf_tvm.core.workload import Workload
+from gf_tvm.kernels.gpu import fused as gpu_fused
+from gf_tvm.kernels.gpu.unfused import Tiles
+from gf_tvm.machine.profiles import DeviceProfile
 
 from .gpu_maps import (
     THREADS,
@@ -46,7 +46,7 @@ def products(workload: Workload, profile: DeviceProfile, define: Any) -> Space:
 
     Knobs, for the product of grad_x: tile of patches ``m`` and of channels ``ci``, step ``k`` of its sum, patches
     ``tm`` and channels ``tc`` of one thread, of which ``vm`` patches side by side; ``fuse``: pool grad_y in the same
-    kernel (:mod:`gf_tvm.kernels.gpu_fused`), where one tile spans the channels. For grad_W: tiles ``wo`` and ``wi``,
+    kernel (:mod:`gf_tvm.kernels.gpu.fused`), where one tile spans the channels. For grad_W: tiles ``wo`` and ``wi``,
     step ``wk``, ``to`` and ``ti`` of one thread, ``splits`` of its sum over patches.
     """
     geometry = workload.geometry

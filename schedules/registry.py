@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-from gf_tvm.devices import DeviceProfile
-from gf_tvm.workload import Workload
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import DeviceProfile
 
 from . import cpu, cpu_dilated, gpu
 from .space import Space

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from gf_tvm.devices import DeviceProfile, get_profile
 from gf_tvm.errors import DeviceError
+from gf_tvm.machine.profiles import DeviceProfile, get_profile
 
 # Under emulation or load an example takes as long as it takes.
 settings.register_profile("gf_tvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

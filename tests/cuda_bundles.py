@@ -16,8 +16,8 @@ from torch import Tensor
 
 import gf_cuda.tensors
 from gf_cuda import nvrtc
-from gf_tvm import verify
-from gf_tvm.workload import Workload
+from gf_tvm.core import verify
+from gf_tvm.core.workload import Workload
 
 _SOURCE = """
 #ifdef HALF

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gf_tvm.library
-from gf_tvm import reference
-from gf_tvm.geometry import Geometry
-from gf_tvm.workload import Workload
+import gf_tvm.bundle.library
+from gf_tvm.core import reference
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 
 BACKWARD = ("backward", "backward_input", "backward_weight")
 
@@ -53,13 +53,13 @@ class FakeLibrary:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return gf_tvm.library.get, (self.digest,)
+        return gf_tvm.bundle.library.get, (self.digest,)
 
 
 @contextmanager
 def loaded(*libraries: FakeLibrary) -> Iterator[None]:
-    """``gf_tvm.library.get`` knows these libraries meanwhile."""
-    registry: dict[str, Any] = gf_tvm.library._loaded
+    """``gf_tvm.bundle.library.get`` knows these libraries meanwhile."""
+    registry: dict[str, Any] = gf_tvm.bundle.library._loaded
     for library in libraries:
         assert library.digest not in registry
         registry[library.digest] = library

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gf_tvm.compile import find_linker
+from gf_tvm.codegen.compile import find_linker
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.farm.protocol import Address, TrackerConnection, TrackerLost
 from gf_tvm.farm.tracker import Board, boards_of
 from gf_tvm.farm.virtual import VirtualPi
-from gf_tvm.geometry import Geometry
 from gf_tvm.tuning.search import ConfigSearch
 from gf_tvm.tuning.task import Candidate, Config, WorkloadTask
-from gf_tvm.workload import Workload
 
 CLI = [sys.executable, "-m", "gf_tvm.runners.cli"]
 

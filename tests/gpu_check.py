@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from gf_cuda import Executable, get_driver
-from gf_tvm import cuda, verify
-from gf_tvm.devices import DeviceProfile
+from gf_tvm.codegen import cuda
+from gf_tvm.core import verify
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.schedules import get_space
-from gf_tvm.workload import Workload
 
 #: Runs a schedule on (inputs, outputs).
 Run = Callable[[Any, DeviceProfile, list[torch.Tensor], list[torch.Tensor]], None]

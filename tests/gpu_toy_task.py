@@ -190,7 +190,7 @@ class TreacherousGpuTask(WorkloadTask):
         return Points(super().space, self.acts)
 
     def export(self, schedule: Any, path: Path) -> None:
-        from gf_tvm.cuda import compile_program  # imports TVM, which those that measure do without
+        from gf_tvm.codegen.cuda import compile_program  # imports TVM, which those that measure do without
 
         act, schedule = schedule
         profile = self.profile

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gf_tvm import cuda
-from gf_tvm.devices import DeviceProfile
+from gf_tvm.codegen import cuda
+from gf_tvm.machine.profiles import DeviceProfile
 
 #: As the CUDA target of the profile, but for what OpenCL has no word for.
 _TARGET_KEYS = ("max_threads_per_block", "max_num_threads", "max_shared_memory_per_block")

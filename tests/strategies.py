@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from gf_tvm.geometry import Axis, Geometry
+from gf_tvm.core.geometry import Axis, Geometry
 
 PAIRS_1_2 = st.tuples(st.integers(1, 2), st.integers(1, 2))
 PAIRS_1_3 = st.tuples(st.integers(1, 3), st.integers(1, 3))

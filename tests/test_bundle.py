@@ -19,11 +19,12 @@ import torch
 from torch.nn import functional as F
 
 import gf_tvm
-from gf_tvm import library, verify
+from gf_tvm.bundle import library
+from gf_tvm.bundle.library import LIBRARY, MANIFEST
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import BuildError, BundleError, GeometryError
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import LIBRARY, MANIFEST
-from gf_tvm.workload import Workload
 
 GEOMETRY = Geometry(2, 8, 12, 10, 9, 3, 2, padding=1)
 WORKLOADS = [Workload(kernel, GEOMETRY) for kernel in ("filter_input", "backward", "backward_weight")]
@@ -133,7 +134,7 @@ import os, time
 from pathlib import Path
 import torch
 import gf_tvm
-from gf_tvm import verify
+from gf_tvm.core import verify
 
 def busy(call):
     def ticks():
@@ -290,7 +291,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise BuildError("linking failed")
 
-    monkeypatch.setattr("gf_tvm.compile.export", fail)
+    monkeypatch.setattr("gf_tvm.codegen.compile.export", fail)
     with pytest.raises(BuildError, match="linking failed"):
         gf_tvm.build(WORKLOADS[:1], "host", out=out)
     assert out.read_text() == "the old one"

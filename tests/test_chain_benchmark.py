@@ -9,15 +9,15 @@ from pathlib import Path
 import chains
 import pytest
 
-from gf_tvm import machine
+from gf_tvm.machine import cpu
 
 pytestmark = pytest.mark.usefixtures("host")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(machine, "sgemm_peak", lambda: 150.0)
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
     monkeypatch.setattr(chains, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
     monkeypatch.chdir(tmp_path)
 

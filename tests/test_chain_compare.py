@@ -18,22 +18,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm import chain_variants, machine, reference
-from gf_tvm.chain_comparison import ChainCase, chain_cases, measure_chains, workloads
-from gf_tvm.chain_variants import VARIANTS
 from gf_tvm.chains import chains_of, kernels, run
 from gf_tvm.chains.piece import Bound, pieces_of
-from gf_tvm.comparison import Comparison, check_request, compare
+from gf_tvm.comparison import chain_variants
+from gf_tvm.comparison.chain_variants import VARIANTS
+from gf_tvm.comparison.chains import ChainCase, chain_cases, measure_chains, workloads
+from gf_tvm.comparison.convolutions import ComparisonError, relative_error
+from gf_tvm.comparison.run import Comparison, check_request, compare
+from gf_tvm.core import reference
 from gf_tvm.errors import DeviceError, GeometryError, ModelError
-from gf_tvm.variants import ComparisonError, relative_error
+from gf_tvm.machine import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(machine, "sgemm_peak", lambda: 150.0)
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
 
 
 class Tail(nn.Module):

@@ -16,10 +16,10 @@ from test_chains import filtered_names, prepare, worst
 from torch import Tensor, nn
 
 import gf_tvm
+from gf_tvm.bundle.library import Library
 from gf_tvm.chains import chains_of, compiled, packs, run
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import Library
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,19 +20,19 @@ from test_chains import filtered_names, prepare, runs
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm import verify
+from gf_tvm.bundle.library import _launch
+from gf_tvm.bundle.runtime import load_library, start_runtime
 from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
 from gf_tvm.chains.packs import Packed
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
-from gf_tvm.compile import compile_module, export
-from gf_tvm.devices import get_profile
+from gf_tvm.codegen.compile import compile_module, export
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import BuildError
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import _launch
-from gf_tvm.runtime import load_library, start_runtime
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.schedules import registry
-from gf_tvm.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

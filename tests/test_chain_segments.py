@@ -20,14 +20,14 @@ from test_chains import filtered_names, gradients, prepare, runs, worst
 from torch import Tensor, nn
 
 import gf_tvm
+from gf_tvm.bundle.library import Library
 from gf_tvm.chains import emit_forward, run
 from gf_tvm.chains.grids import Cuts, Grid
 from gf_tvm.chains.model import plans_of
 from gf_tvm.chains.plan import Plan
 from gf_tvm.chains.segments import COVERED, Call, Segment, programs_of
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import Library
-from gf_tvm.workload import Workload
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 import gf_tvm
-from gf_tvm.devices import get_profile, list_profiles
 from gf_tvm.errors import DeviceError, GfTvmError
+from gf_tvm.machine.profiles import get_profile, list_profiles
 from gf_tvm.runners import _output, cli
 from gf_tvm.runners._output import OutputError, Progress, check_writable, format_table, write_json
 

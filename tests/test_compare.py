@@ -18,13 +18,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from gf_tvm import backends, devices, machine, reference, variants
-from gf_tvm.comparison import Comparison, compare, geometric_means, roofline
+from gf_tvm.comparison import backend, convolutions
+from gf_tvm.comparison.convolutions import (
+    ComparisonError,
+    Data,
+    Variants,
+    exact_backward,
+    measure,
+    relative_error,
+    tolerance,
+)
+from gf_tvm.comparison.plot import plot
+from gf_tvm.comparison.run import Comparison, compare, geometric_means, roofline
+from gf_tvm.core import reference
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import DeviceError, GfTvmError
-from gf_tvm.geometry import Geometry
-from gf_tvm.plot import plot
+from gf_tvm.machine import cpu, profiles
 from gf_tvm.shapes import Case
-from gf_tvm.variants import ComparisonError, Data, Variants, exact_backward, measure, relative_error, tolerance
 
 SMALL = Geometry(2, 4, 6, 9, 8, (3, 3), (2, 2), padding=(1, 1))
 
@@ -92,8 +102,8 @@ class FakeLibrary:
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits are not what is tested here, and measuring them takes seconds."""
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(machine, "sgemm_peak", lambda: 150.0)
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
 
 
 def run(cases: list[Case], library: Any = None, **options: Any) -> Comparison:
@@ -114,9 +124,9 @@ def test_rows_have_the_documented_fields() -> None:
     assert document["conditions"]["library"] == {"file": "fake.gfb", "sha256": "0" * 64}
     (row,) = document["rows"]
     expected = {
-        "name": "small", "device": devices.get_profile("host").name, "dtype": "float32", "n": 2, "ci": 4, "co": 6,
+        "name": "small", "device": profiles.get_profile("host").name, "dtype": "float32", "n": 2, "ci": 4, "co": 6,
         "h": 9, "w": 8, "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1,
-        "patch": [2, 2], "baseline": "onednn" if machine.has_onednn() else "torch",
+        "patch": [2, 2], "baseline": "onednn" if cpu.has_onednn() else "torch",
         "schedule": "tuned", "filter_input_schedule": "tuned",
         "saved_bytes_baseline": 2 * 4 * 9 * 8 * 4, "saved_bytes_gf_tvm": 2 * 4 * 5 * 4 * 4,
     }  # fmt: skip
@@ -152,7 +162,7 @@ def test_default_schedules_are_said() -> None:
 def test_right_kernels_pass_the_check(geometry: Geometry, dtype: str) -> None:
     case = Case("case", geometry, dtype)
     data = Data.random(case)
-    variants.check_baseline(case, data)
+    convolutions.check_baseline(case, data)
     with torch.no_grad():
         error = Variants(case, data, FakeLibrary([case])).check()  # type: ignore[arg-type]
     assert error <= tolerance(dtype, 1000)
@@ -195,7 +205,7 @@ def test_a_wrong_kernel_is_refused_before_anything_is_timed(
     kernel: str, how: Callable[..., None], output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[Any] = []
-    monkeypatch.setattr(backends, "measure", lambda *arguments: timed.append(arguments))
+    monkeypatch.setattr(backend, "measure", lambda *arguments: timed.append(arguments))
     case = Case("small", SMALL)
     with pytest.raises(ComparisonError, match=f"case small R2: {output} of gf_tvm is wrong") as caught:
         run([case], FakeLibrary([case], {kernel: how}))
@@ -218,7 +228,7 @@ def test_a_wrong_baseline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         grad_x, grad_w = exact_backward(grad_y, x, weight, geometry)
         return grad_x, grad_w if x.dtype == torch.float64 else 1.01 * grad_w
 
-    monkeypatch.setattr(variants, "exact_backward", wrong)
+    monkeypatch.setattr(convolutions, "exact_backward", wrong)
     with pytest.raises(ComparisonError, match="grad_W of the exact backward is wrong"):
         run([Case("small", SMALL)])
 
@@ -268,7 +278,7 @@ def test_tolerance_can_fail() -> None:
 
 def test_patches_of_one_convolution_share_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    monkeypatch.setattr(backends, "measure", lambda calls, *rest: runs.append(list(calls)) or measure(calls, *rest))
+    monkeypatch.setattr(backend, "measure", lambda calls, *rest: runs.append(list(calls)) or measure(calls, *rest))
     cases = [Case("a", replace(SMALL, patch=patch)) for patch in ((2, 2), (4, 4))] + [Case("b", replace(SMALL, n=1))]
     rows = run(cases, FakeLibrary(cases)).rows
     assert [calls.count("baseline") for calls in runs] == [1, 1]
@@ -297,7 +307,7 @@ def test_measure_interleaves_and_varies_the_order() -> None:
 def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     clock = [0.0]
-    monkeypatch.setattr(variants, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(convolutions, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def call(name: str, seconds: float) -> None:
         clock[0] += seconds
@@ -318,20 +328,20 @@ def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch:
 
 def test_measure_makes_the_least_repeats_without_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 5
-    monkeypatch.setattr(variants, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(convolutions, "SLOW_SECONDS", 0.0)
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 3
 
 
 def test_median_and_quartiles() -> None:
-    timing = variants.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
+    timing = convolutions.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
     assert timing.median == pytest.approx(3)
     assert timing.quartiles == pytest.approx((2, 4))
 
 
 def test_limits_are_the_best_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     bandwidths, peaks = iter((10.0, 20.0)), iter((200.0, 100.0))
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: next(bandwidths))
-    monkeypatch.setattr(machine, "sgemm_peak", lambda: next(peaks))
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: next(bandwidths))
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: next(peaks))
     result = run([Case("small", SMALL)])
     assert (result.bandwidth_gbs, result.peak_gflops) == (20.0, 200.0)
     assert result.rows[0].roofline_ms == roofline(SMALL, "float32", 200.0, 20.0)[0]
@@ -413,28 +423,28 @@ def test_bad_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(cpu, "available_bytes", lambda: 10_000)
     with pytest.raises(ComparisonError, match=r"case huge needs about 10\.5 GB of memory"):
         run([Case("huge", Geometry(32, 128, 128, 250, 320, (3, 3), (2, 2), padding=(1, 1)))])
 
 
 def test_machine_description() -> None:
-    described = json.loads(json.dumps(machine.describe()))
+    described = json.loads(json.dumps(cpu.describe()))
     assert described["cpu"]
     assert described["cores"] >= 1
-    assert set(machine.versions()) >= {"python", "torch", "apache-tvm", "gf-tvm"}
+    assert set(cpu.versions()) >= {"python", "torch", "apache-tvm", "gf-tvm"}
 
 
 def test_other_load_is_what_this_process_did_not_use() -> None:
     """Two busy children against this process alone, in hundredths of a second of a clock that ticks at 100 Hz."""
-    load = machine.OtherLoad()
+    load = cpu.OtherLoad()
     end = time.process_time() + 0.3
     while time.process_time() < end:
         pass
     alone = load.cores()
     if alone is None:
         pytest.skip("this system does not say")
-    load = machine.OtherLoad()
+    load = cpu.OtherLoad()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True, timeout=60)
     found = load.cores()
     assert found is not None
@@ -443,22 +453,22 @@ def test_other_load_is_what_this_process_did_not_use() -> None:
 
 def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 28)
-    assert 0.1 < machine.copy_bandwidth(0.01) < 10_000
-    assert 0.1 < machine.sgemm_peak(0.01) < 1_000_000
+    monkeypatch.setattr(cpu, "available_bytes", lambda: 1 << 28)
+    assert 0.1 < cpu.copy_bandwidth(0.01) < 10_000
+    assert 0.1 < cpu.sgemm_peak(0.01) < 1_000_000
 
 
 def test_the_peak_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = {name: product() for name, product in machine.products(96).items()}
-    assert set(found) == {"torch.mm", "oneDNN"} if machine.has_onednn() else {"torch.mm"}
+    found = {name: product() for name, product in cpu.products(96).items()}
+    assert set(found) == {"torch.mm", "oneDNN"} if cpu.has_onednn() else {"torch.mm"}
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(96, 96, generator=generator) for _ in range(2))
     assert torch.allclose(found["torch.mm"], a @ b, atol=1e-4)
     if "oneDNN" in found:  # the layer of a linear map: y = x W^T
         assert torch.allclose(found["oneDNN"].to_dense(), a @ b.T, atol=1e-4)
-    monkeypatch.setattr(machine, "sgemm_rates", lambda seconds=1.0: {"torch.mm": 10.0, "oneDNN": 20.0})
-    assert machine.sgemm_peak() == 20.0
+    monkeypatch.setattr(cpu, "sgemm_rates", lambda seconds=1.0: {"torch.mm": 10.0, "oneDNN": 20.0})
+    assert cpu.sgemm_peak() == 20.0
 
 
 def test_plot(tmp_path: Path) -> None:

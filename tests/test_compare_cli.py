@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from gf_tvm import bundle as bundle_module
-from gf_tvm import library as library_module
-from gf_tvm import machine
-from gf_tvm.devices import get_profile
-from gf_tvm.library import load
+from gf_tvm import building as bundle_module
+from gf_tvm.bundle import library as library_module
+from gf_tvm.bundle.library import load
+from gf_tvm.machine import cpu
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners.cli import main
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -27,8 +27,8 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(machine, "sgemm_peak", lambda: 150.0)
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
     monkeypatch.chdir(tmp_path)
     Path("shapes.json").write_text(json.dumps(SHAPES))
 

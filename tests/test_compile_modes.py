@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import gf_tvm
 from gf_tvm.chains import model as chain_model
-from gf_tvm.functional import conv2d
-from gf_tvm.geometry import Geometry
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.ops.functional import conv2d
 
 GEOMETRIES = {
     "plain": Geometry(2, 3, 4, 8, 7, 3, 2, 1, 1),
@@ -225,7 +225,7 @@ def test_filtering_after_compilation_takes_effect() -> None:
 
 
 def test_fallback_is_said_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gf_tvm.autograd._said", set())
+    monkeypatch.setattr("gf_tvm.ops.operators._said", set())
     model = small_model(None)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings(record=True) as caught:

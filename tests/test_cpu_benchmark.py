@@ -21,17 +21,19 @@ import pytest
 import torch
 from _authors import published
 
-from gf_tvm import machine, reference, variants
-from gf_tvm.comparison import compare, roofline, traffic
-from gf_tvm.devices import get_profile
+from gf_tvm.bundle.library import load
+from gf_tvm.comparison import convolutions as variants
+from gf_tvm.comparison.convolutions import ComparisonError, Data, Other, relative_error
+from gf_tvm.comparison.cpu import LimitedHost
+from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.run import compare, roofline, traffic
+from gf_tvm.core import reference
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GfTvmError
-from gf_tvm.geometry import Geometry
-from gf_tvm.host_comparison import LimitedHost
-from gf_tvm.library import load
+from gf_tvm.machine import cpu as machine
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.report.roofline import roofline_plot
-from gf_tvm.rows import LimitedHostRow
 from gf_tvm.shapes import Case, workloads_of
-from gf_tvm.variants import ComparisonError, Data, Other, relative_error
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -377,7 +379,7 @@ def test_interrupted_runs_leave_files_as_they_were(
 
 def test_a_library_of_the_user_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that lacks some kernels: their rows say so, and the table has dashes."""
-    from gf_tvm.bundle import build
+    from gf_tvm.building import build
 
     case = Case("depthwise", Geometry(2, 8, 8, 9, 8, (3, 3), (2, 2), padding=(1, 1), groups=8))
     report = build(workloads_of([case]), out=tmp_path / "own.gfb", shipped=False)
@@ -392,7 +394,7 @@ def test_a_library_of_the_user_is_measured(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_default_schedules_are_built_whatever_the_logs_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gf_tvm.bundle import build
+    from gf_tvm.building import build
 
     monkeypatch.setattr("gf_tvm.tuning.log.shipped_logs", lambda: pytest.fail("looked at the shipped logs"))
     workload = workloads_of([Case("small", SMALL)])[0]

@@ -23,15 +23,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from strategies import SEEDS, geometries
 
 import gf_tvm
-from gf_tvm import verify
-from gf_tvm.compile import compile_module, export, find_linker
-from gf_tvm.devices import get_profile
+from gf_tvm.bundle.library import LIBRARY, MANIFEST
+from gf_tvm.codegen.compile import compile_module, export, find_linker
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import BuildError, BundleError
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import LIBRARY, MANIFEST
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners import cli
 from gf_tvm.schedules import get_space
-from gf_tvm.workload import Workload
 
 RPI4 = get_profile("rpi4")
 GEOMETRY = Geometry(2, 16, 24, 14, 14, 3, 2, padding=1)
@@ -172,9 +172,11 @@ def test_the_target_is_tvms_tag() -> None:
 
 def test_host_on_an_arm_machine_is_not_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    monkeypatch.setattr("gf_tvm.devices.cpu_flags", lambda: frozenset({"fp", "asimd", "evtstrm", "crc32", "cpuid"}))
+    monkeypatch.setattr(
+        "gf_tvm.machine.profiles.cpu_flags", lambda: frozenset({"fp", "asimd", "evtstrm", "crc32", "cpuid"})
+    )
     assert get_profile("host").name == "aarch64"
-    assert gf_tvm.devices.runs_here(RPI4)
+    assert gf_tvm.machine.profiles.runs_here(RPI4)
 
 
 # --------------------------------------------------------------------------------------------------------------- spaces

@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gf_cuda import compile_source, nvrtc
-from gf_tvm import cuda
-from gf_tvm.cubin import Resources, read_resources
-from gf_tvm.devices import DeviceProfile, get_profile
+from gf_tvm.codegen import cuda
+from gf_tvm.codegen.cubin import Resources, read_resources
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import KERNELS, Workload
 from gf_tvm.errors import BuildError
-from gf_tvm.geometry import Geometry
+from gf_tvm.machine.profiles import DeviceProfile, get_profile
 from gf_tvm.schedules import get_space
 from gf_tvm.shapes import paper_cases
-from gf_tvm.workload import KERNELS, Workload
 
 NANO = get_profile("jetson-nano")
 SMALL = Geometry(2, 16, 16, 16, 16, (3, 3), (2, 2), (1, 1), (1, 1))

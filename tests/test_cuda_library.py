@@ -20,13 +20,13 @@ from torch.nn import functional as F
 import gf_cuda
 import gf_tvm
 from gf_cuda.bundle import Kernel
-from gf_tvm import verify
-from gf_tvm.cuda_library import CudaKernel
+from gf_tvm.bundle.cuda_library import CudaKernel
+from gf_tvm.bundle.library import Library
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import BuildError, BundleError, DeviceError, GeometryError, ModelError
-from gf_tvm.geometry import Geometry
-from gf_tvm.library import Library
 from gf_tvm.runners.cli import main
-from gf_tvm.workload import Workload
 
 GEOMETRY = Geometry(2, 4, 6, 9, 8, 3, 2, padding=1)
 BACKWARD = ("backward", "backward_input", "backward_weight")
@@ -42,8 +42,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Emulated]:
     with emulated_cuda.environment() as emulated:
         monkeypatch.setattr("gf_cuda.driver._drivers", {})
         monkeypatch.setattr("gf_cuda.bundle._loaded", {})
-        monkeypatch.setattr("gf_tvm.library._loaded", {})
-        monkeypatch.setattr("gf_tvm.autograd._said", set())
+        monkeypatch.setattr("gf_tvm.bundle.library._loaded", {})
+        monkeypatch.setattr("gf_tvm.ops.operators._said", set())
         yield emulated
 
 

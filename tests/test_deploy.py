@@ -26,8 +26,8 @@ from gf_tvm.farm import _remote, tracker
 from gf_tvm.farm.deploy import Board, check_board, connect, make_package
 from gf_tvm.farm.doctor import FAILED, OK
 from gf_tvm.farm.ssh import Ssh, SshError, explain
-from gf_tvm.runners import _farm_deploy
 from gf_tvm.runners.cli import main
+from gf_tvm.runners.farm import deploy as _farm_deploy
 
 GF_TVM = [sys.executable, "-m", "gf_tvm.runners.cli"]
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")

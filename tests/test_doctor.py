@@ -20,13 +20,13 @@ from pathlib import Path
 import emulated_cuda
 import pytest
 
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import FarmError
 from gf_tvm.farm import _doctor_ssh, doctor, tracker
 from gf_tvm.farm.doctor import FAILED, OK, UNKNOWN, WARNING, Check, compare_versions, guarded, in_child, verify_library
-from gf_tvm.farm.sensors import Sensors
-from gf_tvm.geometry import Geometry
+from gf_tvm.machine.sensors import Sensors
 from gf_tvm.runners.cli import main
-from gf_tvm.workload import Workload
 
 FARM = Path(doctor.__file__).parent
 
@@ -325,7 +325,9 @@ def test_the_compiler_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- sent to a board --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["doctor.py", "sensors.py", "jetson.py", "_remote.py", "../errors.py", "__init__.py"])
+@pytest.mark.parametrize(
+    "name", ["doctor.py", "../machine/sensors.py", "jetson.py", "_remote.py", "../errors.py", "__init__.py"]
+)
 def test_what_is_sent_to_boards_is_python_3_7(name: str) -> None:
     ast.parse((FARM / name).read_text(), feature_version=(3, 7))
 

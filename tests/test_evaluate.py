@@ -16,13 +16,13 @@ from torch import nn
 from training_models import patterns, tiny
 
 import gf_tvm
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.evaluation import EvaluateConfig, EvaluationError, Progress, Setting, evaluate, evaluator, recommend
 from gf_tvm.evaluation.alignment import _gradients, cosine, cosines
 from gf_tvm.evaluation.config import parse_size
 from gf_tvm.evaluation.flops import Needs, count_step, exact_backward_flops, filtered_backward_flops, forward_flops
 from gf_tvm.evaluation.step import CHAINS, LOSS, kept_by_type, measure, measure_apart
 from gf_tvm.evaluation.store import Store
-from gf_tvm.geometry import Geometry
 from gf_tvm.models import build_model
 from gf_tvm.runners import cli
 from gf_tvm.training import TrainConfig, load_data, pretrain

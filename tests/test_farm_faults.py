@@ -29,13 +29,14 @@ from farm_helpers import (
 )
 from toy_task import wait_until
 
-from gf_tvm.devices import get_profile
 from gf_tvm.errors import FarmError, LogError
-from gf_tvm.tuning import loop, remote
+from gf_tvm.machine.profiles import get_profile
+from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import Record, log_path, read_log
 from gf_tvm.tuning.loop import Event, Summary, tune_tasks
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.runner import Options
+from gf_tvm.tuning.measuring import remote
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.task import TuningError
 
 Farm = tuple[TrackerProcess, list[NativeBoard]]
@@ -177,7 +178,7 @@ sys.path.insert(0, sys.argv[1])
 from test_farm_faults import HOST, QUICK
 from farm_helpers import TreacherousTask, small_workload
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
 host, port = sys.argv[3].rsplit(":", 1)
 farm = FarmOptions((host, int(port)), "here", drift=None)
 task = TreacherousTask(small_workload(), HOST)

@@ -397,7 +397,7 @@ def test_a_client_that_goes_away_frees_the_board(tracker: TrackerProcess, board:
 
 CLIENT = """
 import sys
-from gf_tvm.tuning.link import Link
+from gf_tvm.tuning.measuring.link import Link
 link = Link()
 link.hello("link")
 assert link.connect((sys.argv[1], int(sys.argv[2])), sys.argv[3], 250.0)

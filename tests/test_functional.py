@@ -17,10 +17,11 @@ from strategies import NEEDS, SEEDS, geometries, saved_tensors, tensors
 from torch import Tensor
 
 import gf_tvm
-from gf_tvm import autograd, reference
+from gf_tvm.core import reference
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import BundleError, GeometryError, GfTvmError
-from gf_tvm.functional import conv2d
-from gf_tvm.geometry import Geometry
+from gf_tvm.ops import operators
+from gf_tvm.ops.functional import conv2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = Geometry(2, 3, 4, 8, 7, 3, 2, 1, 1)
@@ -61,11 +62,11 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """As in a new process, where no fallback has been reported yet."""
-    before = set(autograd._said)
-    autograd._said.clear()
+    before = set(operators._said)
+    operators._said.clear()
     yield
-    autograd._said.clear()
-    autograd._said.update(before)
+    operators._said.clear()
+    operators._said.update(before)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -22,10 +22,10 @@ from gf_cuda import bench as command
 from gf_cuda import energy, exact, reference, timing
 from gf_cuda.bundle import Convolution
 from gf_cuda.energy import Energy
-from gf_tvm.comparison import roofline
-from gf_tvm.geometry import Geometry
-from gf_tvm.rows import GpuRow
-from gf_tvm.workload import Workload
+from gf_tvm.comparison.rows import GpuRow
+from gf_tvm.comparison.run import roofline
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 
 GEOMETRIES = [
     Geometry(3, 4, 6, 9, 8, (3, 3), (2, 2), padding=(1, 1)),

@@ -26,10 +26,10 @@ import gf_cuda
 from gf_cuda import BundleError, DriverError, NoDriverError, reference
 from gf_cuda.__main__ import main
 from gf_cuda.bundle import Bundle, Convolution, Kernel, read
-from gf_tvm import verify
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import KERNELS, Workload
 from gf_tvm.errors import GeometryError
-from gf_tvm.geometry import Geometry
-from gf_tvm.workload import KERNELS, Workload
 
 GEOMETRY = Geometry(2, 6, 8, 11, 9, 3, (5, 2), stride=2, groups=2)  # not every pixel of x is in a patch
 WORKLOADS = [Workload(kernel, GEOMETRY) for kernel in ("filter_input", "backward", "backward_weight")]

@@ -23,9 +23,9 @@ import gf_cuda
 import gf_cuda.nn
 import gf_tvm
 from gf_cuda.nn import FilteredConv2d, ModelError, filter_model, unfilter_model
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.farm.wheel import build_runtime_wheel
-from gf_tvm.geometry import Geometry
-from gf_tvm.workload import Workload
 
 GEOMETRY = Geometry(2, 4, 6, 9, 8, 3, 2, padding=1)
 UNCOVERED = Geometry(2, 4, 6, 11, 9, 3, (5, 2), stride=2, groups=2)

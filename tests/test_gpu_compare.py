@@ -21,16 +21,19 @@ from torch import Tensor
 import gf_cuda
 from gf_cuda import board, energy, timing
 from gf_cuda import exact as exact_module
-from gf_tvm import comparison, devices, gpu_comparison, variants
-from gf_tvm.comparison import compare
+from gf_tvm.comparison import convolutions as variants
+from gf_tvm.comparison import gpu as gpu_comparison
+from gf_tvm.comparison import run as comparison
+from gf_tvm.comparison.convolutions import ComparisonError, Data, exact_backward
+from gf_tvm.comparison.gpu import Graphics
+from gf_tvm.comparison.rows import GpuRow
+from gf_tvm.comparison.run import compare
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import DeviceError
-from gf_tvm.geometry import Geometry
-from gf_tvm.gpu_comparison import Graphics
-from gf_tvm.rows import GpuRow
+from gf_tvm.machine import profiles as devices
 from gf_tvm.runners import compare as command
 from gf_tvm.runners.cli import main
 from gf_tvm.shapes import Case
-from gf_tvm.variants import ComparisonError, Data, exact_backward
 
 SMALL = Geometry(2, 4, 6, 9, 8, (3, 3), (2, 2), padding=(1, 1))
 CASE = Case("small", SMALL)

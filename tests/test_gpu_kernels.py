@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, SEEDS, compiling, geometries, kinds
 
-from gf_tvm import verify
-from gf_tvm.devices import DeviceProfile, get_profile
-from gf_tvm.geometry import Geometry
-from gf_tvm.kernels import gpu, gpu_fused
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import KERNELS, Workload
 from gf_tvm.kernels import stages as st_
+from gf_tvm.kernels.gpu import fused, unfused
+from gf_tvm.machine.profiles import DeviceProfile, get_profile
 from gf_tvm.schedules import get_space
-from gf_tvm.workload import KERNELS, Workload
 
 NANO = get_profile("jetson-nano")
 
@@ -93,16 +93,16 @@ def test_realistic_shapes(emulated: gpu_check.Run, geometry: Geometry) -> None:
 def test_long_sums_over_a_channel(emulated: gpu_check.Run) -> None:
     """More patches than one block sums."""
     geometry = Geometry(3, 2, 2, 100, 100, (1, 1), (1, 1), groups=2)
-    assert geometry.n * 100 * 100 > 3 * gpu.SUM_THREADS * gpu.SUM_LENGTH
+    assert geometry.n * 100 * 100 > 3 * unfused.SUM_THREADS * unfused.SUM_LENGTH
     for kernel in ("filter_grad", "backward_weight"):
         error = gpu_check.error(emulated, Workload(kernel, geometry), NANO, 5)
         assert error <= 1, f"{error} times the allowed error"
 
 
-class ShortSum(gpu.Shapes):
+class ShortSum(unfused.Shapes):
     """The weight gradient's sum ends one step too early."""
 
-    def __init__(self, geometry: Geometry, tiles: gpu.Tiles) -> None:
+    def __init__(self, geometry: Geometry, tiles: unfused.Tiles) -> None:
         super().__init__(geometry, tiles)
         self.split -= tiles.wk
 
@@ -116,8 +116,8 @@ def test_a_wrong_kernel_is_caught(emulated: gpu_check.Run, monkeypatch: pytest.M
 
     assert error() <= 1
     for module, name, wrong in (
-        (gpu, "scale", lambda geometry, i, j: st_.tirx.const(0.25, "float32")),
-        (gpu_fused, "Shapes", ShortSum),
+        (unfused, "scale", lambda geometry, i, j: st_.tirx.const(0.25, "float32")),
+        (fused, "Shapes", ShortSum),
         (st_, "patch_count", lambda geometry, i, j: st_.tirx.const(4.0, "float32")),
     ):
         with monkeypatch.context() as patch:

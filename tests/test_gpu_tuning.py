@@ -16,22 +16,22 @@ from gpu_toy_task import GpuToyTask, TreacherousGpuTask, program
 from toy_task import N, wait_until
 
 from gf_cuda import CompileError, DriverError, NoCompilerError, ProgramError, compile_source
-from gf_tvm.devices import get_profile
 from gf_tvm.errors import DeviceError, FarmError
-from gf_tvm.farm.gpu import GpuInfo, check_device
-from gf_tvm.farm.sensors import Sensors
 from gf_tvm.farm.server import Context, Counters
+from gf_tvm.machine.gpu import GpuInfo, check_device
+from gf_tvm.machine.profiles import get_profile
+from gf_tvm.machine.sensors import Sensors
 from gf_tvm.runners.cli import main
-from gf_tvm.tuning import gpu_worker
-from gf_tvm.tuning.gpu_worker import GpuWorker
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
-from gf_tvm.tuning.measure import Measurer
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.runner import Options
-from gf_tvm.tuning.session import Session, task_values
+from gf_tvm.tuning.measuring import gpu_worker
+from gf_tvm.tuning.measuring.gpu_worker import GpuWorker
+from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.session import Session, task_values
+from gf_tvm.tuning.measuring.worker import Worker, service
 from gf_tvm.tuning.task import TuningError, WorkloadTask
-from gf_tvm.tuning.worker import Worker, service
 
 OPTIONS = Options(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
 
@@ -253,7 +253,7 @@ def test_tuning_on_the_gpu_of_this_machine(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("gf_tvm.machine.usable_cores", lambda: 1)  # one builder has enough to do
+    monkeypatch.setattr("gf_tvm.machine.cpu.usable_cores", lambda: 1)  # one builder has enough to do
     shapes = tmp_path / "shapes.json"
     fields = {"n": 1, "ci": 8, "co": 8, "h": 6, "w": 6, "kernel": 3, "padding": 1}
     shapes.write_text(json.dumps({"patches": [2], "cases": [fields]}))

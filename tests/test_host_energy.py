@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gf_tvm.energy import NotMeasured, find_meter, joules_a_step, rapl
+from gf_tvm.machine.energy import NotMeasured, find_meter, joules_a_step, rapl
 
 LIMIT = 1_000_000_000  # uJ
 

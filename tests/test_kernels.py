@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from strategies import KINDS, SEEDS, compiling, geometries, kinds
 from tvm.script.ir_builder import tirx as T
 
-from gf_tvm import verify
-from gf_tvm.compile import compile_module
-from gf_tvm.devices import DeviceProfile, get_profile
-from gf_tvm.geometry import Geometry
-from gf_tvm.kernels import definition, emit, on_grid, simd
-from gf_tvm.kernels.sweep import Sweep, Tiles
-from gf_tvm.library import start_runtime
+from gf_tvm.bundle.library import start_runtime
+from gf_tvm.codegen.compile import compile_module
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import DTYPES, KERNELS, Workload
+from gf_tvm.kernels import definition
+from gf_tvm.kernels.cpu import emit, on_grid, simd
+from gf_tvm.kernels.cpu.sweep import Sweep, Tiles
+from gf_tvm.machine.profiles import DeviceProfile, get_profile
 from gf_tvm.schedules import cpu, definition_hash, get_space
-from gf_tvm.workload import DTYPES, KERNELS, Workload
 
 # What runs in training; the others are checked on fewer geometries.
 MAIN = ("filter_input", "backward", "backward_input", "backward_weight")
@@ -132,7 +133,7 @@ def test_plain_definitions_without_any_schedule(
 @pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v4"])
 @pytest.mark.parametrize("r", [2, 4, 7])
 def test_realistic_shapes(name: str, r: int, profile: DeviceProfile) -> None:
-    from gf_tvm.devices import runs_here
+    from gf_tvm.machine.profiles import runs_here
 
     other = get_profile(name)
     if not runs_here(other):

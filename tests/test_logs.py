@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from gf_tvm.bundle import EMULATED, build
-from gf_tvm.devices import get_profile
+from gf_tvm.building import EMULATED, build
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import LogError
-from gf_tvm.geometry import Geometry
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners import cli
 from gf_tvm.schedules import get_space
 from gf_tvm.tuning.log import (
@@ -31,7 +32,6 @@ from gf_tvm.tuning.log import (
     seeds,
 )
 from gf_tvm.tuning.merge import merge, summarize
-from gf_tvm.workload import Workload
 
 WORKLOAD = Workload("filter_input", Geometry(1, 16, 8, 8, 8, 3, 2, padding=1))
 HOST = get_profile("host")

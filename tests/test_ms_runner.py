@@ -12,14 +12,14 @@ import pytest
 import torch
 from farm_helpers import NativeBoard, TrackerProcess, native_farm, small_workload, treacherous_source
 
-from gf_tvm.compile import compile_module, export, find_linker
-from gf_tvm.devices import get_profile
+from gf_tvm.codegen.compile import compile_module, export, find_linker
+from gf_tvm.core.verify import argument_specs
 from gf_tvm.errors import FarmError
-from gf_tvm.tuning.remote import FarmOptions
-from gf_tvm.tuning.runner import Options
+from gf_tvm.machine.profiles import get_profile
+from gf_tvm.tuning.measuring.remote import FarmOptions
+from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.worker import Worker
 from gf_tvm.tuning.task import ArgumentsTask, Candidate, WorkloadTask
-from gf_tvm.tuning.worker import Worker
-from gf_tvm.verify import argument_specs
 
 pytest.importorskip("tvm.s_tir.meta_schedule")
 
@@ -60,7 +60,7 @@ def runner_input(path: Path, device: str = "llvm", dtype: str | None = None) -> 
 
 
 def new_runner(farm: tuple[TrackerProcess, list[NativeBoard]], key: str = "here", **arguments: Any) -> Any:
-    from gf_tvm.tuning.ms_runner import FarmRunner
+    from gf_tvm.tuning.measuring.ms_runner import FarmRunner
 
     return FarmRunner(FarmOptions(farm[0].address, key), OPTIONS, **arguments)
 
@@ -119,7 +119,7 @@ def test_tvms_own_runner_can_use_the_boards(farm: tuple[TrackerProcess, list[Nat
 
 
 def test_builder_compiles_and_links_for_the_device() -> None:
-    from gf_tvm.tuning import ms_runner
+    from gf_tvm.tuning.measuring import ms_runner
 
     task = WorkloadTask(small_workload(), "host")
     module = task.space.module(task.space.default)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import gf_tvm
 from gf_tvm import FilteredConv2d, filter_model, filter_report, select_layers, unfilter_model
 from gf_tvm.errors import GeometryError, ModelError
-from gf_tvm.functional import conv2d
+from gf_tvm.ops.functional import conv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

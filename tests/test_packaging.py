@@ -128,7 +128,7 @@ print(len(paper_cases([2])))
 def test_import_is_light(site: Path, tmp_path: Path) -> None:
     """What a board imports to train: not even TVM's Python package, which is mostly compiler."""
     code = f"""
-import sys, gf_tvm, gf_tvm.library, gf_tvm.nn, gf_tvm.functional
+import sys, gf_tvm, gf_tvm.bundle.library, gf_tvm.nn, gf_tvm.functional
 print(*sorted({COMPILER} & set(sys.modules)))
 """
     assert run_installed(site, [sys.executable, "-c", code], tmp_path).split() == []

@@ -1,4 +1,4 @@
-"""gf_tvm.geometry and gf_tvm.reference against the definition written out (brute_force.py)."""
+"""gf_tvm.core.geometry and gf_tvm.core.reference against the definition written out (brute_force.py)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from strategies import KINDS, NEEDS, SEEDS, geometries, kinds, tensors
 from torch import Tensor
 
-from gf_tvm import reference
+from gf_tvm.core import reference
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GeometryError
-from gf_tvm.geometry import Geometry
 
 ALL = (True, True, True)
 QUICK = settings(max_examples=60)

@@ -15,17 +15,17 @@ import pytest
 from farm_helpers import small_workload
 from toy_task import ToyTask
 
-from gf_tvm.devices import get_profile
 from gf_tvm.errors import FarmError
 from gf_tvm.farm.server import versions
 from gf_tvm.farm.tracker import Board
-from gf_tvm.tuning import remote, worker
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.tuning.log import LogMismatch, log_path, read_log
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measure import Measurer
-from gf_tvm.tuning.process import CandidateFailed, Ended
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions, reference_task
-from gf_tvm.tuning.runner import Options, Result
+from gf_tvm.tuning.measuring import remote, worker
+from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions, reference_task
+from gf_tvm.tuning.measuring.runner import Options, Result
 from gf_tvm.tuning.task import Candidate, WorkloadTask
 
 HOST = get_profile("host").name
@@ -572,7 +572,7 @@ def test_cold_timing_flushes_before_each_call(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("cache", "least"), [(1 << 20, 4 << 20), (8 << 20, 8 << 20), (None, 32 << 20)])
 def test_a_flush_writes_to_more_than_the_cache(monkeypatch: pytest.MonkeyPatch, cache: int | None, least: int) -> None:
-    monkeypatch.setattr("gf_tvm.machine.last_level_cache_bytes", lambda: cache)
+    monkeypatch.setattr("gf_tvm.machine.cpu.last_level_cache_bytes", lambda: cache)
     made = worker.Worker(ToyTask())
     for times in (1, 2):
         made._flush()

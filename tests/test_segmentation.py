@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm import reference
+from gf_tvm.core import reference
 from gf_tvm.errors import ModelError
 from gf_tvm.models import HEADS, build_model
 from gf_tvm.models.classification import TRUNKS
@@ -93,11 +93,11 @@ def test_classes_do_not_change_the_convolutions() -> None:
 
 
 class ReferenceConv(torch.autograd.Function):
-    """The filtered convolution from :mod:`gf_tvm.reference` alone, without gf_tvm's operators."""
+    """The filtered convolution from :mod:`gf_tvm.core.reference` alone, without gf_tvm's operators."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FilteredConv2d) -> Tensor:
-        from gf_tvm.geometry import Geometry
+        from gf_tvm.core.geometry import Geometry
 
         ctx.geometry = Geometry(
             n=x.shape[0],

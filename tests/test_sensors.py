@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gf_tvm.farm.sensors import THROTTLE_BITS, Reading, Sensors, parse_flags, throttle_names
+from gf_tvm.machine.sensors import THROTTLE_BITS, Reading, Sensors, parse_flags, throttle_names
 
 CPUS = "sys/devices/system/cpu"
 FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
@@ -183,7 +183,7 @@ def test_vcgencmd_is_asked_until_it_fails(
         pytest.skip("this is a Raspberry Pi, where sysfs comes first")
     vcgencmd(tmp_path / "bin", script)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.setattr("gf_tvm.farm.sensors._VCGENCMD_SECONDS", 0.3 if "sleep" in script else 250.0)
+    monkeypatch.setattr("gf_tvm.machine.sensors._VCGENCMD_SECONDS", 0.3 if "sleep" in script else 250.0)
     monkeypatch.delenv("GF_TVM_SENSORS", raising=False)
     sensors = Sensors()
     for _ in range(2):
@@ -208,7 +208,8 @@ def _seconds(sensors: Sensors) -> float:
 
 def test_needs_nothing_but_the_standard_library() -> None:
     code = (
-        "import sys, gf_tvm.farm.sensors as s; s.Sensors().read(); print({'torch', 'tvm', 'numpy'} & set(sys.modules))"
+        "import sys; from gf_tvm.machine import sensors; sensors.Sensors().read(); "
+        "print({'torch', 'tvm', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

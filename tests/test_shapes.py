@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gf_tvm import autograd
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GeometryError, GfTvmError, ModelError
-from gf_tvm.geometry import Geometry
 from gf_tvm.nn import filter_model
+from gf_tvm.ops import operators
 from gf_tvm.shapes import (
     Case,
     format_patch,
@@ -253,10 +253,10 @@ def test_geometry_is_the_one_that_the_operator_sees(
     conv = nn.Conv2d(3, 4, (4, 3), **settings)
     (case,) = model_cases(conv, shape, last=1, patches=[(2, 3)])
     seen = []
-    real = autograd._geometry
-    monkeypatch.setattr(autograd, "_geometry", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
+    real = operators._geometry
+    monkeypatch.setattr(operators, "_geometry", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", autograd.FallbackWarning)
+        warnings.simplefilter("ignore", operators.FallbackWarning)
         filter_model(conv, patch=(2, 3), last=1)(torch.zeros(shape)).sum().backward()
     assert set(seen) == {case.geometry}
 

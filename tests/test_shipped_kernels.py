@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from gf_tvm import verify
-from gf_tvm.compile import compile_module
-from gf_tvm.devices import get_profile, runs_here
-from gf_tvm.library import start_runtime
+from gf_tvm.bundle.library import start_runtime
+from gf_tvm.codegen.compile import compile_module
+from gf_tvm.core import verify
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import get_profile, runs_here
 from gf_tvm.schedules import get_space
 from gf_tvm.tuning.log import best_record, read_log, shipped_logs
-from gf_tvm.workload import Workload
 
 #: Elements of the larger map. The paper's three large cases are left to benchmarks/cpu.py, which checks them, too.
 LARGEST = 8_000_000

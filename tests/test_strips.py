@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gf_tvm.geometry import Geometry
-from gf_tvm.kernels.strips import (
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.kernels.cpu.strips import (
     Pooling,
     Spreading,
     planes_together,

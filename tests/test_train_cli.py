@@ -70,7 +70,7 @@ def test_train(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_library(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, out = FakeLibrary(), tmp_path / "out.json"
     library.path = tmp_path / "fake.gfb"  # type: ignore[attr-defined]
-    monkeypatch.setattr("gf_tvm.library.load", {library.path: library}.__getitem__)  # type: ignore[attr-defined]
+    monkeypatch.setattr("gf_tvm.bundle.library.load", {library.path: library}.__getitem__)  # type: ignore[attr-defined]
     with loaded(library):
         options = ["--library", str(tmp_path / "fake.gfb"), "--patch", "exact,2", "--json", str(out)]
         assert cli.main([*arguments, *options]) == 0

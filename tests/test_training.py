@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from training_models import patterns, state_of, tiny
 
 import gf_tvm
+from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GeometryError, ModelError
-from gf_tvm.geometry import Geometry
 from gf_tvm.training import (
     EpochRow,
     Event,

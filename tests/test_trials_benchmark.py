@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trials
 
-from gf_tvm import machine
+from gf_tvm.machine import cpu
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -20,7 +20,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "SGEMM_SIZE", 64)
+    monkeypatch.setattr(cpu, "SGEMM_SIZE", 64)
     monkeypatch.setattr(trials, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
     monkeypatch.chdir(tmp_path)
 

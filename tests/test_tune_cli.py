@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from toy_task import wait_until, workers_of
 
-from gf_tvm.devices import get_profile
-from gf_tvm.geometry import Geometry
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners.cli import main
 from gf_tvm.tuning import Event, Summary, TaskSummary
 from gf_tvm.tuning.log import LogFolder, log_path, read_log
-from gf_tvm.workload import Workload
 
 FIELDS = {"n": 1, "ci": 8, "co": 8, "h": 6, "w": 6, "kernel": 3, "padding": 1}
 WORKLOAD = Workload("backward", Geometry(**FIELDS, patch=2))  # type: ignore[arg-type]

@@ -24,19 +24,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_task import N, TaskOf, ToySpace, ToyTask, indices, wait_until, workers_of
 
-from gf_tvm import verify
-from gf_tvm.devices import get_profile
+from gf_tvm.core import verify
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.errors import DeviceError, LogError
-from gf_tvm.geometry import Geometry
-from gf_tvm.tuning import loop, worker
+from gf_tvm.machine.profiles import get_profile
+from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import LogFolder, Record, find_best, identity_of, log_path, read_log, shipped_logs
 from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
-from gf_tvm.tuning.measure import Measurer
-from gf_tvm.tuning.process import Process, answer
-from gf_tvm.tuning.runner import Options, Result
+from gf_tvm.tuning.measuring import worker
+from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.process import Process, answer
+from gf_tvm.tuning.measuring.runner import Options, Result
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
-from gf_tvm.workload import Workload
 
 TESTS = str(Path(__file__).parent)
 FAST = Options(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
@@ -155,7 +156,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.runner import Options
+from gf_tvm.tuning.measuring.runner import Options
 options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
 tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
 """

@@ -246,7 +246,7 @@ def test_python_runs_as_on_a_board(virtual_root: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("PYTHONSTARTUP", str(leak / "leaked.py"))
     code = """
 import ctypes, importlib.util, json, multiprocessing, os, platform, subprocess, sys
-from gf_tvm.devices import get_profile
+from gf_tvm.machine.profiles import get_profile
 child = subprocess.run([sys.executable, "-c", "import platform, sys; print(platform.machine(), sys.executable)"],
                        stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -309,7 +309,7 @@ def test_kernels_for_a_board_are_right_on_it(virtual_root: Path, tmp_path: Path)
     code = """
 import copy, json, sys, warnings, torch, gf_tvm
 from torch import nn
-from gf_tvm import verify
+from gf_tvm.core import verify
 from gf_tvm.models import build_model
 """
     code += f"""

@@ -30,15 +30,16 @@ from test_farm_faults import QUICK, at_note, at_trial, check_trials, each, met, 
 from tiny_network import tiny
 from virtual_pi import run_in
 
-from gf_tvm.bundle import build
+from gf_tvm.building import build
+from gf_tvm.core.geometry import Geometry
+from gf_tvm.core.workload import Workload
 from gf_tvm.farm.virtual import VirtualPi
-from gf_tvm.geometry import Geometry
 from gf_tvm.shapes import model_cases, workloads_of
-from gf_tvm.tuning import loop, remote
+from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import log_path, read_log
 from gf_tvm.tuning.loop import Event, tune_tasks
-from gf_tvm.tuning.remote import FarmMeasurer, FarmOptions
-from gf_tvm.workload import Workload
+from gf_tvm.tuning.measuring import remote
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
 
 TESTS = str(Path(__file__).parent)
 TUNED = small_workload()
@@ -152,7 +153,7 @@ CHECK_AND_TRAIN = """
 import json, os, sys
 import gf_tvm
 from gf_tvm.runners.cli import main
-from gf_tvm.verify import excess, expected, poisoned_outputs, random_inputs
+from gf_tvm.core.verify import excess, expected, poisoned_outputs, random_inputs
 path = sys.argv[1]
 library = gf_tvm.load(path)
 for workload in library.workloads:

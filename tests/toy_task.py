@@ -186,7 +186,7 @@ def workers_of(parent: int) -> list[int]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(b"gf_tvm.tuning.process" in word for word in words) and words[-3] == str(parent).encode():
+        if any(b"gf_tvm.tuning.measuring.process" in word for word in words) and words[-3] == str(parent).encode():
             found.append(int(entry.name))
     return found
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..filtered import FilteredConv2d
+from ..ops.module import FilteredConv2d
 from .graph import Conv, Op, Outside, Pool, Region, Resize, View
 from .recognise import (
     Alias,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry
+from ..core.geometry import Geometry
 from . import kernels
 from .graph import Shape
 from .grids import Grid
@@ -42,8 +42,8 @@ from .steps import (
 )
 
 if TYPE_CHECKING:
-    from ..devices import DeviceProfile
-    from ..workload import Workload
+    from ..core.workload import Workload
+    from ..machine.profiles import DeviceProfile
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Tables:
 class Backward:
     """One chain's backward pass, as far as it is compiled: a function of shapes and steps alone.
 
-    It is a :class:`gf_tvm.bundle.Program`.
+    It is a :class:`gf_tvm.building.Program`.
 
     Attributes:
         batch: images.

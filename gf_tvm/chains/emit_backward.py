@@ -10,10 +10,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from ..devices import DeviceProfile
-from ..kernels import simd
+from ..core.workload import Workload
+from ..kernels.cpu import simd
 from ..kernels.stages import ACC
-from ..workload import Workload
+from ..machine.profiles import DeviceProfile
 from .compiled import Backward, Numbers
 from .emit_stage import Operand, Stage, StageEmitter
 from .steps import Expand, Gather, MapSum, PatchSum, Step, Take

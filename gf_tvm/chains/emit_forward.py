@@ -11,10 +11,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from ..devices import DeviceProfile
-from ..kernels import emit, maps, simd
+from ..kernels.cpu import emit, maps, simd
+from ..kernels.cpu.strips import alignment, pooling, power_of_two
 from ..kernels.stages import ACC
-from ..kernels.strips import alignment, pooling, power_of_two
+from ..machine.profiles import DeviceProfile
 from . import emit_functions
 from .grids import Cuts, Grid
 from .segments import Average, Node, Part, Product, Segment

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from ..kernels import simd, smooth
+from ..kernels.cpu import simd, smooth
 
 
 def function(kind: str, settings: Sequence[Any], z: Any) -> Any:

@@ -1,6 +1,6 @@
 """The function of one stage of a chain's backward pass: a loop or two over what lies in the caches.
 
-Products are the sweeps of :mod:`gf_tvm.kernels.on_grid`, with the schedules that the logs have for them.
+Products are the sweeps of :mod:`gf_tvm.kernels.cpu.on_grid`, with the schedules that the logs have for them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from ..devices import DeviceProfile
-from ..geometry import Geometry
-from ..kernels import emit, maps, on_grid, simd
+from ..core.geometry import Geometry
+from ..core.workload import Workload
+from ..kernels.cpu import emit, maps, on_grid, simd
+from ..kernels.cpu.strips import alignment, spreading
+from ..kernels.cpu.sweep import Tiles
 from ..kernels.stages import ACC
-from ..kernels.strips import alignment, spreading
-from ..kernels.sweep import Tiles
+from ..machine.profiles import DeviceProfile
 from ..schedules.cpu import STREAM_BYTES, tiles_of
-from ..workload import Workload
 from .compiled import Tables, indices, scratch_of, space
 from .emit_together import Sums, Together
 from .grids import Cuts

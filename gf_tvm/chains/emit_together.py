@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from ..geometry import ceil_div
-from ..kernels import emit, simd
+from ..core.geometry import ceil_div
+from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
 from .compiled import pixels, space, uniform
 from .grids import Grid

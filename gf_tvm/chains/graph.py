@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..core.geometry import Geometry, Pair
 from ..errors import GeometryError
-from ..geometry import Geometry, Pair
 
 #: (n, c, h, w) of a value.
 Shape = tuple[int, int, int, int]

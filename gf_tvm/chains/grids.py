@@ -13,9 +13,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..autograd import _without_autocast
-from ..geometry import Axis, Geometry
-from ..reference import sum_dtype
+from ..core.geometry import Axis, Geometry
+from ..core.reference import sum_dtype
+from ..ops.operators import _without_autocast
 
 
 @dataclass(frozen=True)

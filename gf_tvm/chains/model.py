@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..errors import ModelError
-from ..filtered import FilteredConv2d
+from ..ops.module import FilteredConv2d
 from .capture import CannotTrace, Part, capture
 from .compiled import Backward
 from .graph import Region

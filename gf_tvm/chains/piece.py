@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..geometry import Geometry
+from ..core.geometry import Geometry
 from .capture import Capture, Part
 from .graph import Shape
 from .model import ChainedForward

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ..filtered import FilteredConv2d
-from ..geometry import as_pair
+from ..core.geometry import as_pair
+from ..ops.module import FilteredConv2d
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice, View
 
 

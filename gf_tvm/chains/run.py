@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, reference
-from ..functional import cast_for_convolution
+from ..core import reference
+from ..ops import operators
+from ..ops.functional import cast_for_convolution
 from . import elementwise, grids, kernels
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
@@ -280,7 +281,7 @@ def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None
     # A segment that made x may have made x~, too.
     save = "x~" in step.keep and step.keep["x~"] not in kept
     y: Tensor
-    y, filtered = autograd.conv2d(
+    y, filtered = operators.conv2d(
         x, weight, bias, op.stride, op.padding, op.dilation, op.groups, op.patch, op.library, save
     )
     if save:
@@ -330,7 +331,7 @@ def backward(
         inputs = plan.backward.inputs(kept, grads)
         if inputs is not None:
             return plan.backward.run(function, inputs)
-    with autograd._without_autocast(like.device.type):
+    with operators._without_autocast(like.device.type):
         return _Backward(plan, kept.slots(), grads).run()
 
 

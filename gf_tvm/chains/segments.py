@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..geometry import Geometry
+from ..core.geometry import Geometry
 from .graph import Add, Conv, Map, Norm, Op, Scale, Shape, Slice
 from .grids import Grid
 from .lowering import Factor, Mean
 
 if TYPE_CHECKING:
-    from ..devices import DeviceProfile
-    from ..workload import Workload
+    from ..core.workload import Workload
+    from ..machine.profiles import DeviceProfile
     from . import plan
     from .plan import Forward, Plan
 
@@ -134,7 +134,7 @@ class Segment:
         return (*shapes, *((c,) for _ in self.slopes))
 
     def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-        """The IRModule of its function ``main``; see :class:`gf_tvm.bundle.Program`."""
+        """The IRModule of its function ``main``; see :class:`gf_tvm.building.Program`."""
         from .emit_forward import forward_segment
 
         return forward_segment(self, profile)

@@ -24,7 +24,7 @@ from ..training.tasks import loss_of
 from .results import Layer
 
 if TYPE_CHECKING:
-    from ..library import Library
+    from ..bundle.library import Library
 
 #: Gradients of a layer: of the weight, and of the input in each call (none where no call needs one).
 Gradients = tuple[Tensor, list[Tensor]]

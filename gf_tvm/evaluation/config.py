@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..geometry import Pair, as_pair
+from ..core.geometry import Pair, as_pair
 from ..training.config import TrainConfig
 from .results import EvaluationError
 

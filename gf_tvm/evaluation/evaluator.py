@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import machine
+from ..machine import cpu
 from ..models import build_model
 from ..training.checkpoint import state_digest
 from ..training.config import TrainConfig
@@ -33,7 +33,7 @@ from .step import StepCost, measure_apart
 from .store import Store, write_json
 
 if TYPE_CHECKING:
-    from ..library import Library
+    from ..bundle.library import Library
 
 #: Of what ``gf-tvm train --config`` takes.
 CONFIG_SCHEMA = "gf_tvm.train_config/1"
@@ -94,8 +94,8 @@ class _Work:
         self._common = {
             "library": None if library is None else library.digest,
             "threads": torch.get_num_threads(),
-            "cpu": machine.cpu_model(),
-            "versions": machine.versions(),
+            "cpu": cpu.cpu_model(),
+            "versions": cpu.versions(),
         }
         self._seed = _Seed(config.pretraining(config.seeds[0]), out / "pretrained")
 
@@ -189,7 +189,7 @@ class _Work:
         else:
             assert weights is not None
             follow = self._follow(f"{label}, seed {seed}")
-            others = machine.OtherLoad()
+            others = cpu.OtherLoad()
             result = finetune(run, dataset, weights, library=self.library, callback=follow)
             made = {
                 "task": result.task,
@@ -231,9 +231,9 @@ class _Work:
         best, ruled_out = recommend(settings, config.memory_budget, config.max_score_drop)
         images = [parts["run", seed, name, last]["test_images"] for seed in config.seeds]
         evaluation = Evaluation(
-            machine=machine.describe(),
+            machine=cpu.describe(),
             threads=torch.get_num_threads(),
-            versions=machine.versions(),
+            versions=cpu.versions(),
             conditions=self._conditions(images, energy[0]),
             model=config.train.model,
             data=config.train.data,

@@ -28,8 +28,8 @@ from ..chains.lowering import Kept, Mean
 from ..chains.model import is_chained, plans_of
 from ..chains.plan import Plan
 from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
+from ..core.geometry import Geometry
 from ..errors import GeometryError, ModelError
-from ..geometry import Geometry
 from ..nn import FilteredConv2d
 from ..shapes import _call_of
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import machine
 from ..chains.model import ChainedForward, inside_chains
 from ..errors import GfTvmError
+from ..machine import cpu
 from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset, Images
 from ..training.loop import training_mode
@@ -91,7 +91,7 @@ def measure(config: TrainConfig, classes: int, masks: bool, library: Any, steps:
     # Nothing is kept of the frozen layers: a first epoch has to compute them all.
     run = replace(config, epochs=1, pretrain_epochs=0, lr=1e-6, cache="off")
     result = finetune(run, dataset, pretrain(run, dataset), library=library)
-    peak = machine.peak_bytes()  # before anything below takes memory of its own
+    peak = cpu.peak_bytes()  # before anything below takes memory of its own
     # Copies: what keeps a part of a tensor keeps, and is counted with, all of it.
     x, y = (t[: config.batch].clone() for t in (dataset.finetune_train.x, dataset.finetune_train.y))
     training_mode(result.model, "finetune")
@@ -163,7 +163,7 @@ def _random_dataset(config: TrainConfig, classes: int, masks: bool, steps: int) 
 
 def _energy(result: TrainResult, x: Tensor, y: Tensor) -> tuple[float | None, str]:
     """Joules of a step above idle and the meter's name; or None, and why there is no figure."""
-    from .. import energy
+    from ..machine import energy
 
     try:
         meter = energy.find_meter()
@@ -184,7 +184,7 @@ def _energy(result: TrainResult, x: Tensor, y: Tensor) -> tuple[float | None, st
 
 def main(path: Path) -> None:
     """Measure what standard input asks for."""
-    from ..library import load
+    from ..bundle.library import load
 
     task = json.load(sys.stdin)
     content: dict[str, Any]

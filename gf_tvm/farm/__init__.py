@@ -4,7 +4,7 @@ Each module builds on those before it:
 
 ========  =============================================================================================
 protocol  TVM's tracker and RPC handshakes, with a deadline on every step
-sensors   clock, temperature and throttling of a board
+jetson    what a doctor looks at on a Jetson
 server    the board's server
 tracker   TVM's tracker: starting it, asking it
 wheel     this installation of gf_tvm as a wheel, to be installed on boards

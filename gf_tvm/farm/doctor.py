@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FarmError, GfTvmError
+from ..machine.sensors import Sensors
 from . import jetson
-from .sensors import Sensors
 
 OK, WARNING, FAILED, UNKNOWN = STATUSES = ("ok", "warning", "failed", "unknown")
 
@@ -316,7 +316,7 @@ def _runtime() -> Iterator[Check]:
     code = """
 import json, warnings
 warnings.simplefilter("ignore")
-from gf_tvm.runtime import start_runtime
+from gf_tvm.bundle.runtime import start_runtime
 start_runtime()
 import torch, tvm_ffi
 threads = tvm_ffi.get_global_func("runtime.NumThreads")()
@@ -466,7 +466,7 @@ import json
 from gf_tvm.errors import GfTvmError
 try:
     from gf_cuda import NoCompilerError
-    from gf_tvm.devices import get_profile
+    from gf_tvm.machine.profiles import get_profile
     profile = get_profile({device!r})
     if profile.gpu is not None:
         from gf_cuda import nvrtc
@@ -475,7 +475,7 @@ try:
         knows = number in compiler.archs or number > max(compiler.archs)
         result = [knows, str(compiler) if knows else f"{{compiler}} makes no code for {{profile.gpu.arch}}"]
     else:
-        from gf_tvm.compile import find_linker
+        from gf_tvm.codegen.compile import find_linker
         found = find_linker(profile)
         result = [True, found if isinstance(found, str) else " ".join(map(str, found))]
 except (GfTvmError, NoCompilerError) as error:
@@ -682,8 +682,8 @@ def verify_kernels(path: str, first: int, seed: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a kernel that crashes should not fill the SD card
     try:
-        from ..library import load
-        from ..verify import excess, expected, poisoned_outputs, random_inputs
+        from ..bundle.library import load
+        from ..core.verify import excess, expected, poisoned_outputs, random_inputs
 
         library = load(path)
     except (GfTvmError, ImportError) as error:

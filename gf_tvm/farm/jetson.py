@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Tuple  # noqa: UP035
 
-from .sensors import gpu_folders
+from ..machine.sensors import gpu_folders
 
 #: A line of the doctor's: name, status, what was found, what to do about it.
 Line = Tuple[str, str, str, str]  # noqa: UP006 (Python 3.7)

@@ -35,11 +35,11 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..bundle.runtime import die_at_once, start_extras
 from ..errors import FarmError
-from ..runtime import die_at_once, start_extras
-from .gpu import GpuInfo
+from ..machine.gpu import GpuInfo
+from ..machine.sensors import Sensors
 from .protocol import Address, ClientHello, TrackerConnection, TrackerLost, keep_alive, new_match_key, show
-from .sensors import Sensors
 
 #: Global function through which the tuner talks to a session; takes and gives JSON text.
 REQUEST = "gf_tvm.request"
@@ -79,7 +79,7 @@ class Options:
         advertise: where clients reach this server, if not at the address the tracker sees and the bound port.
         idle_seconds: a session whose client does nothing for so long is ended.
         device: profile that the board was said to be; "" if nothing was said.
-        gpu: with which it measures (:func:`gf_tvm.farm.gpu.check_device`); None for none.
+        gpu: with which it measures (:func:`gf_tvm.machine.gpu.check_device`); None for none.
         service: ``module:attribute`` of a callable (:class:`Context`) -> :class:`Service`; its module may have a
             function ``preload`` that is called once, before any session. "" serves TVM's functions only.
         until_stdin_closes: end with standard input, and so with the ssh connection that started this.
@@ -94,7 +94,7 @@ class Options:
     idle_seconds: float = 900.0
     device: str = ""
     gpu: GpuInfo | None = None
-    service: str = "gf_tvm.tuning.session:Session"
+    service: str = "gf_tvm.tuning.measuring.session:Session"
     until_stdin_closes: bool = False
 
 

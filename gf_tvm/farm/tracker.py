@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..bundle.runtime import without_torch
 from ..errors import FarmError
-from ..runtime import without_torch
 from .protocol import Address, TrackerConnection, TrackerLost, show
 
 

@@ -2,7 +2,7 @@
 
 This is what MetaSchedule's own rules get (``gf-tvm tune --space metaschedule``) and what a simple schedule runs
 where no space of ours is worth its while. What CPUs run otherwise is in
-:mod:`gf_tvm.kernels.sweep` and its neighbours.
+:mod:`gf_tvm.kernels.cpu.sweep` and its neighbours.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import tvm
 from tvm import te
 
-from ..geometry import Geometry
-from ..workload import Workload
+from ..core.geometry import Geometry
+from ..core.workload import Workload
 from . import stages as st
 
 

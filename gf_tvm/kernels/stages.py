@@ -1,7 +1,7 @@
 """TE stages: the formulas of gradient filtering, one function a quantity, in the words of docs/mathematics.md.
 
 A stage takes and gives TE tensors. Sums are float32 whatever the storage dtype; :func:`load` and :func:`store`
-convert. Index arithmetic comes from :class:`~gf_tvm.geometry.Geometry`.
+convert. Index arithmetic comes from :class:`~gf_tvm.core.geometry.Geometry`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from ..geometry import Axis, Geometry
+from ..core.geometry import Axis, Geometry
 
 ACC = "float32"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..plot import KERNEL_COLOR, PLAIN_COLOR, Bar, speedup_figure
+from ..comparison.plot import KERNEL_COLOR, PLAIN_COLOR, Bar, speedup_figure
 from ..shapes import format_patch
 from . import parts
 from .parts import Column, Part, Section, Table

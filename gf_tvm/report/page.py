@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..errors import ReportError
 from ..files import make_folder, replacing
 from . import comparisons, settings, training, tuning

@@ -10,7 +10,8 @@ from .sources import Source
 
 MEASURED, EMULATED, ESTIMATED = "measured", "emulated", "estimated"
 
-# Okabe and Ito's palette: told apart by people with any colour vision. The first three are those of gf_tvm.plot.
+# Okabe and Ito's palette: told apart by people with any colour vision. The first three are those of
+# gf_tvm.comparison.plot.
 EXACT_COLOR = "#D55E00"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..plot import KERNEL_COLOR, PLAIN_COLOR, check_plot, save
+from ..comparison.plot import KERNEL_COLOR, PLAIN_COLOR, check_plot, save
 from ..shapes import format_patch
 
 #: Where a name may stand: points from its mark, and the angle; the nearest first, and beside it rather than above.

@@ -184,8 +184,8 @@ def _rows(where: str, rows: list[Any], kinds: Mapping[str, fields.Kind], what: s
 
 
 def _compare(where: str, document: dict[str, Any]) -> None:
-    from ..comparison import traffic
-    from ..geometry import Geometry
+    from ..comparison.run import traffic
+    from ..core.geometry import Geometry
 
     check(where, document, _COMPARE)
     document.setdefault("chains", [])  # earlier versions have none

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ..core.geometry import Pair, as_pair
 from ..errors import GfTvmError
-from ..geometry import Pair, as_pair
 from ..shapes import format_patch
 from .schedule import SCHEDULES as SCHEDULES
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import machine
 from ..chains import chain_model
+from ..machine import cpu
 from . import feature_files as files
 from .checkpoint import file_name, state_digest
 from .config import TrainConfig
@@ -212,7 +212,7 @@ def _plain(value: Any) -> bool:
 
 def _place(wanted: str, size: int, folder: Path | None) -> tuple[str, str | None]:
     """Where ``size`` bytes go: the kind of cache, and why it is off."""
-    available = machine.available_bytes()
+    available = cpu.available_bytes()
     fits = available is None or size <= MEMORY_SHARE * available
     short = "" if available is None else f"{size / 1e9:.3g} GB are too much for memory ({available / 1e9:.3g} GB free)"
     if wanted in ("auto", "memory") and fits:

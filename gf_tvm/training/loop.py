@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import machine
 from ..chains import chains_of
+from ..machine import cpu
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import Images, batches
@@ -153,7 +153,7 @@ class Fit:
                     "optimizer": self.optimizer.state_dict(),
                     "model": self.model.state_dict(),
                     "best": self.best,
-                    "versions": machine.versions(),
+                    "versions": cpu.versions(),
                 }
                 files.save(path, content)
             self._record()

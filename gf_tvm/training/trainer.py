@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import machine
 from ..errors import ModelError
+from ..machine import cpu
 from ..models import build_model
 from ..nn import filter_model, filter_report, select_layers
 from ..shapes import model_cases, workloads_of
@@ -36,8 +36,8 @@ from .results import Callback, Pretrained, TrainResult
 from .tasks import task_of
 
 if TYPE_CHECKING:
-    from ..geometry import Pair
-    from ..library import Library
+    from ..bundle.library import Library
+    from ..core.geometry import Pair
 
 
 def train(
@@ -286,9 +286,9 @@ def finetune(
     parameters = list(model.parameters())
     return TrainResult(
         config=config,
-        machine=machine.describe(),
+        machine=cpu.describe(),
         threads=torch.get_num_threads(),
-        versions=machine.versions(),
+        versions=cpu.versions(),
         dataset={
             "name": dataset.name,
             "classes": list(dataset.classes),

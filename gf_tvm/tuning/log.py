@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LogError
 
 if TYPE_CHECKING:
-    from ..devices import DeviceProfile
-    from ..workload import Workload
+    from ..core.workload import Workload
+    from ..machine.profiles import DeviceProfile
 
 SCHEMA = 1
 SUFFIX = ".jsonl"

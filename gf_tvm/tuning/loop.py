@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DeviceError, LogError
 from .log import SPACES, LogFolder, LogWriter, Record, best_record, trials_of
 from .log import seeds as find_seeds
-from .measure import Measurer
-from .runner import Options, Result
+from .measuring.measurer import Measurer
+from .measuring.runner import Options, Result
 from .search import ConfigSearch, MetaScheduleSearch, Search
 from .task import Candidate, Config, Task, TuningError, WorkloadTask
 
 if TYPE_CHECKING:
-    from ..devices import DeviceProfile
-    from ..farm.gpu import GpuInfo
-    from ..workload import Workload
-    from .remote import FarmOptions
+    from ..core.workload import Workload
+    from ..machine.gpu import GpuInfo
+    from ..machine.profiles import DeviceProfile
+    from .measuring.remote import FarmOptions
 
 #: Of what ``gf-tvm tune --json`` writes; another number where a reader would misunderstand it.
 SCHEMA = "gf_tvm.tune/1"
@@ -172,8 +172,8 @@ def tune(
         TuningError: a bad option, or a machine that cannot build (for GPUs: no NVRTC) or measure, or no board for too
             long.
     """
-    from ..devices import get_profile
-    from ..machine import usable_cores
+    from ..machine.cpu import usable_cores
+    from ..machine.profiles import get_profile
 
     profile = get_profile(device)
     gpu = None
@@ -196,7 +196,7 @@ def tune(
     if farm is None:
         measurer = Measurer(options, gpu)
     else:
-        from .remote import FarmMeasurer, reference_task
+        from .measuring.remote import FarmMeasurer, reference_task
 
         arch = "" if profile.gpu is None else profile.gpu.arch
         measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name), arch)
@@ -217,11 +217,11 @@ def tune(
 
 def _find_device(profile: DeviceProfile) -> GpuInfo | None:
     """Whether this machine is, or has, the device; tells what its GPU is. Raises DeviceError."""
-    from ..devices import missing_flags, runs_here
+    from ..machine.profiles import missing_flags, runs_here
 
     # Of a board with a GPU only the GPU matters here: any machine can measure what its own GPU runs.
     if profile.gpu is not None:
-        from ..farm.gpu import check_gpu
+        from ..machine.gpu import check_gpu
 
         try:
             return check_gpu(profile.gpu.arch)
@@ -313,7 +313,7 @@ def provenance() -> dict[str, Any]:
     """With what this process builds, as the header of a log tells it; the measurer adds where it measures."""
     from tvm.target import codegen
 
-    from .. import __version__
+    from .._version import __version__
 
     return {
         "gf_tvm": __version__,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..devices import list_profiles
 from ..errors import LogError
+from ..machine.profiles import list_profiles
 from .log import (
     SUFFIX,
     Identity,

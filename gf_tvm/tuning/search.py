@@ -11,9 +11,9 @@ from typing import Any
 
 from .cost_model import CostModel
 from .log import Record, config_id, fits_space
+from .measuring.process import describe
+from .measuring.runner import Result
 from .metaschedule import metaschedule, tune_context
-from .process import describe
-from .runner import Result
 from .task import Candidate, Config, Space, Task, TuningError
 
 #: Trials before the cost model is asked.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..workload import Workload
+    from ..core.workload import Workload
 
 #: A point of a space: the value, an integer or a string, of each knob.
 Config = dict[str, Any]
@@ -156,7 +156,7 @@ class Task(ABC):
 
 
 class WorkloadTask(Task):
-    """A :class:`~gf_tvm.workload.Workload` with the spaces, kernels and references of this package.
+    """A :class:`~gf_tvm.core.workload.Workload` with the spaces, kernels and references of this package.
 
     Args:
         workload: what to tune.
@@ -173,7 +173,7 @@ class WorkloadTask(Task):
     @cached_property
     def profile(self) -> Any:
         """The device profile."""
-        from ..devices import get_profile
+        from ..machine.profiles import get_profile
 
         return get_profile(self.device)
 
@@ -203,12 +203,12 @@ class WorkloadTask(Task):
     def export(self, schedule: Any, path: Path) -> None:
         """Compile a schedule for the device: a shared library, or a file of :meth:`gf_cuda.Program.save`."""
         if self.gpu:
-            from ..cuda import compile_program
+            from ..codegen.cuda import compile_program
 
             made = compile_program(schedule, self.profile)
             made.program.save(str(path), made.source, made.image, made.kind)
             return
-        from ..compile import compile_module, export
+        from ..codegen.compile import compile_module, export
 
         export([compile_module(schedule, self.profile)], path, self.profile)
 
@@ -218,31 +218,31 @@ class WorkloadTask(Task):
 
     def inputs(self, seed: int) -> list[torch.Tensor]:
         """Random inputs."""
-        from ..verify import random_inputs
+        from ..core.verify import random_inputs
 
         return random_inputs(self.workload, seed)
 
     def output_specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each output."""
-        from ..verify import argument_specs
+        from ..core.verify import argument_specs
 
         return [(argument.shape, argument.dtype) for argument in argument_specs(self.workload) if argument.output]
 
     def expected(self, inputs: list[torch.Tensor]) -> Any:
-        """See :func:`gf_tvm.verify.expected`."""
-        from ..verify import expected
+        """See :func:`gf_tvm.core.verify.expected`."""
+        from ..core.verify import expected
 
         return expected(self.workload, inputs)
 
     def excess(self, outputs: list[torch.Tensor], expected: Any) -> float:
-        """See :func:`gf_tvm.verify.excess`."""
-        from ..verify import excess
+        """See :func:`gf_tvm.core.verify.excess`."""
+        from ..core.verify import excess
 
         return excess(outputs, expected)
 
     def poison(self, outputs: list[torch.Tensor]) -> None:
         """NaN, but zeros where the caller has to write them: in the rows of grad_x that no patch covers."""
-        from ..verify import poison
+        from ..core.verify import poison
 
         poison(self.workload, outputs)
 
@@ -320,7 +320,7 @@ class ArgumentsTask(Task):
 
 
 def _load_main(path: Path) -> Callable[..., None]:
-    from ..runtime import load_library, start_runtime
+    from ..bundle.runtime import load_library, start_runtime
 
     start_runtime()
     kernel: Callable[..., None] = load_library(path)["main"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ModelError
-from ...machine import available_bytes
+from ...machine.cpu import available_bytes
 
 CHANNELS = 3
 

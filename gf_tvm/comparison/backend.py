@@ -1,0 +1,178 @@
+"""What comparing needs of a device: its limits, a clock, the exact backward passes it has, what else is measured.
+
+:class:`Host` is the CPU; GPUs are in :mod:`gf_tvm.comparison.gpu`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gf_cuda.timing import Rotation
+
+from ..machine import cpu
+from ..shapes import Case
+from .convolutions import (
+    MIN_REPEATS,
+    MIN_REPEATS_SLOW,
+    Data,
+    Timing,
+    Variants,
+    baseline_name,
+    check_baseline,
+    exact_backward,
+    measure,
+)
+from .rows import Row
+
+if TYPE_CHECKING:
+    from ..bundle.library import Library
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of one convolution with all of its patches.
+
+    Attributes:
+        times: "baseline", and "reference i", "filter_input i", "gf_tvm i", "kernel i" of the patch with index i.
+        baseline: which implementation of the exact backward pass that is.
+        more: for each patch, what :meth:`Backend.row` needs besides.
+    """
+
+    times: dict[str, Timing]
+    baseline: str
+    more: tuple[dict[str, Any], ...] = field(default=())
+
+
+class Backend(ABC):
+    """One kind of device."""
+
+    #: Sets of results that are held at once while they are compared with float64.
+    results = 2
+
+    @abstractmethod
+    def available_bytes(self) -> int | None:
+        """Memory that can be allocated; None where the system does not say."""
+
+    @contextmanager
+    def running(self, threads: int | None) -> Iterator[int]:
+        """Set up what holds for the whole run; yields the number of CPU threads."""
+        with cpu.torch_threads(threads) as used, torch.no_grad():
+            yield used
+
+    @abstractmethod
+    def limits(self) -> tuple[float, float]:
+        """GFLOP/s of a float32 matrix product, GB/s of a copy (read + write)."""
+
+    @abstractmethod
+    def data(self, case: Case) -> Data:
+        """Random inputs, where the device finds them."""
+
+    @abstractmethod
+    def check_baseline(self, case: Case, data: Data) -> None:
+        """Compare the exact backward pass with float64. Raises ComparisonError."""
+
+    def variants(self, case: Case, data: Data, library: Library | None) -> Variants:
+        """What is timed of one case."""
+        return Variants(case, data, library)
+
+    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
+        """A row with what else the backend measured: ``more`` is the patch's part of :attr:`Times.more`."""
+        return row
+
+    @abstractmethod
+    def time(
+        self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
+    ) -> Times:
+        """Time one convolution's checked variants (one for each patch), ``effort`` being repeats and seconds."""
+
+    def machine(self) -> dict[str, Any]:
+        """What the machine is."""
+        return cpu.describe()
+
+    def versions(self) -> dict[str, str | None]:
+        """Versions of what decides a time."""
+        return cpu.versions()
+
+    @abstractmethod
+    def conditions(self) -> dict[str, Any]:
+        """How was measured, as far as it depends on the kind of device; called after the run."""
+
+
+class Host(Backend):
+    """This machine's CPU, the exact backward pass by the framework (oneDNN)."""
+
+    def available_bytes(self) -> int | None:
+        return cpu.available_bytes()
+
+    def limits(self) -> tuple[float, float]:
+        return cpu.sgemm_peak(), cpu.copy_bandwidth()
+
+    def data(self, case: Case) -> Data:
+        return Data.random(case)
+
+    def check_baseline(self, case: Case, data: Data) -> None:
+        check_baseline(case, data)
+
+    def time(
+        self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
+    ) -> Times:
+        times = measure(self.calls(data, variants), *effort, progress)
+        return Times(times, baseline_name(data, variants[0].case.geometry))
+
+    def calls(self, data: Data, variants: Sequence[Variants]) -> dict[str, Call]:
+        """What is timed, interleaved."""
+        geometry = variants[0].case.geometry
+        calls: dict[str, Call] = {"baseline": lambda: exact_backward(data.grad_y, data.x, data.weight, geometry)}
+        return {**calls, **variant_calls([variants])}
+
+    def conditions(self) -> dict[str, Any]:
+        return {
+            "statistic": "median; quartiles (lower, upper)",
+            "repeats": {"min": MIN_REPEATS, "min_slow": MIN_REPEATS_SLOW},
+            "order": "variants interleaved in one run, order shuffled in every round",
+            "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
+            "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
+            "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
+            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 products; best of start and end",
+        }
+
+
+def variant_calls(sets: Sequence[Sequence[Variants]]) -> dict[str, Call]:
+    """The calls to time once per patch; the names end in the patch's index.
+
+    Args:
+        sets: for each set of inputs, one variant per patch; the calls go from set to set.
+    """
+    calls: dict[str, Call] = {}
+    outputs = None
+    for index in range(len(sets[0])):
+        own = [variants[index] for variants in sets]
+        calls[f"reference {index}"] = _rotate([variant.plain_backward for variant in own])
+        calls[f"filter_input {index}"] = _rotate([variant.filter_input for variant in own])
+        if own[0].backward:
+            if outputs is None:  # their shapes do not depend on the patch
+                outputs = [variant.kernel_backward() for variant in own]
+            calls[f"gf_tvm {index}"] = _rotate([variant.kernel_backward for variant in own])
+            calls[f"kernel {index}"] = _rotate(
+                [partial(variant.kernel_backward, into) for variant, into in zip(own, outputs, strict=True)]
+            )
+        for name in own[0].others:
+            others = [variant.others[name] for variant in own]
+            calls[f"{name} {index}"] = _rotate([other.backward for other in others])
+            pools = [other.filter_input for other in others if other.filter_input]
+            if pools:
+                calls[f"{name} filter_input {index}"] = _rotate(pools)
+    return calls
+
+
+def _rotate(calls: Sequence[Call]) -> Call:
+    return calls[0] if len(calls) == 1 else Rotation(calls)

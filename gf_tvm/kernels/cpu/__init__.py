@@ -1,0 +1,1 @@
+"""CPU kernels, written in TVM's IR; see docs/kernels.md."""

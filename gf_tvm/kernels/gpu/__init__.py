@@ -1,0 +1,1 @@
+"""GPU kernels as TE definitions; see docs/gpu.md."""

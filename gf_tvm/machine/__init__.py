@@ -1,0 +1,1 @@
+"""Devices: their profiles, and what this machine is, can and uses at the moment."""

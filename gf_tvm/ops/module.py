@@ -1,0 +1,93 @@
+"""A convolution with a filtered backward pass, as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.geometry import Pair, as_pair
+from ..errors import ModelError
+from .functional import conv2d
+
+if TYPE_CHECKING:
+    from ..bundle.library import Library
+
+Patch = int | Sequence[int]
+
+
+class FilteredConv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`gf_tvm.functional.conv2d`.
+
+    Args:
+        patch: pixels of the output that share one gradient; an integer or a pair (height, width).
+        library: what :func:`gf_tvm.load` returned, or None for plain PyTorch operators.
+        args, kwargs: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs to
+            the map that is filtered.
+
+    Raises:
+        GeometryError: ``patch`` is not one or two positive integers.
+    """
+
+    patch: Pair
+    library: Library | None
+
+    def __init__(self, *args: Any, patch: Patch = 2, library: Library | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.patch, self.library = as_pair(patch, "patch", 1), check_library(library)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, patch: Patch = 2, library: Library | None = None) -> FilteredConv2d:
+        """A new module with the same settings and the same Parameter objects as ``conv``, which stays as it is.
+
+        Hooks stay with ``conv``. Raises ModelError for anything but a plain Conv2d or FilteredConv2d.
+        """
+        if type(conv) not in (nn.Conv2d, FilteredConv2d) or "weight" not in conv._parameters:
+            raise ModelError(f"from_conv takes a plain Conv2d with its own weight, got {conv}")
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",  # no memory and no random numbers for parameters that are replaced at once
+            patch=patch,
+            library=library,
+        )
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (n, ci, h, w) or (ci, h, w) -> y, as ``torch.nn.Conv2d``."""
+        padding: str | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            patch=self.patch,
+            library=self.library,
+        )
+
+    def extra_repr(self) -> str:
+        library = "" if self.library is None else f", library={self.library!r}"
+        return f"{super().extra_repr()}, patch={self.patch}{library}"  # type: ignore[no-untyped-call]
+
+
+def check_library(library: Library | None) -> Library | None:
+    """``library``, if it is one. Raises ModelError."""
+    if library is not None and not isinstance(getattr(library, "device_type", None), str):
+        raise ModelError(f"library must be what gf_tvm.load(FILE) returned, or None; got {library!r}")
+    return library

@@ -1,0 +1,175 @@
+"""What a board does for the tuner: the requests of one RPC session.
+
+A session is a process of its own (:mod:`gf_tvm.farm.server`), and it runs candidates in a further one, so a candidate
+that crashes or hangs is a result like any other and the session goes on. Requests and answers are JSON text. An answer
+is ``{"done": value}``; ``{"broken": line}`` if the board cannot go on (no memory, a full disk); or ``{"failed": line}``
+if the request made no sense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ...farm.server import Context, versions
+from ..task import ArgumentsTask, Task, TuningError, WorkloadTask
+from .process import describe
+from .runner import Options, Result, Runner
+
+
+def preload() -> None:
+    """Import what sessions need before the server forks them: on a board that takes ten seconds."""
+    import torch  # noqa: F401
+
+    from ...core import verify, workload  # noqa: F401
+
+
+class Session:
+    """See the module; one instance for each session.
+
+    Args:
+        context: of the server.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._runner: Runner | None = None
+        # Of its own, so that the other keeps its inputs and their reference result.
+        self._reference: Runner | None = None
+        self._tasks: dict[str, Task] = {}
+
+    def handle(self, request: str) -> str:
+        """Answer one request: a JSON object with ``op`` and that operation's arguments."""
+        counters = self._context.counters
+        counters.working = True
+        try:
+            arguments = json.loads(request)
+            operation = getattr(self, f"do_{arguments.pop('op')}")
+            answer = {"done": operation(**arguments)}
+        except (TuningError, MemoryError) as error:
+            answer = {"broken": str(error) or "not enough memory"}
+        except Exception as error:
+            answer = {"failed": describe(error)}
+        finally:
+            counters.working = False
+        return json.dumps(answer)
+
+    def close(self) -> None:
+        """End what runs candidates."""
+        for runner in (self._runner, self._reference):
+            if runner is not None:
+                runner.end()
+        self._runner, self._reference = None, None
+
+    # -------------------------------------------------------------------------------------------------- the operations
+
+    def do_hello(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Take the options of measuring; tell what this board is."""
+        self.close()
+        cores = len(os.sched_getaffinity(0))
+        wanted = Options(**options)
+        if self._context.emulated:  # whose times mean nothing, and which has the cores of the machine that emulates
+            wanted = Options(**{**options, "threads": min(wanted.threads, cores)})
+        self._runner, self._reference = self._new_runner(wanted), self._new_runner(wanted)
+        return {
+            "name": self._context.name,
+            "cores": cores,
+            "threads": wanted.threads,
+            "versions": versions(),
+            "gpu": self._context.gpu,
+            "emulated": self._context.emulated,
+            "sensors": self.do_sense(),
+        }
+
+    def _new_runner(self, options: Options) -> Runner:
+        return Runner(options, self._context.folder, fork=True)
+
+    def do_sense(self) -> dict[str, Any]:
+        """Clock, temperature and throttling."""
+        return self._context.sensors.read().to_dict()
+
+    def do_prepare(self, task: dict[str, Any], seed: int) -> float:
+        """Make the inputs and the reference; returns the seconds that took."""
+        begun = time.monotonic()
+        self._get_runner().prepare(self._task(task), seed)
+        return time.monotonic() - begun
+
+    def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
+        """Check and time an uploaded library: a candidate, or the ``reference`` kernel."""
+        path = self._context.folder / file
+        runner = self._get_runner() if self._reference is None or not reference else self._reference
+        result = runner.run(self._task(task), path, best)
+        if not reference:
+            self._count(result)
+        path.unlink(missing_ok=True)
+        return {"result": asdict(result), "sensors": self.do_sense()}
+
+    def do_compare(self, task: dict[str, Any], files: dict[str, str], seed: int) -> dict[str, Any]:
+        """Check and time uploaded libraries in turns."""
+        paths = {name: self._context.folder / file for name, file in files.items()}
+        results = self._get_runner().compare(self._task(task), paths, seed)
+        for name, path in paths.items():
+            self._count(results[name])
+            path.unlink(missing_ok=True)
+        return {"results": {name: asdict(result) for name, result in results.items()}, "sensors": self.do_sense()}
+
+    def do_rest(self, seconds: float) -> dict[str, Any]:
+        """Do nothing for a while, to cool down; returns the sensors after it."""
+        time.sleep(min(seconds, 60.0))
+        return self.do_sense()
+
+    # ---------------------------------------------------------------------------------------------------------- helpers
+
+    def _get_runner(self) -> Runner:
+        if self._runner is None:
+            raise ValueError("hello must come first")
+        return self._runner
+
+    def _task(self, values: dict[str, Any]) -> Task:
+        """The task that a request is about; the same object each time, since a runner keeps its inputs by it."""
+        text = json.dumps(values, sort_keys=True)
+        if text not in self._tasks:
+            if "arguments" in values:
+                self._tasks[text] = ArgumentsTask(tuple((dtype, tuple(shape)) for dtype, shape in values["arguments"]))
+            else:
+                from ...core.workload import Workload
+
+                task = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
+                if task.profile.gpu is not None:
+                    gpu_of(self._context.name, self._context.gpu, task.profile.gpu.arch)
+                self._tasks[text] = task
+        return self._tasks[text]
+
+    def _count(self, result: Result) -> None:
+        self._context.counters.count(failed=result.status != "ok")
+
+
+def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, Any]:
+    """The GPU with which a board measures; see :class:`gf_tvm.machine.gpu.GpuInfo`.
+
+    Args:
+        name: of the board.
+        gpu: what its server says of its GPU.
+        arch: that is needed ("sm_53").
+
+    Raises:
+        TuningError: it measures with none, or with another.
+    """
+    if gpu is None:
+        raise TuningError(f"{name} measures with no GPU: start its server with gf-tvm farm serve --device DEVICE")
+    if gpu.get("arch") != arch:
+        raise TuningError(f"{name} measures with {gpu.get('name')} ({gpu.get('arch')}), what it is sent is for {arch}")
+    return gpu
+
+
+def task_values(task: Task) -> dict[str, Any]:
+    """What :class:`Session` needs to know of a task. Raises TuningError for one that a board cannot measure."""
+    if isinstance(task, ArgumentsTask):
+        return {"arguments": task.arguments}
+    if not isinstance(task, WorkloadTask):
+        raise TuningError(f"{task.identity.key}: only workloads of gf_tvm can be measured on a farm")
+    return {"workload": task.workload.to_dict(), "device": task.device}
