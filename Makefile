@@ -9,7 +9,7 @@ TEST_JOBS   ?= 3
 
 # What the demo runs on is installed first and alone: it is the smaller part, and a first look should be quick.
 RUN_EXTRAS := train,plot,tune-cpu
-DEV_EXTRAS := $(RUN_EXTRAS),cross,cuda,models,test,dev
+DEV_EXTRAS := $(RUN_EXTRAS),cross,cuda,models,test,docs,dev
 RUN_STAMP  := $(VENV)/.installed-run
 DEV_STAMP  := $(VENV)/.installed-dev
 BIN        := $(VENV)/bin
@@ -19,7 +19,7 @@ INSTALL    := $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 WARM_UP    := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
 
 .DELETE_ON_ERROR:
-.PHONY: help demo report test lint format typecheck wheel clean
+.PHONY: help demo report test lint format typecheck docs linkcheck wheel clean
 
 help:
 	@echo "make demo       tune, build, train and compare on this machine; ends with a table and a picture"
@@ -28,6 +28,8 @@ help:
 	@echo "make lint       ruff: rules and formatting"
 	@echo "make format     ruff: formats and repairs what it can"
 	@echo "make typecheck  mypy"
+	@echo "make docs       the documentation, in build/docs/html"
+	@echo "make linkcheck  whether the documentation's links to other sites work; needs a network"
 	@echo "make wheel      dist/gf_tvm-*.whl"
 	@echo "make clean      removes what was built, but not $(VENV)"
 
@@ -81,6 +83,17 @@ typecheck: $(DEV_STAMP)
 	@ln -s "$(CURDIR)"/gf_tvm/* "$(CURDIR)/schedules" "$(CURDIR)/runners" "$(CURDIR)/tuning_logs" build/types/gf_tvm/
 	@ln -s "$(CURDIR)/gf_cuda" build/types/
 	cd build/types && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p gf_tvm -p gf_cuda
+
+# All pages every time: Sphinx says nothing about pages that it does not read again. Its script rather than python -m,
+# which would find gf_tvm in the current folder, without what lies beside it there.
+SPHINX := $(BIN)/sphinx-build -n -W --keep-going -q -E -d build/docs/doctrees -c docs
+docs: $(DEV_STAMP)
+	@rm -rf build/docs
+	$(SPHINX) . build/docs/html
+	@echo build/docs/html/index.html
+
+linkcheck: $(DEV_STAMP)
+	$(SPHINX) -b linkcheck . build/docs/links
 
 # setuptools never empties build/lib, and would pack modules that are long gone.
 wheel: $(RUN_STAMP)

@@ -31,10 +31,15 @@ Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class FilterReport:
-    """The convolutions of a model: which are filtered, and why the others are not. ``str()`` is a readable list."""
+    """The convolutions of a model: which are filtered, and why the others are not. ``str()`` is a readable list.
 
-    filtered: Mapping[str, Pair]  # fully qualified name -> patch (height, width)
-    left_alone: Mapping[str, str]  # fully qualified name -> reason
+    Attributes:
+        filtered: fully qualified name -> patch (height, width).
+        left_alone: fully qualified name -> reason.
+    """
+
+    filtered: Mapping[str, Pair]
+    left_alone: Mapping[str, str]
 
     def __str__(self) -> str:
         total = len(self.filtered) + len(self.left_alone)
@@ -135,9 +140,8 @@ def filter_model(
 
     Raises:
         ModelError: a selection that fits the model badly, a convolution that is named but cannot be filtered, or a
-            dtype of means that is none of these.
-        GeometryError: a patch that is not one or two positive integers.
-        In both cases nothing has been changed.
+            dtype of means that is none of these. Nothing has been changed.
+        GeometryError: a patch that is not one or two positive integers. Nothing has been changed.
     """
     if isinstance(patch, Mapping) and last is None and layers is None:
         layers = list(patch)

@@ -131,7 +131,7 @@ class Evaluation:
         limits: ``memory_budget`` (bytes) and ``max_score_drop`` (0 to 1), None where there is no such limit.
         recommendation: None where no setting meets the limits.
         train_config: what ``gf-tvm train --config`` takes for the recommended setting, None without one.
-        task, metric: as in :class:`gf_tvm.training.results.TrainResult`.
+        task, metric: as in :class:`gf_tvm.training.TrainResult`.
     """
 
     machine: dict[str, Any]
