@@ -61,12 +61,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="report skipped tests and modules as failed")
 
 
-# The longest first, so that with two files at a time none is left over at the end; minutes, most of them waiting.
-_LONG = ("test_virtual_farm.py", "test_deploy.py", "test_farm_faults.py", "test_tuning.py", "test_kernels.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+    # Files go to the workers in this order, and none that takes minutes should be left over at the end.
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
 
 
 def _fail_if_skipped(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:

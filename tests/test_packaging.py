@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import gf_tvm
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Folder of the checkout -> package.
 FOLDERS = {
     "gf_cuda": "gf_cuda",

@@ -3,7 +3,7 @@
 A cubin is an ELF file: the code of function ``f`` is section ``.text.f``, whose header keeps the registers of a thread
 in the top byte of ``sh_info``; ``.nv.shared.f`` is as large as its static shared memory; ``.nv.info`` lists stack
 frames. That holds for the 64-bit format of CUDA 8 to 13. NVIDIA documents the tool that prints it (cuobjdump), not the
-format; tests/test_cuda.py compares with what ptxas says.
+format; tests/codegen/test_cuda.py compares with what ptxas says.
 """
 
 from __future__ import annotations

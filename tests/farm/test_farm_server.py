@@ -228,7 +228,7 @@ QUICK |= {"_HELLO_SECONDS": PROMPT, "_UNUSED_SECONDS": LONG}
 
 
 class QuickBoard(NativeBoard):
-    """A board that runs tests/quick_board.py; ``seconds`` are put over :data:`QUICK`."""
+    """A board that runs tests/farm/quick_board.py; ``seconds`` are put over :data:`QUICK`."""
 
     def __init__(
         self,

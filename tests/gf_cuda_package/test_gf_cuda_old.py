@@ -11,10 +11,11 @@ from pathlib import Path
 
 import emulated_cuda
 import pytest
+from checkout import ROOT
 
 from gf_cuda.program import Program
 
-_PACKAGE = Path(__file__).parent.parent / "gf_cuda"
+_PACKAGE = ROOT / "gf_cuda"
 _MODULES = sorted(_PACKAGE.glob("*.py"))
 #: These are of use without torch: a server measures kernels with them, and a build machine checks them.
 _WITHOUT_TORCH = {"__init__", "errors", "driver", "handles", "nvrtc", "program", "bundle"}

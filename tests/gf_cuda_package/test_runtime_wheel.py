@@ -10,6 +10,7 @@ from pathlib import Path
 
 import emulated_cuda
 import pytest
+from checkout import ROOT
 
 import gf_tvm
 from gf_tvm.farm.wheel import build_runtime_wheel, runtime_name
@@ -17,7 +18,7 @@ from gf_tvm.runners.cli import main
 
 NAME = f"gf_cuda-{gf_tvm.__version__}-py3-none-any.whl"
 INFO = f"gf_cuda-{gf_tvm.__version__}.dist-info"
-PACKAGE = Path(__file__).resolve().parent.parent / "gf_cuda"
+PACKAGE = ROOT / "gf_cuda"
 
 
 @pytest.fixture(scope="module")

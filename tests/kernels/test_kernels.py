@@ -23,6 +23,8 @@ from gf_tvm.kernels.cpu.sweep import Sweep, Tiles
 from gf_tvm.machine.profiles import DeviceProfile, get_profile
 from gf_tvm.schedules import cpu, definition_hash, get_space
 
+pytestmark = pytest.mark.early
+
 # What runs in training; the others are checked on fewer geometries.
 MAIN = ("filter_input", "backward", "backward_input", "backward_weight")
 PRODUCTS = ("input_grad", "weight_grad")

@@ -29,6 +29,8 @@ from gf_tvm.farm.ssh import Ssh, SshError, explain
 from gf_tvm.runners.cli import main
 from gf_tvm.runners.farm import deploy as _farm_deploy
 
+pytestmark = pytest.mark.early
+
 GF_TVM = [sys.executable, "-m", "gf_tvm.runners.cli"]
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 needs_sshd = pytest.mark.skipif(

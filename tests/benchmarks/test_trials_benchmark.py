@@ -10,7 +10,7 @@ import trials
 
 from gf_tvm.machine import cpu
 
-pytestmark = pytest.mark.usefixtures("host")
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("host")]
 
 SHAPES = {
     "cases": [{"name": "tiny", "n": 2, "ci": 16, "co": 16, "h": 8, "w": 8, "kernel": [3, 3], "padding": [1, 1]}],

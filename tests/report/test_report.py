@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT
 from report_files import Page, chains, comparison, evaluation, training, tuning
 
 from gf_tvm.errors import ReportError
@@ -21,7 +22,6 @@ from gf_tvm.report.sources import read, read_all
 from gf_tvm.runners.cli import main
 from gf_tvm.shapes import format_patch
 
-ROOT = Path(__file__).resolve().parent.parent
 MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "compare.json": comparison,
     "evaluate.json": evaluation,

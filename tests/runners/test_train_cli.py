@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import HELPERS
 from fake_library import FakeLibrary, loaded
 from training_models import patterns, state_of
 
@@ -197,7 +198,7 @@ def test_killed_at_any_moment(arguments: list[str], tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*arguments, "--checkpoint", str(whole)]) == 0
     command = [sys.executable, "-m", "gf_tvm.runners.cli", *arguments, "--checkpoint", str(killed), "--resume"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": HELPERS}
     rng = random.Random(0)
     kills, progress = 0, set()
     while True:

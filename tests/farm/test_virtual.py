@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import HELPERS, ROOT
 from torch import nn
 from virtual_pi import run_in, running, wait_until_gone
 
@@ -27,7 +28,8 @@ from gf_tvm.farm.virtual import EXTRAS, VirtualPi, environment, prepare_root, py
 from gf_tvm.runners.cli import main
 from gf_tvm.shapes import model_cases, workloads_of
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.early
+
 
 # --------------------------------------------------------------------------------------- the root, with its parts faked
 
@@ -159,7 +161,7 @@ def test_two_at_once_make_one_root(fake: Fake, tmp_path: Path) -> None:
 def test_the_present_code_is_unpacked(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = prepare_root(tmp_path)
     first = code_of(root)
-    assert (first / "gf_tvm/runners/cli.py").read_bytes() == (CHECKOUT / "runners/cli.py").read_bytes()
+    assert (first / "gf_tvm/runners/cli.py").read_bytes() == (ROOT / "runners/cli.py").read_bytes()
     assert list(first.glob("gf_tvm-*.dist-info"))
     real = virtual.build_wheel
 
@@ -201,7 +203,7 @@ def test_a_step_that_fails_gives_its_reason(tmp_path: Path, monkeypatch: pytest.
 
 def test_versions_are_those_that_are_tested() -> None:
     constraints = {}
-    for line in (CHECKOUT / "constraints.txt").read_text().splitlines():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
         if found := re.match(r"([\w.-]+)==([\w.]+)", line):
             constraints[found[1].lower().replace("_", "-")] = found[2]
     pins = dict(pin.lower().replace("_", "-").split("==") for pin in (*virtual._WHEELS, *sum(EXTRAS.values(), ())))
@@ -449,7 +451,7 @@ def test_a_board_ends_with_whoever_started_it(virtual_root: Path, tmp_path: Path
     code = f"""
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {HELPERS!r}]
 from test_virtual import Board
 board = Board(Path({str(virtual_root)!r}), "one", ("127.0.0.1", 9190), "rpi4", Path({str(tmp_path)!r}))
 board.script = "import sys; print('ready'); sys.stdin.read(); print('end')"

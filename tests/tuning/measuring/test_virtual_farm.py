@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import HELPERS
 from farm_helpers import (
     BABBLE,
     CONT,
@@ -41,7 +42,8 @@ from gf_tvm.tuning.loop import Event, tune_tasks
 from gf_tvm.tuning.measuring import remote
 from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
 
-TESTS = str(Path(__file__).parent)
+pytestmark = pytest.mark.early
+
 TUNED = small_workload()
 GEOMETRIES = 60
 
@@ -186,7 +188,7 @@ def test_from_tuning_to_training(
     x += np.stack([np.roll(np.eye(8, dtype=np.float32), 2 * label, axis=1) for label in y])
     np.savez(folder / "data.npz", x=(255 * x.clip(0, 1)).astype(np.uint8), y=y)
     printed = run_in(
-        virtual_root, "-c", CHECK_AND_TRAIN, bundle, cwd=folder, seconds=600, PYTHONPATH=TESTS, OMP_NUM_THREADS="1"
+        virtual_root, "-c", CHECK_AND_TRAIN, bundle, cwd=folder, seconds=600, PYTHONPATH=HELPERS, OMP_NUM_THREADS="1"
     )
     checked = [json.loads(line.partition(" ")[2]) for line in printed.splitlines() if line.startswith("checked ")]
     assert len(checked) >= GEOMETRIES + 3

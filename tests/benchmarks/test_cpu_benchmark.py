@@ -35,7 +35,7 @@ from gf_tvm.machine.profiles import get_profile
 from gf_tvm.report.roofline import roofline_plot
 from gf_tvm.shapes import Case, workloads_of
 
-pytestmark = pytest.mark.usefixtures("host")
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("host")]
 
 SHAPES = {
     "n": 2, "kernel": 3, "padding": 1, "patches": [2, 4],

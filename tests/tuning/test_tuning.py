@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from checkout import HELPERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_task import N, TaskOf, ToySpace, ToyTask, indices, wait_until, workers_of
@@ -39,7 +40,8 @@ from gf_tvm.tuning.measuring.runner import Options, Result
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 
-TESTS = str(Path(__file__).parent)
+pytestmark = pytest.mark.early
+
 FAST = Options(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
 
 
@@ -169,7 +171,7 @@ def test_a_killed_run_loses_no_finished_trial_and_the_next_repeats_none(
     scratch.mkdir()
     path, stall = log_path(tmp_path, "toy-device", "toy"), tmp_path / "stall"
     environment = {**os.environ, "TMPDIR": str(scratch), "TOY_STALL": str(stall)}
-    with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), TESTS], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), HELPERS], env=environment) as process:
         try:
             # Some trials are finished, and a worker is deep in a build.
             assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 4)

@@ -1,6 +1,6 @@
 """Tuning on a farm while things go wrong: the run ends with all its trials, and the log knows nothing of the trouble.
 
-The boards are servers on this machine; tests/test_virtual_farm.py does the same on Cortex-A72 code.
+The boards are servers on this machine; tests/tuning/measuring/test_virtual_farm.py does the same on Cortex-A72 code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkout import HELPERS
 from farm_helpers import (
     BABBLE,
     CONT,
@@ -40,7 +41,8 @@ from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.task import TuningError
 
 Farm = tuple[TrackerProcess, list[NativeBoard]]
-pytestmark = pytest.mark.timeout(900)  # a busy machine takes its time, and the tests wait for what must happen
+# A busy machine takes its time, and the tests wait for what must happen.
+pytestmark = [pytest.mark.early, pytest.mark.timeout(900)]
 HOST = get_profile("host").name
 # One candidate hangs, and no other may exceed the limit, however busy the machine is.
 QUICK = Options(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=20.0)
@@ -189,7 +191,7 @@ tune_tasks([task], logs=sys.argv[2], trials=20, options=QUICK, measurer=FarmMeas
 def test_a_killed_tuner_is_resumed(farm: Farm, tmp_path: Path) -> None:
     tracker, _ = farm
     path = log_path(tmp_path, HOST, small_workload().key)
-    arguments = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(tmp_path), tracker.text]
+    arguments = [sys.executable, "-c", RUN, HELPERS, str(tmp_path), tracker.text]
     with subprocess.Popen(arguments) as process:
         assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 5)
         process.kill()
