@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import gf_tvm
 from gf_cuda.timing import interleaved, quantile
-from gf_tvm.bundle.library import Kernel, Library
+from gf_tvm.bundle.kernel import Kernel
+from gf_tvm.bundle.library import Library
 from gf_tvm.comparison.convolutions import ComparisonError, Data, relative_error
 from gf_tvm.core import reference, verify
 from gf_tvm.core.geometry import Geometry, Pair

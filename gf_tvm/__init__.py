@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from .nn import filter_report as filter_report
     from .nn import select_layers as select_layers
     from .nn import unfilter_model as unfilter_model
-    from .ops.operators import FallbackWarning as FallbackWarning
+    from .ops.dispatch import FallbackWarning as FallbackWarning
     from .tuning import tune as tune
 
 #: Where each name lives; "" marks a module of its own.
 _HOMES = {
     "ChainReport": "chains",
     "EvaluateConfig": "evaluation",
-    "FallbackWarning": "ops.operators",
+    "FallbackWarning": "ops.dispatch",
     "FilterReport": "nn",
     "FilteredConv2d": "nn",
     "Geometry": "core.geometry",

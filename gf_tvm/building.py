@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
 import itertools
-import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .bundle.library import CUDA_SCHEMA, LIBRARY, MANIFEST, SCHEMA
+from .bundle.format import CUDA_SCHEMA, LIBRARY, SCHEMA, checksums, write
 from .core.workload import Workload
 from .errors import BuildError
 from .machine.profiles import DeviceProfile, get_profile
@@ -134,7 +131,7 @@ def build(
             config_of = _config_of(profile, folders)
             manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
         staged = Path(folder) / "bundle"
-        _write(staged, manifest, files)
+        write(staged, manifest, files)
         os.replace(staged, out)
     return BuildReport(out, tuple(kernels), tuple(program.key for program in programs))
 
@@ -251,8 +248,7 @@ def _versions() -> dict[str, str]:
 
 
 def _complete(manifest: dict[str, Any], files: dict[str, bytes], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    return {**manifest, "sha256": sums, "kernels": entries}
+    return {**manifest, "sha256": checksums(files), "kernels": entries}
 
 
 def _schedule(workload: Workload, profile: DeviceProfile, logs: list[Path]) -> tuple[BuiltKernel, Any]:
@@ -282,15 +278,3 @@ def _config_of(profile: DeviceProfile, folders: list[Path]) -> Callable[[Workloa
         return dict(registry.get_space(workload, profile).default)
 
     return config_of
-
-
-def _write(path: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write the archive and flush it to the disk; no time stamps, so equal kernels give equal bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in {MANIFEST: json.dumps(manifest, indent=1).encode(), **files}.items():
-            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
-    with path.open("wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GeometryError, GfTvmError, ModelError
 from gf_tvm.nn import filter_model
 from gf_tvm.ops import operators
+from gf_tvm.ops.dispatch import FallbackWarning
 from gf_tvm.shapes import (
     Case,
     format_patch,
@@ -256,7 +257,7 @@ def test_geometry_is_the_one_that_the_operator_sees(
     real = operators._geometry
     monkeypatch.setattr(operators, "_geometry", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", operators.FallbackWarning)
+        warnings.simplefilter("ignore", FallbackWarning)
         filter_model(conv, patch=(2, 3), last=1)(torch.zeros(shape)).sum().backward()
     assert set(seen) == {case.geometry}
 

@@ -19,7 +19,7 @@ import gf_cuda.tensors
 from ..core import verify
 from ..core.workload import Workload
 from ..errors import BundleError, DeviceError, GeometryError, GfTvmError
-from .library import Kernel
+from .kernel import Kernel
 
 
 @dataclass(frozen=True)

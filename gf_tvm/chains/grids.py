@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.geometry import Axis, Geometry
 from ..core.reference import sum_dtype
-from ..ops.operators import _without_autocast
+from ..ops.dispatch import without_autocast
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def patch_means(t: Tensor, grid: Grid) -> Tensor:
 
     Zero where a patch is empty.
     """
-    with _without_autocast(t.device.type):
+    with without_autocast(t.device.type):
         t = t.to(sum_dtype(t.dtype))
         # Twice as fast as torch's pooling on CPUs, whose loops over a patch are not vectorised.
         by_rows = torch.matmul(t, _means(grid.cols, t.dtype, t.device).transpose(0, 1))

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..bundle.kernel import Kernel
+from ..bundle.library import get_library
 from ..core import reference
 from ..core.geometry import Geometry
 from ..core.workload import ALIGNMENT
-from ..ops import operators
+from ..ops.dispatch import as_kernel_takes, find_kernel, warn_fallback_once
 
 #: Dtypes that compiled chains take, and convert to float32. Gradients on the grid are float32 whatever the
 #: convolution's dtype is, which only says how grad_W is stored.
@@ -23,7 +25,7 @@ def input_grad(g: Tensor, weight: Tensor, geometry: Geometry, library: str) -> T
     if found is None:
         return reference.input_grad(g, weight, geometry)
     grad = g.new_empty((geometry.n, geometry.ci, *geometry.grid))
-    found(*(operators._for_kernel(tensor, found) for tensor in (g, weight)), grad)
+    found(*(as_kernel_takes(tensor, found) for tensor in (g, weight)), grad)
     return grad
 
 
@@ -34,7 +36,7 @@ def weight_grad(g: Tensor, saved: Tensor, geometry: Geometry, library: str) -> T
         filtered = saved if geometry.depthwise else saved.permute(0, 3, 1, 2)
         return reference.weight_grad(g, filtered.to(g.dtype), geometry)
     grad = g.new_empty(geometry.weight_shape, dtype=getattr(torch, found.workload.dtype))
-    found(*(operators._for_kernel(tensor, found) for tensor in (g, saved)), grad)
+    found(*(as_kernel_takes(tensor, found) for tensor in (g, saved)), grad)
     return grad
 
 
@@ -49,15 +51,13 @@ def find_programs(keys: Sequence[str], library: str) -> dict[str, Callable[..., 
 
     That is said once, but not of a library that has no programs at all: its kernels run, which it was built for.
     """
-    from ..bundle.library import get
-
-    loaded = get(library)
+    loaded = get_library(library)
     found = {}
     for key in keys:
         function = loaded.program(key)
         if function is None:
             if loaded.programs:
-                operators._say_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
+                warn_fallback_once((library, key), f"{loaded} lacks {key}: what it is made of runs step by step")
             return None
         found[key] = function
     return found or None
@@ -69,9 +69,7 @@ def ready(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def _find(
-    name: str, g: Tensor, geometry: Geometry, library: str, dtypes: Sequence[torch.dtype]
-) -> operators.Kernel | None:
+def _find(name: str, g: Tensor, geometry: Geometry, library: str, dtypes: Sequence[torch.dtype]) -> Kernel | None:
     """The library's kernel, for weights of one of ``dtypes``; where it has none, that is said once."""
-    found = operators._find((name,), geometry, g, library, dtypes if g.dtype == torch.float32 else None)
+    found = find_kernel((name,), geometry, g, library, dtypes if g.dtype == torch.float32 else None)
     return None if found is None else found[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core import reference
 from ..ops import operators
+from ..ops.dispatch import without_autocast
 from ..ops.functional import cast_for_convolution
 from . import elementwise, grids, kernels
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
@@ -331,7 +332,7 @@ def backward(
         inputs = plan.backward.inputs(kept, grads)
         if inputs is not None:
             return plan.backward.run(function, inputs)
-    with operators._without_autocast(like.device.type):
+    with without_autocast(like.device.type):
         return _Backward(plan, kept.slots(), grads).run()
 
 

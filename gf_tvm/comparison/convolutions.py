@@ -26,7 +26,8 @@ from ..machine import cpu
 from ..shapes import Case, format_patch
 
 if TYPE_CHECKING:
-    from ..bundle.library import Kernel, Library
+    from ..bundle.kernel import Kernel
+    from ..bundle.library import Library
 
 MIN_REPEATS = 5
 MIN_REPEATS_SLOW = 3  # for what takes longer than SLOW_SECONDS a call

@@ -31,6 +31,9 @@ class FilteredConv2d(nn.Conv2d):
         GeometryError: ``patch`` is not one or two positive integers.
     """
 
+    # Where users find it, whatever file it lies in: pickles name it so, and load after files have moved.
+    __module__ = "gf_tvm.nn"
+
     patch: Pair
     library: Library | None
 

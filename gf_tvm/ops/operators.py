@@ -1,111 +1,29 @@
 """The PyTorch operators of a filtered convolution: an exact forward pass and a filtered backward pass.
 
 ``gf_tvm::conv2d`` computes y and, where the weight is trained, x~; ``gf_tvm::conv2d_backward`` computes the
-gradients. Both are opaque to ``torch.compile``. A library's kernels run where it has them; the PyTorch
-implementation of :mod:`gf_tvm.core.reference` runs everywhere else.
+gradients. Both are opaque to ``torch.compile``. A library's kernels run where it has them
+(:mod:`gf_tvm.ops.dispatch`); the PyTorch implementation of :mod:`gf_tvm.core.reference` runs everywhere else.
 
-Operators take plain values only, so a library travels as its digest ("" stands for none) and is looked up in
-:func:`gf_tvm.bundle.library.get`.
+Operators take plain values only, so a library travels as its digest ("" stands for none).
 """
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bundle.kernel import Kernel
 from ..core import reference
 from ..core.geometry import Axis, Geometry, Pair
 from ..errors import GeometryError, GfTvmError
-
-if TYPE_CHECKING:
-    from ..core.workload import Workload
-
-#: Storage dtypes that kernels exist for, as :mod:`gf_tvm.core.workload` names them.
-_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-class Kernel(Protocol):
-    """Takes contiguous tensors of its device, inputs, then outputs, which it writes in place."""
-
-    @property
-    def workload(self) -> Workload:
-        """What it computes."""
-
-    @property
-    def alignment(self) -> int:
-        """Of the tensors' addresses, in bytes."""
-
-    def __call__(self, *tensors: Tensor) -> None: ...
-
+from .dispatch import as_kernel_takes, find_kernel, without_autocast
 
 _SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int[] patch, str library"
-
-
-class FallbackWarning(UserWarning):
-    """The PyTorch implementation runs in place of a compiled kernel: same results, slower.
-
-    Given once per process where no library was given, and once per workload that a library lacks.
-    ``warnings.simplefilter("error", gf_tvm.FallbackWarning)`` turns a fallback into an error.
-    """
-
-
-_said: set[object] = set()
-_said_lock = threading.Lock()
-
-
-def _say_once(topic: object, message: str) -> None:
-    with _said_lock:
-        if topic in _said:
-            return
-        _said.add(topic)
-    try:
-        warnings.warn(message, FallbackWarning, stacklevel=2)
-    except FallbackWarning:  # turned into an error: it must be one the next time as well
-        _said.discard(topic)
-        raise
-
-
-def _find(
-    names: Sequence[str],
-    geometry: Geometry,
-    like: Tensor,
-    library: str,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> tuple[str, Kernel] | None:
-    """The first of the kernels ``names`` that the library has for ``like``'s device, or None, said once.
-
-    ``dtypes``: storage dtypes that will do, the best first; None: ``like``'s.
-    """
-    if geometry.n == 0 or like.device.type == "meta":
-        return None  # nothing to compute, so nothing is missing
-    if not library:
-        _say_once(
-            "no library",
-            "no library was given, so gradient filtering runs as plain PyTorch operators: same results, slower "
-            "(library=gf_tvm.load(FILE) runs compiled kernels)",
-        )
-        return None
-    from ..bundle.library import get  # here, because without a library PyTorch alone is enough
-
-    loaded = get(library)
-    dtypes = dtypes or (like.dtype,)
-    if like.device.type == loaded.device_type:
-        for name in names:
-            for dtype in dtypes:
-                kernel = loaded.find(name, geometry, _DTYPE_NAMES.get(dtype, ""))
-                if kernel is not None:
-                    return name, kernel
-    what = (names[0], geometry.key, str(dtypes[0]).removeprefix("torch."), like.device.type)
-    _say_once((library, *what), f"{loaded} lacks {' '.join(what)}: plain PyTorch operators run instead")
-    return None
 
 
 @lru_cache(maxsize=4096)  # building and checking one takes longer than launching a kernel
@@ -133,13 +51,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise GeometryError(f"{name} is {tensor.dtype}, but x is {x.dtype}: they must have one dtype")
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise GeometryError(f"bias has {bias.shape[0]} values for {weight.shape[0]} output channels")
-
-
-def _without_autocast(device: str) -> AbstractContextManager[None]:
-    """Inside an operator dtypes are settled: autocast would lower the sums' dtype behind the reference's back."""
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -185,26 +96,20 @@ def conv2d(
     geometry = _geometry(
         tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(patch)
     )
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
         y = y.contiguous(memory_format=_format(x, weight))
         return y, _filter_input(x, geometry, library) if save else x.new_empty(0)
 
 
-def _for_kernel(tensor: Tensor, kernel: Kernel) -> Tensor:
-    """``tensor`` as the kernel takes it: itself where it is contiguous and aligned, else a copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % kernel.alignment == 0 else tensor.clone()
-
-
 def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
-    found = _find(("filter_input",), geometry, x, library)
+    found = find_kernel(("filter_input",), geometry, x, library)
     if found is None:
         sums = reference.filter_input(x, geometry)
         return (sums if geometry.depthwise else sums.permute(0, 2, 3, 1)).contiguous()
     sums = x.new_empty(geometry.saved_shape, dtype=reference.sum_dtype(x.dtype))
     _, kernel = found
-    kernel(_for_kernel(x, kernel), sums)
+    kernel(as_kernel_takes(x, kernel), sums)
     return sums
 
 
@@ -251,16 +156,16 @@ def conv2d_backward(
     if needs_weight and not has_saved:
         raise GeometryError(f"grad_W needs x~ of shape {geometry.saved_shape}, got {tuple(saved.shape)}")
     needs = (needs_x, needs_weight, needs_bias)
-    with _without_autocast(grad_y.device.type):
+    with without_autocast(grad_y.device.type):
         if needs_x or needs_weight:
             exact = {(True, True): "backward", (True, False): "backward_input", (False, True): "backward_weight"}
             names = [exact[needs_x, needs_weight]]
             if has_saved and names != ["backward"]:
                 names.append("backward")
-            found = _find(names, geometry, grad_y, library)
+            found = find_kernel(names, geometry, grad_y, library)
             if found is not None:
                 name, kernel = found
-                grad_y, saved, weight = (_for_kernel(tensor, kernel) for tensor in (grad_y, saved, weight))
+                grad_y, saved, weight = (as_kernel_takes(tensor, kernel) for tensor in (grad_y, saved, weight))
                 grads = _run_backward(name, kernel, grad_y, saved, weight, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         if has_saved and not geometry.depthwise:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import gf_tvm
 from gf_tvm.bundle import library
-from gf_tvm.bundle.library import LIBRARY, MANIFEST
+from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.core import verify
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
@@ -91,7 +91,7 @@ def test_copies_and_pickles_are_the_library_itself(bundle: Path) -> None:
     assert copy.copy(loaded) is loaded
     assert copy.deepcopy({"a": [loaded]})["a"][0] is loaded
     assert pickle.loads(pickle.dumps(loaded)) is loaded
-    assert library.get(loaded.digest) is loaded
+    assert library.get_library(loaded.digest) is loaded
 
 
 def test_a_pickle_loads_the_bundle_in_another_process(bundle: Path) -> None:

@@ -43,7 +43,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Emulated]:
         monkeypatch.setattr("gf_cuda.driver._drivers", {})
         monkeypatch.setattr("gf_cuda.bundle._loaded", {})
         monkeypatch.setattr("gf_tvm.bundle.library._loaded", {})
-        monkeypatch.setattr("gf_tvm.ops.operators._said", set())
+        monkeypatch.setattr("gf_tvm.ops.dispatch._said", set())
         yield emulated
 
 

@@ -20,7 +20,7 @@ from test_chains import filtered_names, prepare, runs
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.bundle.library import _launch
+from gf_tvm.bundle.cpu_library import _launch
 from gf_tvm.bundle.runtime import load_library, start_runtime
 from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
 from gf_tvm.chains.packs import Packed

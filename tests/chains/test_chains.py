@@ -680,7 +680,7 @@ def test_second_derivatives_are_refused() -> None:
 def test_a_library_serves_both_passes_and_what_it_lacks_is_said(
     products: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gf_tvm.ops.operators._said", set())
+    monkeypatch.setattr("gf_tvm.ops.dispatch._said", set())
     library = FakeLibrary(digest="chains", has=("filter_input", *products))
     with loaded(library), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from strategies import SEEDS, geometries
 
 import gf_tvm
-from gf_tvm.bundle.library import LIBRARY, MANIFEST
+from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.codegen.compile import compile_module, export, find_linker
 from gf_tvm.core import verify
 from gf_tvm.core.geometry import Geometry

@@ -53,12 +53,12 @@ class FakeLibrary:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return gf_tvm.bundle.library.get, (self.digest,)
+        return gf_tvm.bundle.library.get_library, (self.digest,)
 
 
 @contextmanager
 def loaded(*libraries: FakeLibrary) -> Iterator[None]:
-    """``gf_tvm.bundle.library.get`` knows these libraries meanwhile."""
+    """``gf_tvm.bundle.library.get_library`` knows these libraries meanwhile."""
     registry: dict[str, Any] = gf_tvm.bundle.library._loaded
     for library in libraries:
         assert library.digest not in registry

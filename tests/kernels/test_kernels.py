@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import KINDS, SEEDS, compiling, geometries, kinds
 from tvm.script.ir_builder import tirx as T
 
-from gf_tvm.bundle.library import start_runtime
+from gf_tvm.bundle.runtime import start_runtime
 from gf_tvm.codegen.compile import compile_module
 from gf_tvm.core import verify
 from gf_tvm.core.geometry import Geometry

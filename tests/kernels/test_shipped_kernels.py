@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gf_tvm.bundle.library import start_runtime
+from gf_tvm.bundle.runtime import start_runtime
 from gf_tvm.codegen.compile import compile_module
 from gf_tvm.core import verify
 from gf_tvm.core.workload import Workload

@@ -225,7 +225,7 @@ def test_filtering_after_compilation_takes_effect() -> None:
 
 
 def test_fallback_is_said_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gf_tvm.ops.operators._said", set())
+    monkeypatch.setattr("gf_tvm.ops.dispatch._said", set())
     model = small_model(None)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings(record=True) as caught:

@@ -20,7 +20,7 @@ import gf_tvm
 from gf_tvm.core import reference
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import BundleError, GeometryError, GfTvmError
-from gf_tvm.ops import operators
+from gf_tvm.ops import dispatch
 from gf_tvm.ops.functional import conv2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,11 +62,11 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """As in a new process, where no fallback has been reported yet."""
-    before = set(operators._said)
-    operators._said.clear()
+    before = set(dispatch._said)
+    dispatch._said.clear()
     yield
-    operators._said.clear()
-    operators._said.update(before)
+    dispatch._said.clear()
+    dispatch._said.update(before)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -12,6 +12,7 @@ import torch
 
 from gf_tvm import building as bundle_module
 from gf_tvm.bundle import library as library_module
+from gf_tvm.bundle.cpu_library import CpuKernel
 from gf_tvm.bundle.library import load
 from gf_tvm.machine import cpu
 from gf_tvm.machine.profiles import get_profile
@@ -145,14 +146,14 @@ def test_build_for_a_model_has_what_its_first_layer_needs() -> None:
 def test_a_wrong_kernel_ends_in_one_line(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = library_module.Kernel.__call__
+    right = CpuKernel.__call__
 
-    def wrong(self: library_module.Kernel, *tensors: torch.Tensor) -> None:
+    def wrong(self: CpuKernel, *tensors: torch.Tensor) -> None:
         right(self, *tensors)
         if self.workload.kernel == "backward":
             tensors[-3].mul_(1.01)
 
-    monkeypatch.setattr(library_module.Kernel, "__call__", wrong)
+    monkeypatch.setattr(CpuKernel, "__call__", wrong)
     line = fails(
         capsys, "compare", "--shapes", "shapes.json", "--cases", "1", "--patch", "2", "--library", bundle, "--json", "a"
     )

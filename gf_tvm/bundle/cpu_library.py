@@ -1,0 +1,120 @@
+"""The CPU side of :mod:`gf_tvm.bundle.library`: a CPU bundle's kernels, mapped into the process.
+
+Of TVM only the small runtime library is loaded, because the compiled kernels take their threads and scratch memory
+from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.workload import ALIGNMENT, Workload
+from ..errors import BundleError, GeometryError
+from ..machine.profiles import cpu_flags
+from .format import LIBRARY
+from .kernel import Kernel
+from .runtime import load_library, start_runtime
+
+_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class CpuKernel(Kernel):
+    """One compiled kernel of a CPU bundle."""
+
+    def __call__(self, *tensors: Tensor) -> None:
+        _launch(self.function, *tensors)
+
+    def prepare(self, device: str | int | torch.device | None) -> None:
+        """Nothing to do: a CPU's code is there since the bundle was loaded."""
+
+
+def open_bundle(
+    path: Path, manifest: dict[str, Any], library: bytes
+) -> tuple[list[CpuKernel], dict[str, Callable[..., None]]]:
+    """Check that this machine runs a bundle -> its kernels, and its programs by key.
+
+    Raises:
+        BundleError: it was made for another architecture, CPU or TVM version, or does not load.
+    """
+    _check_machine(path, manifest)
+    return _map_kernels(path, manifest, library)
+
+
+def _check_machine(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        arch, flags, made_with = manifest["arch"], manifest["cpu_flags"], manifest["versions"]["tvm"]
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path.name}: the manifest lacks {error}") from None
+    if arch != platform.machine():
+        raise BundleError(f"{path.name}: was built for {arch}, this machine is {platform.machine()}")
+    if missing := [flag for flag in flags if flag not in cpu_flags()]:
+        raise BundleError(f"{path.name}: needs CPU instructions that this machine lacks: {', '.join(missing)}")
+    installed = importlib.metadata.version("apache-tvm")
+    if _minor(made_with) != _minor(installed):
+        raise BundleError(
+            f"{path.name}: was built with TVM {made_with}, installed is {installed}; "
+            f"install apache-tvm {_minor(made_with)}.* or build it again"
+        )
+
+
+def _minor(version: str) -> str:
+    """Compiled code and runtime must agree on TVM's minor version: its calling convention moves between those."""
+    return ".".join(str(version).split(".")[:2])
+
+
+def _map_kernels(
+    path: Path, manifest: dict[str, Any], library: bytes
+) -> tuple[list[CpuKernel], dict[str, Callable[..., None]]]:
+    start_runtime()
+    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
+        file = Path(folder) / LIBRARY
+        file.write_bytes(library)
+        try:
+            module = load_library(file)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
+    # The folder may go: the code is mapped.
+    try:
+        kernels = [
+            CpuKernel(Workload.from_dict(entry["workload"]), entry["schedule"], module[entry["symbol"]])
+            for entry in manifest["kernels"]
+        ]
+        programs: dict[str, Callable[..., None]] = {
+            entry["key"]: partial(_launch, module[entry["symbol"]]) for entry in manifest.get("programs", ())
+        }
+        return kernels, programs
+    except (KeyError, TypeError, AttributeError, GeometryError) as error:
+        raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
+
+
+def _launch(function: Callable[..., None], *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.data_ptr() % ALIGNMENT:
+            raise GeometryError(f"a kernel's tensors must be aligned to {ALIGNMENT} bytes; clone this slice first")
+    _use_torch_threads()
+    function(*(tensor.detach() if tensor.requires_grad else tensor for tensor in tensors))
+
+
+def _use_torch_threads() -> None:
+    """Let kernels count as many threads as PyTorch has.
+
+    They ask TVM's pool for the number, of which there is one a calling thread.
+    """
+    wanted = torch.get_num_threads()
+    if getattr(_thread, "count", None) != wanted:
+        import tvm_ffi
+
+        tvm_ffi.get_global_func("runtime.config_threadpool")(1, wanted)
+        _thread.count = wanted
