@@ -174,9 +174,9 @@ def test_everything_at_once(farm: Farm, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 RUN = """
-import sys
+import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_farm_faults import HOST, QUICK
 from farm_helpers import TreacherousTask, small_workload
 from gf_tvm.tuning.loop import tune_tasks
@@ -191,7 +191,7 @@ tune_tasks([task], logs=sys.argv[2], trials=20, options=QUICK, measurer=FarmMeas
 def test_a_killed_tuner_is_resumed(farm: Farm, tmp_path: Path) -> None:
     tracker, _ = farm
     path = log_path(tmp_path, HOST, small_workload().key)
-    arguments = [sys.executable, "-c", RUN, HELPERS, str(tmp_path), tracker.text]
+    arguments = [sys.executable, "-c", RUN, f"{Path(__file__).parent}{os.pathsep}{HELPERS}", str(tmp_path), tracker.text]
     with subprocess.Popen(arguments) as process:
         assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 5)
         process.kill()
