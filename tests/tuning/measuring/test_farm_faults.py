@@ -191,7 +191,8 @@ tune_tasks([task], logs=sys.argv[2], trials=20, options=QUICK, measurer=FarmMeas
 def test_a_killed_tuner_is_resumed(farm: Farm, tmp_path: Path) -> None:
     tracker, _ = farm
     path = log_path(tmp_path, HOST, small_workload().key)
-    arguments = [sys.executable, "-c", RUN, f"{Path(__file__).parent}{os.pathsep}{HELPERS}", str(tmp_path), tracker.text]
+    modules = os.pathsep.join([str(Path(__file__).parent), HELPERS])
+    arguments = [sys.executable, "-c", RUN, modules, str(tmp_path), tracker.text]
     with subprocess.Popen(arguments) as process:
         assert wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 5)
         process.kill()
