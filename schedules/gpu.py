@@ -11,6 +11,7 @@ from typing import Any
 from tvm import s_tir
 
 from gf_tvm.core.workload import Workload
+from gf_tvm.errors import BuildError
 from gf_tvm.kernels.gpu import unfused
 from gf_tvm.machine.profiles import DeviceProfile
 
@@ -41,7 +42,9 @@ def get_space(workload: Workload, profile: DeviceProfile) -> Space:
         return _filter_input(workload)
     if kernel == "filter_grad":
         return _map_space(workload, unfused.filter_grad)
-    return _map_space(workload, unfused.expand)
+    if kernel == "expand":
+        return _map_space(workload, unfused.expand)
+    raise BuildError(f"GPUs have no space for the kernel {kernel!r}")
 
 
 def _map_space(workload: Workload, define: Any) -> Space:

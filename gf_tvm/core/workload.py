@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import GeometryError
 from .geometry import Geometry
 
-#: What each kernel computes; the arguments are in :mod:`gf_tvm.kernels`.
+#: What each kernel computes; its arguments are in :func:`gf_tvm.core.verify.argument_specs`.
 KERNELS: dict[str, str] = {
     "filter_input": "x -> x~",
     "filter_grad": "grad_y -> g~, grad_b",

@@ -18,7 +18,7 @@ from . import stages as st
 
 
 def definition(workload: Workload) -> Any:
-    """The IRModule of ``workload`` with one unscheduled PrimFunc ``main``; arguments as in :func:`arguments`."""
+    """The IRModule of ``workload`` with one unscheduled PrimFunc ``main``, inputs before outputs."""
     geometry, dtype = workload.geometry, workload.dtype
     args = st.placeholders(geometry, dtype)
     build = {

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from ...core.workload import Workload
+from ...errors import BuildError
 from ..stages import ACC
 from . import simd
 from .strips import power_of_two
@@ -40,14 +41,16 @@ def arguments(workload: Workload) -> dict[str, Any]:
         found += [("g", g, ACC), ("weight", geometry.weight_shape, dtype), ("grad_x_grid", grad_x_grid, ACC)]
     elif kernel == "weight_grad":
         found += [("g", g, ACC), ("saved", geometry.saved_shape, ACC), ("grad_w", geometry.weight_shape, dtype)]
-    else:
-        with_x, with_w = kernel != "backward_weight", kernel != "backward_input"
+    elif workload.pools_grad:
+        with_x, with_w = workload.gives_x, workload.gives_w
         found += [("grad_y", geometry.y_shape, dtype)]
         found += [("saved", geometry.saved_shape, ACC)] if with_w else []
         found += [("weight", geometry.weight_shape, dtype)] if with_x else []
         found += [("grad_x", geometry.x_shape, dtype)] if with_x else []
         found += [("grad_w", geometry.weight_shape, dtype)] if with_w else []
         found += [("grad_b", (geometry.co,), dtype)]
+    else:
+        raise BuildError(f"CPUs have no code for the kernel {kernel!r}")
     # All of them first: TVM takes no parameters after anything else.
     tensors = {name: T.arg(name, T.buffer(shape, kind)) for name, shape, kind in found}
     return {name: simd.flat(tensor) for name, tensor in tensors.items()}
