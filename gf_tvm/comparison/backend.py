@@ -17,7 +17,7 @@ import torch
 from gf_cuda.timing import Rotation
 
 from ..machine import cpu
-from ..shapes import Case
+from ..shapes.cases import Case
 from .convolutions import (
     MIN_REPEATS,
     MIN_REPEATS_SLOW,

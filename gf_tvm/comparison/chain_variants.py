@@ -29,7 +29,7 @@ from ..chains.piece import Bound, Piece
 from ..core.geometry import Pair
 from ..nn import FilteredConv2d
 from ..ops.operators import FallbackWarning
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 from ..training.measure import count_kept_bytes
 from .convolutions import ComparisonError, Timing, measure, relative_error, timing_of, tolerance, torch_dtype
 

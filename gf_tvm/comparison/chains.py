@@ -22,11 +22,12 @@ from ..chains.compiled import Backward
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
 from ..chains.segments import Segment
-from ..core.geometry import Geometry, Pair
+from ..core.geometry import Geometry, Pair, Patch
 from ..core.workload import DTYPES, Workload
 from ..errors import ModelError
 from ..nn import filter_model, filter_report
-from ..shapes import Patch, _check_patches, does_not_run, format_patch, model_cases, workloads_of
+from ..shapes.cases import as_patches, format_patch, workloads_of
+from ..shapes.model import does_not_run, model_cases
 from ..training.programs import programs_for
 from ..training.trainer import freeze
 from .chain_variants import ChainVariants, plain_operators_wanted
@@ -92,7 +93,7 @@ def chain_cases(
     Raises:
         ModelError: no such layers, or a dtype that kernels do not have. GeometryError: bad patches.
     """
-    pairs = _check_patches(patches, "patches")
+    pairs = as_patches(patches)
     report = filter_report(filter_model(_copy(model), pairs[0], last=last, layers=layers))
     names = tuple(report.filtered)
     own = copy.deepcopy(model).eval()

@@ -23,7 +23,7 @@ from ..core.verify import from_saved, poisoned_outputs, to_saved
 from ..core.workload import Workload
 from ..errors import GfTvmError
 from ..machine import cpu
-from ..shapes import Case, format_patch
+from ..shapes.cases import Case, format_patch
 
 if TYPE_CHECKING:
     from ..bundle.library import Kernel, Library

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..machine import cpu
-from ..shapes import Case
+from ..shapes.cases import Case
 from .backend import Call, Host, Times
 from .convolutions import Data, Other, Timing, Variants
 from .rows import LimitedHostRow, Row

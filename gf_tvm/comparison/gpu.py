@@ -22,7 +22,7 @@ from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu
 from ..machine.profiles import DeviceProfile
-from ..shapes import Case
+from ..shapes.cases import Case
 from .backend import Backend, Call, Times, variant_calls
 from .convolutions import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
 from .rows import GpuRow, Row

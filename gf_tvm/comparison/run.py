@@ -29,7 +29,7 @@ from ..core import reference
 from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu, profiles
-from ..shapes import Case, format_patch
+from ..shapes.cases import Case, format_patch
 from .backend import Backend, Host, Times
 from .convolutions import MIN_REPEATS, ComparisonError, Data, Variants, itemsize, schedule_of, torch_dtype
 from .rows import ChainRow, Row, geometric_means
