@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.rows import CpuRow
 from gf_tvm.runners._output import format_table
 from gf_tvm.runners.compare import digits
 from gf_tvm.shapes import format_patch
@@ -47,7 +47,7 @@ COLUMNS = {
 }
 
 
-def plain_row(row: LimitedHostRow) -> dict[str, Any]:
+def plain_row(row: CpuRow) -> dict[str, Any]:
     """A row for JSON, with the further implementations as columns of their own as well."""
     found = asdict(row)
     for name in OTHERS:

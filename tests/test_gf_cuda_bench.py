@@ -22,8 +22,8 @@ from gf_cuda import bench as command
 from gf_cuda import energy, exact, reference, timing
 from gf_cuda.bundle import Convolution
 from gf_cuda.energy import Energy
+from gf_tvm.comparison.limits import roofline, traffic
 from gf_tvm.comparison.rows import GpuRow
-from gf_tvm.comparison.run import roofline
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 
@@ -100,6 +100,9 @@ def test_the_document(bundle: Path, setting: bench.Setting, capsys: pytest.Captu
         assert row["baselines"]["contiguous tf32"] == {"ms": None, "reason": exact.NO_TF32}
         limit, which = roofline(geometry, row["dtype"], 230.0, 25.0)
         assert (row["roofline_ms"], row["roofline"]) == (pytest.approx(limit), which)
+        assert (row["limit_ms"], row["limit"]) == (row["roofline_ms"], row["roofline"])
+        assert row["fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_ms"]
+        assert (row["moved_bytes"], row["operations"]) == traffic(geometry, row["dtype"])
         assert 0 < row["max_rel_error"] < (1e-5 if row["dtype"] == "float32" else 2e-3)
         assert row["joules"]["baseline"] == 3.0
         pooled = row["dtype"] == "float32"

@@ -168,6 +168,8 @@ def test_a_row(gpu: SimulatedGpu) -> None:
     assert row["joules"]["gf_tvm"] == pytest.approx(8 * KERNEL / 1e3, rel=0.15)
     moved = row["saved_bytes_baseline"] + row["saved_bytes_gf_tvm"]
     assert row["filter_input_roofline_ms"] == pytest.approx(moved / 1e9)
+    assert (row["limit_ms"], row["limit"]) == (row["roofline_ms"], row["roofline"])
+    assert row["fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_ms"]
     assert (document["peak_gflops"], document["bandwidth_gbs"]) == (10_000.0, 1000.0)
     assert document["machine"]["gpu"]["name"] == "Simulated GPU"
     assert result.device_name == "Simulated GPU"

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..chains.piece import Bound, Piece
+from ..core.dtypes import torch_dtype
 from ..core.geometry import Pair
 from ..nn import FilteredConv2d
 from ..ops.operators import FallbackWarning
 from ..shapes.cases import format_patch
 from ..training.measure import count_kept_bytes
-from .convolutions import ComparisonError, Timing, measure, relative_error, timing_of, tolerance, torch_dtype
+from .convolutions import ComparisonError, Timing, measure, relative_error, timing_of, tolerance
 
 VARIANTS = ("exact", "filtered", "chained")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gf_cuda.timing import interleaved
 
 from ..core import reference
+from ..core.dtypes import torch_dtype
 from ..core.geometry import Geometry
 from ..core.verify import from_saved, poisoned_outputs, to_saved
 from ..core.workload import Workload
@@ -47,16 +48,6 @@ class Timing:
     quartiles: Quartiles
     repeats: int
     best: float | None = None
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    found = getattr(torch, dtype)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def itemsize(dtype: str) -> int:
-    return torch_dtype(dtype).itemsize
 
 
 def tolerance(dtype: str, length: int) -> float:
@@ -148,7 +139,7 @@ def baseline_name(data: Data, geometry: Geometry) -> str:
 
 
 @dataclass(frozen=True)
-class Other:
+class Contender:
     """One more implementation of a filtered backward pass, to be timed beside those of :class:`Variants`.
 
     Attributes:
@@ -172,7 +163,7 @@ class Variants:
     """
 
     def __init__(
-        self, case: Case, data: Data, library: Library | None, others: Mapping[str, Other] | None = None
+        self, case: Case, data: Data, library: Library | None, others: Mapping[str, Contender] | None = None
     ) -> None:
         self.case, self.data, self.library, geometry = case, data, library, case.geometry
         self.others = dict(others or {})
@@ -228,12 +219,12 @@ class Variants:
             found.update(zip(("grad_x", "grad_W", "grad_b"), outputs, strict=True))
         return found
 
-    def as_other(self) -> Other | None:
+    def as_contender(self) -> Contender | None:
         """This library's kernels beside those of another one; None if it has no backward kernel of this case."""
         if self.backward is None:
             return None
         pooling = self.filter_input if self.pooling else None
-        return Other(self.kernel_backward, self.kernel_results, pooling, schedule_of(self.backward))
+        return Contender(self.kernel_backward, self.kernel_results, pooling, schedule_of(self.backward))
 
     def _poisoned(self, kernel: str) -> list[Tensor]:
         outputs = poisoned_outputs(Workload(kernel, self.case.geometry, self.case.dtype))

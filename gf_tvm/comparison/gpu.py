@@ -23,8 +23,9 @@ from ..errors import DeviceError
 from ..machine import cpu
 from ..machine.profiles import DeviceProfile
 from ..shapes.cases import Case
-from .backend import Backend, Call, Times, variant_calls
+from .backend import Backend, Call, CaseTimings, variant_calls
 from .convolutions import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
+from .limits import copying
 from .rows import GpuRow, Row
 
 #: Seconds that each variant runs for its energy.
@@ -92,7 +93,7 @@ class Cuda(Backend):
     def __init__(self, graphics: Graphics) -> None:
         self._graphics, self._gpu = graphics, graphics.gpu
         self._idle_watts: float | None = None
-        self._fp16_gflops = 0.0
+        self._fp16_gflops, self._best = 0.0, (0.0, 0.0)
 
     def available_bytes(self) -> int | None:
         return self._gpu.free_bytes()
@@ -108,7 +109,8 @@ class Cuda(Backend):
     def limits(self) -> tuple[float, float]:
         bandwidth = timing.copy_bandwidth(self._gpu, self._graphics.l2_bytes)
         self._fp16_gflops = max(self._fp16_gflops, timing.gemm_peak(self._gpu, "float16"))
-        return timing.gemm_peak(self._gpu), bandwidth
+        self._best = max(self._best[0], timing.gemm_peak(self._gpu)), max(self._best[1], bandwidth)
+        return self._best
 
     def data(self, case: Case) -> Data:
         return Data.random(case).to(self._gpu.device)
@@ -122,7 +124,7 @@ class Cuda(Backend):
 
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
-    ) -> Times:
+    ) -> CaseTimings:
         case, count = variants[0].case, timing.input_sets(data.nbytes, self._graphics.l2_bytes)
         copies = [data, *(data.to(self._gpu.device) for _ in range(count - 1))]
         calls, failures = self._exact_calls(copies, case)
@@ -138,10 +140,10 @@ class Cuda(Backend):
         watched = self._watch(calls["baseline"], measured["baseline"])
         more = tuple(self._more(shared, watched, calls, measured, index) for index in range(len(variants)))
         times = {name: Timing(t.median, t.quartiles, t.repeats) for name, t in measured.items()}
-        return Times(times, f"{baseline_name(data, case.geometry)} {best}", more)
+        return CaseTimings(times, f"{baseline_name(data, case.geometry)} {best}", more)
 
-    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
-        pooled = (row.saved_bytes_baseline + row.saved_bytes_gf_tvm) / limits[1] / 1e6
+    def row(self, row: Row, more: Mapping[str, Any]) -> Row:
+        pooled = copying(row.saved_bytes_baseline + row.saved_bytes_gf_tvm, self._best[1])
         return GpuRow(**vars(row), **more, filter_input_roofline_ms=pooled)
 
     def machine(self) -> dict[str, Any]:
@@ -247,13 +249,11 @@ class Cuda(Backend):
         for name, key in names.items():
             if key in calls:
                 watched[name] = self._watch(calls[key], measured[key])
-        kernel = measured.get(f"kernel {index}")
         fields: dict[str, Any] = {
             what: {name: values[what] for name, values in watched.items()}
             for what in ("peak_bytes", "joules", "host_us")
         }
         fields["host_bound"] = tuple(name for name, values in watched.items() if values["host_bound"])
-        fields["gf_tvm_kernel_ms_quartiles"] = kernel.quartiles if kernel else None
         return {**shared, **fields}
 
 
