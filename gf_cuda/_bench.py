@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _bench_report as report
-from . import board, energy, exact, reference, timing
+from . import board, energy, exact, meters, reference, rounds, timing
 from .bundle import Bundle, Convolution, Kernel
 from .driver import Device
 from .errors import GfCudaError, NoDriverError
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
     gpu: Gpu
     device: Device
-    meter: Optional[energy.Meter]
+    meter: Optional[meters.Meter]
     no_meter: str
     seconds: float
     repeats: int = 100
@@ -44,7 +44,7 @@ def open_setting(bundle: Bundle, ordinal: int, measure_energy: bool, seconds: fl
     if measure_energy:
         try:
             meter, reason = energy.find_meter(energy.pci_bus_id(ordinal)), ""
-        except energy.NotMeasured as error:
+        except meters.NotMeasured as error:
             reason = str(error)
     return Setting(Gpu(ordinal), device, meter, reason, seconds)
 
@@ -228,7 +228,7 @@ def _watch(call: Callable[[], Any], times: Timing, setting: Setting) -> Dict[str
     joules = None
     if setting.meter is not None:
         seconds = max(times.median, times.host_us / 1e3) / 1e3
-        joules, _ = energy.joules_a_step(setting.meter, call, setting.gpu.synchronize, seconds, ENERGY_SECONDS)
+        joules, _ = meters.joules_a_step(setting.meter, call, setting.gpu.synchronize, seconds, ENERGY_SECONDS)
     peak = setting.gpu.peak_bytes(call)
     return {"peak_bytes": peak, "joules": joules, "host_us": times.host_us, "host_bound": times.host_bound}
 
@@ -241,7 +241,7 @@ def _conditions(bundle: Bundle, setting: Setting, idle: Optional[float]) -> Dict
         "seconds_per_convolution": setting.seconds,
         "other_cores": None,
         "statistic": "median of samples; quartiles (lower, upper)",
-        "repeats": {"min": timing.MIN_REPEATS, "min_slow": timing.MIN_REPEATS_SLOW, "max": setting.repeats},
+        "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW, "max": setting.repeats},
         "inputs": "the same in every call",
         "gradients": "baseline: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
         "baseline": "the fastest of baselines, cudnn.benchmark on",

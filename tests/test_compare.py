@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gf_cuda import rounds
 from gf_tvm.comparison import convolutions
 from gf_tvm.comparison import cpu as backend
 from gf_tvm.comparison.convolutions import (
@@ -26,7 +27,6 @@ from gf_tvm.comparison.convolutions import (
     Data,
     Variants,
     exact_backward,
-    measure,
     relative_error,
     tolerance,
 )
@@ -36,7 +36,8 @@ from gf_tvm.comparison.run import Comparison, compare, geometric_means
 from gf_tvm.core import reference
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import DeviceError, GfTvmError
-from gf_tvm.machine import cpu, profiles
+from gf_tvm.machine import cpu, profiles, timing
+from gf_tvm.machine.timing import measure
 from gf_tvm.shapes import Case
 
 SMALL = Geometry(2, 4, 6, 9, 8, (3, 3), (2, 2), padding=(1, 1))
@@ -316,7 +317,7 @@ def test_measure_interleaves_and_varies_the_order() -> None:
 def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     clock = [0.0]
-    monkeypatch.setattr(convolutions, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def call(name: str, seconds: float) -> None:
         clock[0] += seconds
@@ -337,14 +338,14 @@ def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch:
 
 def test_measure_makes_the_least_repeats_without_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 5
-    monkeypatch.setattr(convolutions, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 3
 
 
 def test_median_and_quartiles() -> None:
-    timing = convolutions.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
-    assert timing.median == pytest.approx(3)
-    assert timing.quartiles == pytest.approx((2, 4))
+    found = timing.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
+    assert found.median == pytest.approx(3)
+    assert found.quartiles == pytest.approx((2, 4))
 
 
 def test_limits_are_the_best_of_all_rounds_and_a_row_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ import pytest
 import torch
 from _authors import published
 
+from gf_cuda import rounds
 from gf_tvm.bundle.library import load
-from gf_tvm.comparison import convolutions as variants
 from gf_tvm.comparison.convolutions import ComparisonError, Contender, Data, relative_error
 from gf_tvm.comparison.cpu import CpuBackend
 from gf_tvm.comparison.limits import roofline, traffic
@@ -307,7 +307,7 @@ def other_of(grad: float) -> Any:
 
 
 def test_a_wrong_implementation_is_refused_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "interleaved", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(rounds, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(ComparisonError, match="case small R2: grad_x of mine is wrong, so it was not timed"):
         compare([Case("small", SMALL)], seconds=0.0, backend=CpuBackend({"mine": other_of(1.001)}))
 

@@ -19,9 +19,9 @@ from torch import Tensor
 import gf_cuda
 from gf_cuda import _bench as bench
 from gf_cuda import bench as command
-from gf_cuda import energy, exact, reference, timing
+from gf_cuda import energy, exact, meters, reference, timing
 from gf_cuda.bundle import Convolution
-from gf_cuda.energy import Energy
+from gf_cuda.meters import Energy
 from gf_tvm.comparison.limits import roofline, traffic
 from gf_tvm.comparison.rows import GpuRow
 from gf_tvm.core.geometry import Geometry
@@ -41,7 +41,7 @@ class Ticking(SimulatedGpu):
         return super().record()
 
 
-class Meter(energy.Meter):
+class Meter(meters.Meter):
     def rest(self, seconds: float = 2.0) -> float:
         self.idle_watts = {"all": 1.0}
         return 1.0
@@ -261,7 +261,7 @@ def test_opening(bundle: Path, emulated: None, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "set_device", lambda ordinal: None)
 
     def no_meter(bus_id: str | None) -> None:
-        raise energy.NotMeasured("no rails")
+        raise meters.NotMeasured("no rails")
 
     monkeypatch.setattr(energy, "find_meter", no_meter)
     opened = bench.open_setting(loaded, 0, True, 1.0)

@@ -19,7 +19,7 @@ from simulated_gpu import SimulatedGpu
 from torch import Tensor
 
 import gf_cuda
-from gf_cuda import board, energy, timing
+from gf_cuda import board, energy, meters, timing
 from gf_cuda import exact as exact_module
 from gf_tvm.comparison import convolutions as variants
 from gf_tvm.comparison import gpu as gpu_comparison
@@ -73,7 +73,7 @@ class Library(FakeLibrary):
         return scheduled
 
 
-class Meter(energy.Meter):
+class Meter(meters.Meter):
     """2 W at rest, 10 W while the simulated GPU works."""
 
     def __init__(self, gpu: SimulatedGpu) -> None:
@@ -289,7 +289,7 @@ def test_opening_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gf_cuda, "get_driver", lambda: SimpleNamespace(device=lambda ordinal: device))
 
     def no_meter(bus_id: str | None) -> None:
-        raise energy.NotMeasured("no NVML")
+        raise meters.NotMeasured("no NVML")
 
     monkeypatch.setattr(energy, "find_meter", no_meter)
     opened = gpu_comparison.open_graphics()

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gf_cuda.timing import Rotation
-
 from ..machine import cpu
+from ..machine.timing import Timing
 from ..shapes.cases import Case
-from .convolutions import Data, Timing, Variants
+from .convolutions import Data, Variants
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -126,6 +125,18 @@ def variant_calls(sets: Sequence[Sequence[Variants]]) -> dict[str, Call]:
             if pools:
                 calls[f"{name} filter_input {index}"] = _rotate(pools)
     return calls
+
+
+class Rotation:
+    """Calls that do the same on different inputs, one after another, so that none finds its own in the L2 cache."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls, self._next = list(calls), 0
+
+    def __call__(self) -> Any:
+        call = self._calls[self._next]
+        self._next = (self._next + 1) % len(self._calls)
+        return call()
 
 
 def _rotate(calls: Sequence[Call]) -> Call:

@@ -26,13 +26,13 @@ from ..core.dtypes import itemsize, torch_dtype
 from ..core.geometry import Geometry, Pair, Patch
 from ..core.workload import DTYPES, Workload
 from ..errors import ModelError
+from ..machine.timing import Timing
 from ..nn import filter_model, filter_report
 from ..shapes.cases import as_patches, format_patch, workloads_of
 from ..shapes.model import does_not_run, model_cases
 from ..training.programs import programs_for
 from ..training.trainer import freeze
 from .chain_variants import ChainVariants, plain_operators_wanted
-from .convolutions import Timing
 from .limits import shortest
 from .rows import ChainRow
 

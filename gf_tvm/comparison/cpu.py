@@ -13,20 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gf_cuda import rounds
+
 from ..machine import cpu
+from ..machine.timing import Timing, measure
 from ..shapes.cases import Case
 from .backend import Backend, Call, CaseTimings, variant_calls
 from .convolutions import (
-    MIN_REPEATS,
-    MIN_REPEATS_SLOW,
     Contender,
     Data,
-    Timing,
     Variants,
     baseline_name,
     check_baseline,
     exact_backward,
-    measure,
 )
 from .limits import copying, roofline
 from .rows import CpuRow, Row
@@ -156,7 +155,7 @@ class CpuBackend(Backend):
     def conditions(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "statistic": "median; quartiles (lower, upper)",
-            "repeats": {"min": MIN_REPEATS, "min_slow": MIN_REPEATS_SLOW},
+            "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW},
             "order": "variants interleaved in one run, order shuffled in every round",
             "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
             "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",

@@ -1,10 +1,11 @@
 """Comparing on an NVIDIA GPU: exact backward passes by cuDNN, times by CUDA events, memory and energy.
 
-See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.energy` for joules.
+See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.meters` for joules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from typing import Any
 import torch
 
 import gf_cuda
-from gf_cuda import board, energy, timing
+from gf_cuda import board, energy, meters, rounds, timing
 from gf_cuda.exact import NO_TF32, WAYS, columns, out_of_memory, ways
-from gf_cuda.timing import Gpu, Rotation
+from gf_cuda.timing import Gpu
 
 from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu
 from ..machine.profiles import DeviceProfile
+from ..machine.timing import Timing
 from ..shapes.cases import Case
-from .backend import Backend, Call, CaseTimings, variant_calls
-from .convolutions import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
+from .backend import Backend, Call, CaseTimings, Rotation, variant_calls
+from .convolutions import ComparisonError, Data, Variants, baseline_name, check_baseline, exact_backward
 from .limits import copying
 from .rows import GpuRow, Row
 
@@ -41,7 +43,7 @@ class Graphics:
     capability: tuple[int, int]
     l2_bytes: int
     description: dict[str, Any]
-    meter: energy.Meter | None
+    meter: meters.Meter | None
     no_meter: str = ""
 
 
@@ -77,7 +79,7 @@ def open_graphics(measure_energy: bool | None = None) -> Graphics:
     if measure_energy is not False:
         try:
             meter, reason = energy.find_meter(energy.pci_bus_id(ordinal)), ""
-        except energy.NotMeasured as error:
+        except meters.NotMeasured as error:
             if measure_energy:
                 raise DeviceError(f"energy cannot be measured here: {error}") from None
             reason = str(error)
@@ -125,7 +127,7 @@ class Cuda(Backend):
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
     ) -> CaseTimings:
-        case, count = variants[0].case, timing.input_sets(data.nbytes, self._graphics.l2_bytes)
+        case, count = variants[0].case, input_sets(data.nbytes, self._graphics.l2_bytes)
         copies = [data, *(data.to(self._gpu.device) for _ in range(count - 1))]
         calls, failures = self._exact_calls(copies, case)
         sets = [list(variants), *([variant.on(copy) for variant in variants] for copy in copies[1:])]
@@ -162,7 +164,7 @@ class Cuda(Backend):
         meter = self._graphics.meter
         return {
             "statistic": "median of samples; quartiles (lower, upper)",
-            "repeats": {"min": timing.MIN_REPEATS, "min_slow": timing.MIN_REPEATS_SLOW},
+            "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW},
             "samples": f"CUDA events around as many calls as take {timing.SAMPLE_MS} ms, at most {timing.MAX_CALLS}, "
             "all queued before the first runs: the host's part is in host_us; where a call waits for the GPU that "
             "cannot be, and it is listed in host_bound",
@@ -219,10 +221,10 @@ class Cuda(Backend):
         if self._graphics.meter is not None:
             seconds = max(times.median, times.host_us / 1e3) / 1e3
             try:
-                joules, _ = energy.joules_a_step(
+                joules, _ = meters.joules_a_step(
                     self._graphics.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
                 )
-            except energy.NotMeasured as error:
+            except meters.NotMeasured as error:
                 raise DeviceError(f"energy cannot be measured any more: {error}") from None
         return {
             "peak_bytes": self._gpu.peak_bytes(call),
@@ -255,6 +257,11 @@ class Cuda(Backend):
         }
         fields["host_bound"] = tuple(name for name, values in watched.items() if values["host_bound"])
         return {**shared, **fields}
+
+
+def input_sets(nbytes: int, l2_bytes: int, most: int = 8) -> int:
+    """How many sets of inputs of ``nbytes`` to rotate among: together three times the L2 cache, but at most 8."""
+    return max(1, min(most, math.ceil(3.0 * l2_bytes / max(nbytes, 1))))
 
 
 def _exact(data: Data, geometry: Geometry, tf32: bool) -> Any:

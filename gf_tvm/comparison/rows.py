@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.geometry import Pair
-from .convolutions import Quartiles
+from ..machine.timing import Quartiles
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gf_cuda import rounds
+
 from ..core.dtypes import itemsize
 from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu, profiles
 from ..shapes.cases import Case, format_patch
 from .backend import Backend, CaseTimings
-from .convolutions import MIN_REPEATS, ComparisonError, Data, Variants, schedule_of
+from .convolutions import ComparisonError, Data, Variants, schedule_of
 from .cpu import CpuBackend
 from .limits import roofline, saved_bytes, traffic
 from .rows import ChainRow, Row, geometric_means
@@ -229,8 +231,8 @@ def _check_request(
 ) -> tuple[profiles.DeviceProfile, Backend]:
     if not cases and not chains:
         raise ComparisonError("there is nothing to compare: no cases")
-    if repeats < MIN_REPEATS:
-        raise ComparisonError(f"repeats must be at least {MIN_REPEATS}, got {repeats}")
+    if repeats < rounds.MIN_REPEATS:
+        raise ComparisonError(f"repeats must be at least {rounds.MIN_REPEATS}, got {repeats}")
     if not seconds >= 0 or math.isinf(seconds):
         raise ComparisonError(f"seconds must be a number of at least 0, got {seconds}")
     if threads is not None and threads < 1:
