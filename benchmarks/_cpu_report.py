@@ -39,9 +39,6 @@ COLUMNS = {
     "default_of_tuned": "gf_tvm_ms / default_ms: how much of the tuned kernel's speed the untuned one has",
     "default_filter_input_of_tuned": "likewise of the pooling",
     "stock_filter_input_ms, default_filter_input_ms": "the pooling of the forward pass, likewise",
-    "fraction_of_limit": "limit_ms / gf_tvm_ms, median over median of the row's own rounds; this one is quoted. "
-    "kernel_: into outputs that exist; _best: best over best",
-    "filter_input_fraction_of_limit": "of the pooling in the forward pass: x read and x~ written at copy speed / time",
     "extra_bytes": "peak of resident memory during a kernel's first call in a new process, beyond what its inputs and "
     "outputs and the process held before; extra_of_grad_y: as part of grad_y's bytes",
 }

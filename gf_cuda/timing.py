@@ -23,7 +23,7 @@ SHORTEST_LEAD = 2e-5
 Call = Callable[[], Any]
 
 
-class Timing(NamedTuple):
+class GpuTiming(NamedTuple):
     """One call on the GPU.
 
     ``median`` and ``quartiles`` (lower, upper) in milliseconds, of ``repeats`` samples of ``calls`` calls each;
@@ -39,7 +39,7 @@ class Timing(NamedTuple):
     host_bound: bool
 
 
-class Gpu:
+class TorchGpu:
     """What measuring needs of torch.cuda, on the current device and stream. Tests put another one in its place."""
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -127,7 +127,7 @@ def precision(tf32: bool) -> Iterator[None]:
 class _Sampler:
     """Takes samples of one call; finds out how many calls a sample needs and how long queueing them takes."""
 
-    def __init__(self, gpu: Gpu, call: Call) -> None:
+    def __init__(self, gpu: TorchGpu, call: Call) -> None:
         self._gpu, self._call = gpu, call
         self.calls, self.host_bound, self._lead = 1, False, 0.0
         self.host_seconds: List[float] = []
@@ -176,18 +176,18 @@ class _Sampler:
 
 
 def measure(
-    gpu: Gpu,
+    gpu: TorchGpu,
     calls: Mapping[str, Call],
     repeats: int = 100,
     seconds: float = 5.0,
     progress: Optional[Callable[[float], None]] = None,
-) -> Dict[str, Timing]:
+) -> Dict[str, GpuTiming]:
     """Time several calls interleaved, so that they meet the same clocks and temperatures.
 
     Every call gets an equal part of ``seconds``; the order is shuffled in every round, with a fixed seed.
 
     Args:
-        gpu: see :class:`Gpu`.
+        gpu: see :class:`TorchGpu`.
         calls: what to time, by name; results are dropped.
         repeats: samples of each at most, see :func:`gf_cuda.rounds.repeats_for`.
         seconds: for all calls together.
@@ -201,13 +201,13 @@ def measure(
     return {name: _timing(samples[name], sampler) for name, sampler in samplers.items()}
 
 
-def _timing(values: Sequence[float], sampler: _Sampler) -> Timing:
+def _timing(values: Sequence[float], sampler: _Sampler) -> GpuTiming:
     lower, median, upper = (rounds.quantile(values, part) for part in (0.25, 0.5, 0.75))
     host_us = 1e6 * rounds.quantile(sampler.host_seconds, 0.5)
-    return Timing(median, (lower, upper), len(values), sampler.calls, host_us, sampler.host_bound)
+    return GpuTiming(median, (lower, upper), len(values), sampler.calls, host_us, sampler.host_bound)
 
 
-def copy_bandwidth(gpu: Gpu, l2_bytes: int, seconds: float = 0.5) -> float:
+def copy_bandwidth(gpu: TorchGpu, l2_bytes: int, seconds: float = 0.5) -> float:
     """GB/s (1e9 bytes) that a copy reads and writes together, between buffers far larger than the L2 cache.
 
     The best of the copies made in ``seconds``: a limit is the best that was seen, not the usual.
@@ -221,7 +221,7 @@ def copy_bandwidth(gpu: Gpu, l2_bytes: int, seconds: float = 0.5) -> float:
     return 2 * source.numel() * 4 / best / 1e6
 
 
-def gemm_peak(gpu: Gpu, dtype: str = "float32", seconds: float = 1.0, largest: int = 8192) -> float:
+def gemm_peak(gpu: TorchGpu, dtype: str = "float32", seconds: float = 1.0, largest: int = 8192) -> float:
     """GFLOP/s of the fastest ``torch.mm`` of square matrices, TF32 off, made in about ``seconds``.
 
     The matrices grow to 8192 x 8192, or to what fits into the memory or one call can do in the time.
@@ -242,7 +242,7 @@ def gemm_peak(gpu: Gpu, dtype: str = "float32", seconds: float = 1.0, largest: i
             size *= 2
 
 
-def _best_ms(gpu: Gpu, call: Call, seconds: float) -> float:
+def _best_ms(gpu: TorchGpu, call: Call, seconds: float) -> float:
     sampler, end = _Sampler(gpu, call), time.perf_counter() + seconds
     best = min(sampler.sample() for _ in range(3))
     while time.perf_counter() < end:

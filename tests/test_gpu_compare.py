@@ -25,7 +25,7 @@ from gf_tvm.comparison import convolutions as variants
 from gf_tvm.comparison import gpu as gpu_comparison
 from gf_tvm.comparison import run as comparison
 from gf_tvm.comparison.convolutions import ComparisonError, Data, exact_backward
-from gf_tvm.comparison.gpu import Graphics
+from gf_tvm.comparison.gpu import GpuSetup
 from gf_tvm.comparison.rows import GpuRow
 from gf_tvm.comparison.run import compare
 from gf_tvm.core.geometry import Geometry
@@ -128,9 +128,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
 
 def install(monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, **other: Any) -> None:
     description = {"name": "Simulated GPU", "arch": "sm_80", "driver_cuda": "12.4"}
-    graphics = {"capability": (8, 0), "l2_bytes": 1 << 10, "description": description, "meter": Meter(gpu)}
-    made = Graphics(gpu, **{**graphics, **other})
-    monkeypatch.setattr(gpu_comparison, "open_graphics", lambda energy=None: made)
+    fields = {"capability": (8, 0), "l2_bytes": 1 << 10, "description": description, "meter": Meter(gpu)}
+    made = GpuSetup(gpu, **{**fields, **other})
+    monkeypatch.setattr(gpu_comparison, "open_gpu", lambda energy=None: made)
 
 
 def library(gpu: SimulatedGpu, spoil: Callable[..., None] | None = None) -> Any:
@@ -292,22 +292,22 @@ def test_opening_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise meters.NotMeasured("no NVML")
 
     monkeypatch.setattr(energy, "find_meter", no_meter)
-    opened = gpu_comparison.open_graphics()
+    opened = gpu_comparison.open_gpu()
     assert (opened.meter, opened.no_meter, opened.l2_bytes) == (None, "no NVML", 7)
     assert opened.description["driver_cuda"] == "12.4"
     assert "emulated" not in opened.description
-    assert gpu_comparison.open_graphics(False).no_meter == "switched off"
+    assert gpu_comparison.open_gpu(False).no_meter == "switched off"
     device.driver.emulated = True
-    assert gpu_comparison.open_graphics().description["emulated"] is True
+    assert gpu_comparison.open_gpu().description["emulated"] is True
     with pytest.raises(DeviceError, match="energy cannot be measured here: no NVML"):
-        gpu_comparison.open_graphics(True)
+        gpu_comparison.open_gpu(True)
 
     def no_driver() -> None:
         raise gf_cuda.GfCudaError("no CUDA driver")
 
     monkeypatch.setattr(gf_cuda, "get_driver", no_driver)
     with pytest.raises(DeviceError, match="no CUDA driver"):
-        gpu_comparison.open_graphics()
+        gpu_comparison.open_gpu()
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

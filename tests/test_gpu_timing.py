@@ -13,7 +13,7 @@ from simulated_gpu import SimulatedGpu
 
 from gf_cuda import rounds, timing
 from gf_cuda.rounds import quantile
-from gf_cuda.timing import Timing, copy_bandwidth, gemm_peak, measure, precision
+from gf_cuda.timing import GpuTiming, copy_bandwidth, gemm_peak, measure, precision
 from gf_tvm.comparison.backend import Rotation
 from gf_tvm.comparison.gpu import input_sets
 
@@ -25,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     return simulated
 
 
-def timed(gpu: SimulatedGpu, call: Callable[[], Any], repeats: int = 20, seconds: float = 0.1) -> Timing:
+def timed(gpu: SimulatedGpu, call: Callable[[], Any], repeats: int = 20, seconds: float = 0.1) -> GpuTiming:
     return measure(gpu, {"call": call}, repeats, seconds)["call"]
 
 
@@ -194,7 +194,7 @@ class FakeCuda:
 
 
 def test_calls_of_torch_cuda() -> None:
-    gpu = timing.Gpu(1)
+    gpu = timing.TorchGpu(1)
     gpu._torch = SimpleNamespace(cuda=FakeCuda)
     gpu.wait(0.25)
     gpu.wait(0.5)

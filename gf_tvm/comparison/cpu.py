@@ -173,8 +173,9 @@ class CpuBackend(Backend):
         )
         found["products_gflops"] = self._products
         found["fractions"] = (
-            "limit / time: medians of a row's own rounds; those called best: bests of the same rounds. roofline_ms "
-            "alone is made with the limits of the whole comparison"
+            "limit / time: medians of a row's own rounds; those called best: bests of the same rounds; kernel: into "
+            "outputs that exist; filter_input: x read and x~ written at copy speed. roofline_ms alone is made with the "
+            "limits of the whole comparison"
         )
         found["caches"] = "the copy runs among the variants, so small tensors are often out of the caches"
         return found

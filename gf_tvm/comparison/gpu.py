@@ -17,7 +17,7 @@ import torch
 import gf_cuda
 from gf_cuda import board, energy, meters, rounds, timing
 from gf_cuda.exact import NO_TF32, WAYS, columns, out_of_memory, ways
-from gf_cuda.timing import Gpu
+from gf_cuda.timing import TorchGpu
 
 from ..core.geometry import Geometry
 from ..errors import DeviceError
@@ -36,10 +36,10 @@ REST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Graphics:
+class GpuSetup:
     """The GPU at hand: what measures on it, what it is, and its meter (or why there is none)."""
 
-    gpu: Gpu
+    gpu: TorchGpu
     capability: tuple[int, int]
     l2_bytes: int
     description: dict[str, Any]
@@ -61,7 +61,7 @@ def require_cuda(profile: DeviceProfile) -> None:
         )
 
 
-def open_graphics(measure_energy: bool | None = None) -> Graphics:
+def open_gpu(measure_energy: bool | None = None) -> GpuSetup:
     """PyTorch's current GPU.
 
     Args:
@@ -86,14 +86,14 @@ def open_graphics(measure_energy: bool | None = None) -> Graphics:
     description = board.describe(device)
     if device.driver.emulated:
         description["emulated"] = True  # its times say nothing about a GPU
-    return Graphics(Gpu(ordinal), device.capability, device.l2_bytes, description, meter, reason)
+    return GpuSetup(TorchGpu(ordinal), device.capability, device.l2_bytes, description, meter, reason)
 
 
-class Cuda(Backend):
-    """PyTorch's current GPU. ``graphics`` is what :func:`open_graphics` found."""
+class CudaBackend(Backend):
+    """PyTorch's current GPU. ``setup`` is what :func:`open_gpu` found."""
 
-    def __init__(self, graphics: Graphics) -> None:
-        self._graphics, self._gpu = graphics, graphics.gpu
+    def __init__(self, setup: GpuSetup) -> None:
+        self._setup, self._gpu = setup, setup.gpu
         self._idle_watts: float | None = None
         self._fp16_gflops, self._best = 0.0, (0.0, 0.0)
 
@@ -104,12 +104,12 @@ class Cuda(Backend):
     def running(self, threads: int | None) -> Iterator[int]:
         with super().running(threads) as used, timing.precision(tf32=False):
             self._gpu.synchronize()
-            if self._graphics.meter is not None:
-                self._idle_watts = self._graphics.meter.rest(REST_SECONDS)
+            if self._setup.meter is not None:
+                self._idle_watts = self._setup.meter.rest(REST_SECONDS)
             yield used
 
     def limits(self) -> tuple[float, float]:
-        bandwidth = timing.copy_bandwidth(self._gpu, self._graphics.l2_bytes)
+        bandwidth = timing.copy_bandwidth(self._gpu, self._setup.l2_bytes)
         self._fp16_gflops = max(self._fp16_gflops, timing.gemm_peak(self._gpu, "float16"))
         self._best = max(self._best[0], timing.gemm_peak(self._gpu)), max(self._best[1], bandwidth)
         return self._best
@@ -118,7 +118,7 @@ class Cuda(Backend):
         return Data.random(case).to(self._gpu.device)
 
     def check_baseline(self, case: Case, data: Data) -> None:
-        for way in ways(case.dtype, self._graphics.capability):
+        for way in ways(case.dtype, self._setup.capability):
             # One image is enough, and is there beside the whole batch.
             image = Data(data.x[:1], data.weight, data.grad_y[:1]).to(self._gpu.device, way.memory_format)
             with timing.precision(way.tf32):
@@ -127,7 +127,7 @@ class Cuda(Backend):
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
     ) -> CaseTimings:
-        case, count = variants[0].case, input_sets(data.nbytes, self._graphics.l2_bytes)
+        case, count = variants[0].case, input_sets(data.nbytes, self._setup.l2_bytes)
         copies = [data, *(data.to(self._gpu.device) for _ in range(count - 1))]
         calls, failures = self._exact_calls(copies, case)
         sets = [list(variants), *([variant.on(copy) for variant in variants] for copy in copies[1:])]
@@ -149,7 +149,7 @@ class Cuda(Backend):
         return GpuRow(**vars(row), **more, filter_input_roofline_ms=pooled)
 
     def machine(self) -> dict[str, Any]:
-        return {**cpu.describe(), "gpu": self._graphics.description}
+        return {**cpu.describe(), "gpu": self._setup.description}
 
     def versions(self) -> dict[str, str | None]:
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -157,11 +157,11 @@ class Cuda(Backend):
             **cpu.versions(),
             "cuda": torch.version.cuda,
             "cudnn": None if cudnn is None else str(cudnn),
-            "driver_cuda": self._graphics.description["driver_cuda"],
+            "driver_cuda": self._setup.description["driver_cuda"],
         }
 
     def conditions(self) -> dict[str, Any]:
-        meter = self._graphics.meter
+        meter = self._setup.meter
         return {
             "statistic": "median of samples; quartiles (lower, upper)",
             "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW},
@@ -182,7 +182,7 @@ class Cuda(Backend):
             "fp16_gemm_gflops": self._fp16_gflops,
             "energy": {
                 "meter": None if meter is None else meter.name,
-                "reason": self._graphics.no_meter,
+                "reason": self._setup.no_meter,
                 "idle_watts": self._idle_watts,
                 "seconds": ENERGY_SECONDS,
                 "joules": "of one call, above idle power, which was measured before the run",
@@ -194,7 +194,7 @@ class Cuda(Backend):
         """Exact backward passes by name, and why others cannot run. Raises ComparisonError if none can."""
         calls: dict[str, Call] = {}
         failures: dict[str, str] = {}
-        possible = ways(case.dtype, self._graphics.capability)
+        possible = ways(case.dtype, self._setup.capability)
         for channels_last in (False, True):
             same = [way for way in possible if way.channels_last is channels_last]
             try:
@@ -215,14 +215,14 @@ class Cuda(Backend):
         failures.update({way.name: NO_TF32 for way in WAYS if way not in possible})
         return calls, failures
 
-    def _watch(self, call: Call, times: timing.Timing) -> dict[str, Any]:
+    def _watch(self, call: Call, times: timing.GpuTiming) -> dict[str, Any]:
         """Memory, energy and the host's part of one variant."""
         joules = None
-        if self._graphics.meter is not None:
+        if self._setup.meter is not None:
             seconds = max(times.median, times.host_us / 1e3) / 1e3
             try:
                 joules, _ = meters.joules_a_step(
-                    self._graphics.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
+                    self._setup.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
                 )
             except meters.NotMeasured as error:
                 raise DeviceError(f"energy cannot be measured any more: {error}") from None
@@ -238,7 +238,7 @@ class Cuda(Backend):
         shared: dict[str, Any],
         baseline: dict[str, Any],
         calls: dict[str, Call],
-        measured: dict[str, timing.Timing],
+        measured: dict[str, timing.GpuTiming],
         index: int,
     ) -> dict[str, Any]:
         """Further fields of one patch's row."""

@@ -257,7 +257,7 @@ def _backend(profile: profiles.DeviceProfile, energy: bool | None) -> Backend:
                 f"device {profile.name!r} ({profile.description}) is not this machine's GPU "
                 f"({profiles.present_gpu()}); compare measures the machine it runs on, so run it there"
             )
-        return gpu.Cuda(gpu.open_graphics(energy))
+        return gpu.CudaBackend(gpu.open_gpu(energy))
     if energy:
         raise DeviceError(f"energy is measured on GPUs only, and {profile.name!r} is a CPU")
     if not profiles.runs_here(profile):
