@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gf_tvm.comparison.convolutions import Data, Other
+from gf_tvm.comparison.convolutions import Contender, Data
 from gf_tvm.core import reference
 from gf_tvm.shapes import Case
 
 
-def published(case: Case, data: Data) -> Other | None:
+def published(case: Case, data: Data) -> Contender | None:
     """The published operator; None where it is not defined: groups, oblong patches, dilation, uncovered input."""
     geometry = case.geometry
     rows, cols = geometry.rows, geometry.cols
@@ -59,4 +59,4 @@ def published(case: Case, data: Data) -> Other | None:
         grad_x, grad_w = backward()
         return {"grad_x": grad_x, "grad_W": grad_w}
 
-    return Other(backward, results)
+    return Contender(backward, results)

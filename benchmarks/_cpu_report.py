@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.rows import CpuRow
 from gf_tvm.runners._output import format_table
 from gf_tvm.runners.compare import digits
 from gf_tvm.shapes import format_patch
@@ -39,15 +39,12 @@ COLUMNS = {
     "default_of_tuned": "gf_tvm_ms / default_ms: how much of the tuned kernel's speed the untuned one has",
     "default_filter_input_of_tuned": "likewise of the pooling",
     "stock_filter_input_ms, default_filter_input_ms": "the pooling of the forward pass, likewise",
-    "fraction_of_limit": "limit_ms / gf_tvm_ms, median over median of the row's own rounds; this one is quoted. "
-    "kernel_: into outputs that exist; _best: best over best",
-    "filter_input_fraction_of_limit": "of the pooling in the forward pass: x read and x~ written at copy speed / time",
     "extra_bytes": "peak of resident memory during a kernel's first call in a new process, beyond what its inputs and "
     "outputs and the process held before; extra_of_grad_y: as part of grad_y's bytes",
 }
 
 
-def plain_row(row: LimitedHostRow) -> dict[str, Any]:
+def plain_row(row: CpuRow) -> dict[str, Any]:
     """A row for JSON, with the further implementations as columns of their own as well."""
     found = asdict(row)
     for name in OTHERS:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_cuda.timing import interleaved, quantile
+from gf_cuda.rounds import interleaved, quantile
 from gf_tvm.bundle.kernel import Kernel
 from gf_tvm.bundle.library import Library
 from gf_tvm.comparison.convolutions import ComparisonError, Data, relative_error

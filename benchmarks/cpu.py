@@ -32,8 +32,8 @@ from _cpu_report import COLUMNS, plain_row, print_rows, print_step, summarize, w
 from _cpu_step import Layer, layers_of, measure_step, network
 
 from gf_tvm.bundle.library import Library, load
-from gf_tvm.comparison.cpu import LimitedHost, Maker, of_library
-from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.cpu import CpuBackend, Maker, of_library
+from gf_tvm.comparison.rows import CpuRow
 from gf_tvm.comparison.run import check_request, compare
 from gf_tvm.core.geometry import Pair
 from gf_tvm.core.workload import Workload
@@ -214,12 +214,12 @@ def measure_cases(request: Request, library: Library) -> dict[str, Any]:
             args.threads,
             seconds=args.seconds,
             progress=lambda done, of, what: progress.update(int(parts * done / of), what),
-            backend=LimitedHost(makers),
+            backend=CpuBackend(makers),
         )
     rows = []
     with Progress(len(result.rows) if args.memory else 0, "measuring memory", unit="case") as progress:
         for case, row in zip(request.cases, result.rows, strict=True):
-            assert isinstance(row, LimitedHostRow)
+            assert isinstance(row, CpuRow)
             plain = plain_row(row)
             plain["grad_y_bytes"] = math.prod(case.geometry.y_shape) * getattr(torch, case.dtype).itemsize
             if args.memory:

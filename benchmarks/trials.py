@@ -24,8 +24,8 @@ from _allocator import keep_freed_memory
 from _bench import UsageError, conditions
 from _cpu_libraries import tuned, untuned
 
-from gf_tvm.comparison.cpu import LimitedHost, of_library
-from gf_tvm.comparison.rows import LimitedHostRow
+from gf_tvm.comparison.cpu import CpuBackend, of_library
+from gf_tvm.comparison.rows import CpuRow
 from gf_tvm.comparison.run import check_request, compare
 from gf_tvm.core.workload import Workload
 from gf_tvm.machine.profiles import DeviceProfile
@@ -95,11 +95,11 @@ def measure(cases: Sequence[Case], profile: DeviceProfile, args: argparse.Namesp
             profile.name,
             seconds=args.seconds,
             progress=lambda done, of, what: progress.update(int(1000 * done / of), what),
-            backend=LimitedHost(makers),
+            backend=CpuBackend(makers),
         )
     rows = []
     for workload, task, row in zip(workloads, found.tasks, result.rows, strict=True):
-        assert isinstance(row, LimitedHostRow)
+        assert isinstance(row, CpuRow)
         rows.append(
             {
                 "name": row.name,

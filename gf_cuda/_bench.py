@@ -10,30 +10,30 @@ import torch
 from torch import Tensor
 
 from . import _bench_report as report
-from . import board, energy, exact, reference, timing
+from . import board, energy, exact, meters, reference, rounds, timing
 from .bundle import Bundle, Convolution, Kernel
 from .driver import Device
 from .errors import GfCudaError, NoDriverError
 from .tensors import TensorKernel, tensor_kernel
-from .timing import Gpu, Timing
+from .timing import GpuTiming, TorchGpu
 
 SCHEMA_VERSION = 1  # of gf-tvm compare --json
 ENERGY_SECONDS = 1.5
 REST_SECONDS = 2.0
 
 
-class Setting(NamedTuple):
+class BenchSetup(NamedTuple):
     """What measuring needs: the GPU for PyTorch and for the driver, the meter or why there is none, and how long."""
 
-    gpu: Gpu
+    gpu: TorchGpu
     device: Device
-    meter: Optional[energy.Meter]
+    meter: Optional[meters.Meter]
     no_meter: str
     seconds: float
     repeats: int = 100
 
 
-def open_setting(bundle: Bundle, ordinal: int, measure_energy: bool, seconds: float) -> Setting:
+def open_setup(bundle: Bundle, ordinal: int, measure_energy: bool, seconds: float) -> BenchSetup:
     """The GPU, ready to be measured. Raises GfCudaError if PyTorch or the bundle cannot use it."""
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -44,19 +44,19 @@ def open_setting(bundle: Bundle, ordinal: int, measure_energy: bool, seconds: fl
     if measure_energy:
         try:
             meter, reason = energy.find_meter(energy.pci_bus_id(ordinal)), ""
-        except energy.NotMeasured as error:
+        except meters.NotMeasured as error:
             reason = str(error)
-    return Setting(Gpu(ordinal), device, meter, reason, seconds)
+    return BenchSetup(TorchGpu(ordinal), device, meter, reason, seconds)
 
 
 def bench(
-    bundle: Bundle, setting: Setting, only: Optional[str] = None, say: Callable[[str], None] = lambda text: None
+    bundle: Bundle, setup: BenchSetup, only: Optional[str] = None, say: Callable[[str], None] = lambda text: None
 ) -> Dict[str, Any]:
     """Check and measure every backward kernel; returns the document for JSON.
 
     Args:
         bundle: with kernels ``backward``; those of ``filter_input`` for the same convolution are measured as well.
-        setting: see :func:`open_setting`.
+        setup: see :func:`open_setup`.
         only: a part of the key of the convolutions to measure.
         say: told what is done.
 
@@ -67,17 +67,17 @@ def bench(
     if not kernels:
         what = "backward kernel" if only is None else f"backward kernel with {only!r} in its key"
         raise GfCudaError(f"{os.path.basename(bundle.path)} has no {what}")
-    gpu, device = setting.gpu, setting.device
+    gpu, device = setup.gpu, setup.device
     with torch.no_grad(), timing.precision(tf32=False):
         say("the GPU's limits")
         limits = [(timing.gemm_peak(gpu), timing.copy_bandwidth(gpu, device.l2_bytes))]
         gpu.synchronize()
-        idle = setting.meter.rest(REST_SECONDS) if setting.meter is not None else None
+        idle = setup.meter.rest(REST_SECONDS) if setup.meter is not None else None
         measured = []
         for index, kernel in enumerate(kernels, start=1):
             say(f"{index}/{len(kernels)} {kernel.key}")
             pooling = bundle.find("filter_input", kernel.convolution, kernel.dtype)
-            measured.append(_measure(kernel, pooling, setting))
+            measured.append(_measure(kernel, pooling, setup))
             gpu.forget()  # the next one may need the memory
         limits.append((timing.gemm_peak(gpu), timing.copy_bandwidth(gpu, device.l2_bytes)))
     peak, bandwidth = (max(values) for values in zip(*limits))
@@ -95,14 +95,14 @@ def bench(
         },
         "peak_gflops": peak,
         "bandwidth_gbs": bandwidth,
-        "conditions": _conditions(bundle, setting, idle),
+        "conditions": _conditions(bundle, setup, idle),
         "rows": rows,
         "geometric_means": report.geometric_means(rows),
     }
 
 
-def _measure(kernel: Kernel, pooling: Optional[Kernel], setting: Setting) -> Tuple[Kernel, Dict[str, Any]]:
-    at, gpu = kernel.convolution, setting.gpu
+def _measure(kernel: Kernel, pooling: Optional[Kernel], setup: BenchSetup) -> Tuple[Kernel, Dict[str, Any]]:
+    at, gpu = kernel.convolution, setup.gpu
     ours = tensor_kernel(kernel)
     inputs, worst = _check(ours, at, gpu)
     grad_y, saved, weight = (inputs[name] for name in ("grad_y", "filtered_x", "weight"))
@@ -115,17 +115,17 @@ def _measure(kernel: Kernel, pooling: Optional[Kernel], setting: Setting) -> Tup
     def into(outputs: Tuple[Tensor, ...]) -> None:
         ours(grad_y, saved, weight, *outputs)
 
-    calls, failures = _exact_calls(grad_y, x, weight, kernel, setting)
+    calls, failures = _exact_calls(grad_y, x, weight, kernel, setup)
     outputs = allocate()
     calls["gf_tvm"] = lambda: into(allocate())
     calls["kernel"] = lambda: into(outputs)
     if pooling is not None:
         pool = tensor_kernel(pooling)
         calls["filter_input"] = lambda: pool(x, torch.empty_like(saved))
-    times = timing.measure(gpu, calls, setting.repeats, setting.seconds)
+    times = timing.measure(gpu, calls, setup.repeats, setup.seconds)
     best = min((way.name for way in exact.WAYS if way.name in times), key=lambda name: times[name].median)
     watched = {
-        name: _watch(calls[key], times[key], setting)
+        name: _watch(calls[key], times[key], setup)
         for name, key in (("baseline", best), ("gf_tvm", "gf_tvm"), ("filter_input", "filter_input"))
         if key in times
     }
@@ -157,7 +157,7 @@ def _measure(kernel: Kernel, pooling: Optional[Kernel], setting: Setting) -> Tup
     return kernel, row
 
 
-def _check(ours: TensorKernel, at: Convolution, gpu: Gpu) -> Tuple[Dict[str, Tensor], float]:
+def _check(ours: TensorKernel, at: Convolution, gpu: TorchGpu) -> Tuple[Dict[str, Tensor], float]:
     """Inputs on the GPU, and the largest error relative to a result's largest value. Raises WrongResult."""
     specs = {name: (shape, dtype) for name, shape, dtype in ours.arguments}
     names = [argument.name for argument in ours.kernel.program.arguments if not argument.output]
@@ -199,11 +199,11 @@ class _Worst:
 
 
 def _exact_calls(
-    grad_y: Tensor, x: Tensor, weight: Tensor, kernel: Kernel, setting: Setting
+    grad_y: Tensor, x: Tensor, weight: Tensor, kernel: Kernel, setup: BenchSetup
 ) -> Tuple[Dict[str, Any], Dict[str, str]]:
     """Exact backward passes by name, checked on one image, and why others cannot run."""
     at, calls, failures = kernel.convolution, {}, {}
-    possible = exact.ways(kernel.dtype, setting.device.capability)
+    possible = exact.ways(kernel.dtype, setup.device.capability)
     failures = {way.name: exact.NO_TF32 for way in exact.WAYS if way not in possible}
     for way in possible:
         try:
@@ -216,39 +216,39 @@ def _exact_calls(
             if not exact.out_of_memory(error):
                 raise
             tensors = []
-            setting.gpu.forget()
+            setup.gpu.forget()
             failures[way.name] = "out of memory"
     if not calls:
         raise GfCudaError(f"{kernel.key}: the exact backward pass does not fit into the GPU's memory")
     return calls, failures
 
 
-def _watch(call: Callable[[], Any], times: Timing, setting: Setting) -> Dict[str, Any]:
+def _watch(call: Callable[[], Any], times: GpuTiming, setup: BenchSetup) -> Dict[str, Any]:
     """Memory, energy and the host's part of one variant."""
     joules = None
-    if setting.meter is not None:
+    if setup.meter is not None:
         seconds = max(times.median, times.host_us / 1e3) / 1e3
-        joules, _ = energy.joules_a_step(setting.meter, call, setting.gpu.synchronize, seconds, ENERGY_SECONDS)
-    peak = setting.gpu.peak_bytes(call)
+        joules, _ = meters.joules_a_step(setup.meter, call, setup.gpu.synchronize, seconds, ENERGY_SECONDS)
+    peak = setup.gpu.peak_bytes(call)
     return {"peak_bytes": peak, "joules": joules, "host_us": times.host_us, "host_bound": times.host_bound}
 
 
-def _conditions(bundle: Bundle, setting: Setting, idle: Optional[float]) -> Dict[str, Any]:
-    meter = setting.meter
+def _conditions(bundle: Bundle, setup: BenchSetup, idle: Optional[float]) -> Dict[str, Any]:
+    meter = setup.meter
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "measured_by": "python3 -m gf_cuda bench",
-        "seconds_per_convolution": setting.seconds,
+        "seconds_per_convolution": setup.seconds,
         "other_cores": None,
         "statistic": "median of samples; quartiles (lower, upper)",
-        "repeats": {"min": timing.MIN_REPEATS, "min_slow": timing.MIN_REPEATS_SLOW, "max": setting.repeats},
+        "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW, "max": setup.repeats},
         "inputs": "the same in every call",
         "gradients": "baseline: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
         "baseline": "the fastest of baselines, cudnn.benchmark on",
         "limits": "copy bandwidth (read + write), float32 torch.mm with TF32 off; best of start and end",
         "energy": {
             "meter": None if meter is None else meter.name,
-            "reason": setting.no_meter,
+            "reason": setup.no_meter,
             "idle_watts": idle,
             "seconds": ENERGY_SECONDS,
             "joules": "of one call, above idle power, which was measured before",

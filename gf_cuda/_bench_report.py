@@ -7,7 +7,7 @@ from .bundle import Kernel
 
 
 def limits(row: Dict[str, Any], kernel: Kernel, peak_gflops: float, bandwidth_gbs: float) -> Dict[str, Any]:
-    """The shortest times (ms) that the limits allow; counted as ``gf_tvm.comparison.run.roofline`` does."""
+    """The shortest times (ms) that the limits allow; counted as ``gf_tvm.comparison.limits`` does."""
     at = kernel.convolution
     # Once each: grad_y, x~ and W read, grad_x and grad_W written.
     moved = sum(argument.nbytes for argument in kernel.program.arguments if argument.name != "grad_b")
@@ -18,7 +18,16 @@ def limits(row: Dict[str, Any], kernel: Kernel, peak_gflops: float, bandwidth_gb
     times = {"bandwidth": moved / bandwidth_gbs / 1e6, "arithmetic": operations / peak_gflops / 1e6}
     limit = max(times, key=lambda name: times[name])
     pooled = (row["saved_bytes_baseline"] + row["saved_bytes_gf_tvm"]) / bandwidth_gbs / 1e6
-    return {"roofline_ms": times[limit], "roofline": limit, "filter_input_roofline_ms": pooled}
+    return {
+        "roofline_ms": times[limit],
+        "roofline": limit,
+        "limit_ms": times[limit],
+        "limit": limit,
+        "fraction_of_limit": times[limit] / row["gf_tvm_ms"],
+        "operations": operations,
+        "moved_bytes": moved,
+        "filter_input_roofline_ms": pooled,
+    }
 
 
 def geometric_means(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise GfCudaError(f"cuDNN is used through PyTorch, which cannot be imported: {error}") from None
     bundle = load(args.bundle)
-    setting = _bench.open_setting(bundle, args.gpu, not args.no_energy, args.seconds)
-    document = _bench.bench(bundle, setting, args.only, lambda text: print(text, file=sys.stderr, flush=True))
+    setup = _bench.open_setup(bundle, args.gpu, not args.no_energy, args.seconds)
+    document = _bench.bench(bundle, setup, args.only, lambda text: print(text, file=sys.stderr, flush=True))
     show(document)
     if args.json is not None:
         part = f"{args.json}.part"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .bundle import Convolution
 from .errors import GfCudaError
-from .timing import Timing
+from .timing import GpuTiming
 
 #: Relative errors of cuDNN that are not those of a sum in float32: its Winograd algorithms lose digits, TF32 has ten
 #: bits of mantissa.
@@ -137,7 +137,7 @@ def check(tensors: List[Tensor], at: Convolution, way: Way, key: str) -> None:
             )
 
 
-def columns(times: Dict[str, Timing], failures: Dict[str, str]) -> Dict[str, Dict[str, Any]]:
+def columns(times: Dict[str, GpuTiming], failures: Dict[str, str]) -> Dict[str, Dict[str, Any]]:
     """Times, or the reason why there are none, of every exact backward pass, for JSON."""
     found: Dict[str, Dict[str, Any]] = {}
     for way in WAYS:

@@ -16,7 +16,7 @@ from .errors import ProgramError
 from .program import ALIGNMENT
 
 
-class Cuda:
+class TorchCuda:
     """What kernels ask PyTorch about GPUs. ``cuda`` is the one that is used; tests put one for their emulated GPU."""
 
     device_type = "cuda"
@@ -55,7 +55,7 @@ class Cuda:
         return memory, memory.data_ptr()  # PyTorch aligns what it allocates on a GPU to 512 bytes
 
 
-cuda = Cuda()
+cuda = TorchCuda()
 
 
 class TensorKernel:

@@ -6,14 +6,11 @@ without a gap. How long the host takes to queue a call is told besides.
 """
 
 import math
-import random
 import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-MIN_REPEATS = 5
-MIN_REPEATS_SLOW = 3  # for what takes longer than SLOW_SECONDS a call
-SLOW_SECONDS = 1.0
+from . import rounds
 
 #: Milliseconds of calls in a sample, at least: an event's time is right to half a microsecond.
 SAMPLE_MS = 0.25
@@ -26,7 +23,7 @@ SHORTEST_LEAD = 2e-5
 Call = Callable[[], Any]
 
 
-class Timing(NamedTuple):
+class GpuTiming(NamedTuple):
     """One call on the GPU.
 
     ``median`` and ``quartiles`` (lower, upper) in milliseconds, of ``repeats`` samples of ``calls`` calls each;
@@ -42,7 +39,7 @@ class Timing(NamedTuple):
     host_bound: bool
 
 
-class Gpu:
+class TorchGpu:
     """What measuring needs of torch.cuda, on the current device and stream. Tests put another one in its place."""
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -127,27 +124,10 @@ def precision(tf32: bool) -> Iterator[None]:
         put(before)
 
 
-class Rotation:
-    """Calls that do the same on different inputs, one after another, so that none finds its own in the L2 cache."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls, self._next = list(calls), 0
-
-    def __call__(self) -> Any:
-        call = self._calls[self._next]
-        self._next = (self._next + 1) % len(self._calls)
-        return call()
-
-
-def input_sets(nbytes: int, l2_bytes: int, most: int = 8) -> int:
-    """How many sets of inputs of ``nbytes`` to rotate among: together three times the L2 cache, but at most 8."""
-    return max(1, min(most, math.ceil(3.0 * l2_bytes / max(nbytes, 1))))
-
-
 class _Sampler:
     """Takes samples of one call; finds out how many calls a sample needs and how long queueing them takes."""
 
-    def __init__(self, gpu: Gpu, call: Call) -> None:
+    def __init__(self, gpu: TorchGpu, call: Call) -> None:
         self._gpu, self._call = gpu, call
         self.calls, self.host_bound, self._lead = 1, False, 0.0
         self.host_seconds: List[float] = []
@@ -155,7 +135,7 @@ class _Sampler:
             call()
         gpu.synchronize()
         self.seconds = self.sample() / 1e3
-        if self.seconds < SLOW_SECONDS:
+        if self.seconds < rounds.SLOW_SECONDS:
             self.seconds = min(self.seconds, self.sample() / 1e3)
         self.calls = max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / 1e3 / max(self.seconds, 1e-9))))
         self.sample()  # finds the lead for so many calls
@@ -196,69 +176,38 @@ class _Sampler:
 
 
 def measure(
-    gpu: Gpu,
+    gpu: TorchGpu,
     calls: Mapping[str, Call],
     repeats: int = 100,
     seconds: float = 5.0,
     progress: Optional[Callable[[float], None]] = None,
-) -> Dict[str, Timing]:
+) -> Dict[str, GpuTiming]:
     """Time several calls interleaved, so that they meet the same clocks and temperatures.
 
     Every call gets an equal part of ``seconds``; the order is shuffled in every round, with a fixed seed.
 
     Args:
-        gpu: see :class:`Gpu`.
+        gpu: see :class:`TorchGpu`.
         calls: what to time, by name; results are dropped.
-        repeats: samples of each at most, but at least MIN_REPEATS (MIN_REPEATS_SLOW for what is slow).
+        repeats: samples of each at most, see :func:`gf_cuda.rounds.repeats_for`.
         seconds: for all calls together.
         progress: told the part of the rounds that is done, after each.
     """
     samplers = {name: _Sampler(gpu, call) for name, call in calls.items()}
     repeats_of = {}
     for name, sampler in samplers.items():
-        least = MIN_REPEATS_SLOW if sampler.seconds > SLOW_SECONDS else MIN_REPEATS
-        repeats_of[name] = max(least, min(repeats, int(seconds / len(calls) / max(sampler.cost, 1e-6))))
-    samples = interleaved(repeats_of, lambda name: samplers[name].sample(), progress)
+        repeats_of[name] = rounds.repeats_for(sampler.seconds, sampler.cost, seconds / len(calls), repeats)
+    samples = rounds.interleaved(repeats_of, lambda name: samplers[name].sample(), progress)
     return {name: _timing(samples[name], sampler) for name, sampler in samplers.items()}
 
 
-def interleaved(
-    repeats_of: Dict[str, int], sample: Callable[[str], float], progress: Optional[Callable[[float], None]] = None
-) -> Dict[str, List[float]]:
-    """Samples of several things, each as often as asked for, spread over the whole run.
-
-    The order is shuffled in every round, with a fixed seed: in a fixed cyclic order each would always find the caches
-    as the same other one left them.
-    """
-    samples: Dict[str, List[float]] = {name: [] for name in repeats_of}
-    rounds, order, shuffler = max(repeats_of.values()), list(repeats_of), random.Random(0)
-    for index in range(rounds):
-        shuffler.shuffle(order)
-        for name in order:
-            count = repeats_of[name]
-            if (index + 1) * count // rounds > index * count // rounds:
-                samples[name].append(sample(name))
-        if progress is not None:
-            progress((index + 1) / rounds)
-    return samples
+def _timing(values: Sequence[float], sampler: _Sampler) -> GpuTiming:
+    lower, median, upper = (rounds.quantile(values, part) for part in (0.25, 0.5, 0.75))
+    host_us = 1e6 * rounds.quantile(sampler.host_seconds, 0.5)
+    return GpuTiming(median, (lower, upper), len(values), sampler.calls, host_us, sampler.host_bound)
 
 
-def _timing(values: Sequence[float], sampler: _Sampler) -> Timing:
-    lower, median, upper = (quantile(values, part) for part in (0.25, 0.5, 0.75))
-    host_us = 1e6 * quantile(sampler.host_seconds, 0.5)
-    return Timing(median, (lower, upper), len(values), sampler.calls, host_us, sampler.host_bound)
-
-
-def quantile(values: Sequence[float], part: float) -> float:
-    """Linear between the values, the smallest being part 0 and the largest part 1."""
-    ordered = sorted(values)
-    position = part * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
-def copy_bandwidth(gpu: Gpu, l2_bytes: int, seconds: float = 0.5) -> float:
+def copy_bandwidth(gpu: TorchGpu, l2_bytes: int, seconds: float = 0.5) -> float:
     """GB/s (1e9 bytes) that a copy reads and writes together, between buffers far larger than the L2 cache.
 
     The best of the copies made in ``seconds``: a limit is the best that was seen, not the usual.
@@ -272,7 +221,7 @@ def copy_bandwidth(gpu: Gpu, l2_bytes: int, seconds: float = 0.5) -> float:
     return 2 * source.numel() * 4 / best / 1e6
 
 
-def gemm_peak(gpu: Gpu, dtype: str = "float32", seconds: float = 1.0, largest: int = 8192) -> float:
+def gemm_peak(gpu: TorchGpu, dtype: str = "float32", seconds: float = 1.0, largest: int = 8192) -> float:
     """GFLOP/s of the fastest ``torch.mm`` of square matrices, TF32 off, made in about ``seconds``.
 
     The matrices grow to 8192 x 8192, or to what fits into the memory or one call can do in the time.
@@ -293,7 +242,7 @@ def gemm_peak(gpu: Gpu, dtype: str = "float32", seconds: float = 1.0, largest: i
             size *= 2
 
 
-def _best_ms(gpu: Gpu, call: Call, seconds: float) -> float:
+def _best_ms(gpu: TorchGpu, call: Call, seconds: float) -> float:
     sampler, end = _Sampler(gpu, call), time.perf_counter() + seconds
     best = min(sampler.sample() for _ in range(3))
     while time.perf_counter() < end:

@@ -15,10 +15,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .chains.model import chain_model, check_means, unchain_model
-from .core.geometry import Pair, as_pair
+from .core.geometry import Pair, Patch, as_pair
 from .errors import ModelError
 from .ops.module import FilteredConv2d as FilteredConv2d
-from .ops.module import Patch, check_library
+from .ops.module import check_library
 
 if TYPE_CHECKING:
     from .bundle.library import Library
@@ -44,8 +44,8 @@ class FilterReport:
     def __str__(self) -> str:
         total = len(self.filtered) + len(self.left_alone)
         lines = [f"{len(self.filtered)} of {total} convolutions filtered"]
-        lines += [f"  {_shown(name)}: patch {ph}x{pw}" for name, (ph, pw) in self.filtered.items()]
-        lines += [f"  {_shown(name)}: left alone, {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"  {shown_name(name)}: patch {ph}x{pw}" for name, (ph, pw) in self.filtered.items()]
+        lines += [f"  {shown_name(name)}: left alone, {reason}" for name, reason in self.left_alone.items()]
         return "\n".join(lines)
 
 
@@ -57,7 +57,7 @@ def filter_report(model: nn.Module) -> FilterReport:
         if isinstance(module, FilteredConv2d):
             filtered[name] = module.patch
         elif isinstance(module, _ConvNd):
-            left_alone[name] = _obstacle(module) or "not selected"
+            left_alone[name] = filter_obstacle(module) or "not selected"
     return FilterReport(filtered, left_alone)
 
 
@@ -103,6 +103,36 @@ def select_layers(
     return [(name, module) for name, module in convs.items() if id(module) in wanted]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Selected convolutions by name: all of them, and why some cannot be filtered."""
+
+    convs: Mapping[str, nn.Conv2d]
+    obstacles: Mapping[str, str]
+
+    @property
+    def filterable(self) -> dict[str, nn.Conv2d]:
+        """Those that can be filtered."""
+        return {name: module for name, module in self.convs.items() if name not in self.obstacles}
+
+
+def select_filterable(model: nn.Module, last: int | None = None, layers: Layers | None = None) -> Selection:
+    """:func:`select_layers`, without the convolutions that cannot be filtered: they are left out with a warning.
+
+    Raises:
+        ModelError: as select_layers does; a convolution that was asked for by name, or all of them, cannot be filtered.
+    """
+    convs = dict(select_layers(model, last, layers))
+    obstacles = {name: reason for name, module in convs.items() if (reason := filter_obstacle(module))}
+    by_name = last is None and not callable(layers)
+    if obstacles and (by_name or len(obstacles) == len(convs)):
+        name, reason = next(iter(obstacles.items()))
+        raise ModelError(f"{shown_name(name)} cannot be filtered: {reason}")
+    for name, reason in obstacles.items():
+        logger.warning("%s left alone: %s", shown_name(name), reason)
+    return Selection(convs, obstacles)
+
+
 def filter_model(
     model: M,
     patch: Patch | Mapping[str, Patch],
@@ -145,19 +175,11 @@ def filter_model(
     """
     if isinstance(patch, Mapping) and last is None and layers is None:
         layers = list(patch)
-    selected = select_layers(model, last, layers)
+    selection = select_filterable(model, last, layers)
     check_library(library)
     check_means(means)
-    patches = _patches(model, selected, patch)
-    obstacles = {name: reason for name, module in selected if (reason := _obstacle(module))}
-    by_name = last is None and not callable(layers)
-    if obstacles and (by_name or len(obstacles) == len(selected)):
-        name, reason = next(iter(obstacles.items()))
-        raise ModelError(f"{_shown(name)} cannot be filtered: {reason}")
-    for name, module in selected:
-        if name in obstacles:
-            logger.warning("%s left alone: %s", _shown(name), obstacles[name])
-            continue
+    patches = _patches(model, selection.convs, patch)
+    for name, module in selection.filterable.items():
         _become(module, FilteredConv2d)
         module.patch, module.library = patches[name], library  # type: ignore[assignment]
     if chain:
@@ -178,7 +200,7 @@ def unfilter_model(model: M) -> M:
     return model
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def filter_obstacle(module: nn.Module) -> str | None:
     """Why ``module`` cannot become a FilteredConv2d; None if it can."""
     kind = parametrize.type_before_parametrizations(module)
     if isinstance(module, LazyModuleMixin):
@@ -203,21 +225,21 @@ def _become(module: nn.Module, kind: type[nn.Conv2d]) -> None:
 
 
 def _patches(
-    model: nn.Module, selected: list[tuple[str, nn.Conv2d]], patch: Patch | Mapping[str, Patch]
+    model: nn.Module, selected: Mapping[str, nn.Conv2d], patch: Patch | Mapping[str, Patch]
 ) -> dict[str, Pair]:
     """The patch of each selected convolution."""
-    names = [name for name, _ in selected]
+    names = list(selected)
     if not isinstance(patch, Mapping):
         return dict.fromkeys(names, as_pair(patch, "patch", 1))
     given = {id(_named(model, name, names)): (name, value) for name, value in patch.items()}
     patches = {}
-    for name, module in selected:
+    for name, module in selected.items():
         if id(module) not in given:
-            raise ModelError(f"patch has no entry for the selected convolution {_shown(name)}")
-        patches[name] = as_pair(given.pop(id(module))[1], f"patch of {_shown(name)}", 1)
+            raise ModelError(f"patch has no entry for the selected convolution {shown_name(name)}")
+        patches[name] = as_pair(given.pop(id(module))[1], f"patch of {shown_name(name)}", 1)
     if given:
         name = next(iter(given.values()))[0]
-        raise ModelError(f"patch has an entry for {_shown(name)}, which is not selected")
+        raise ModelError(f"patch has an entry for {shown_name(name)}, which is not selected")
     return patches
 
 
@@ -235,5 +257,6 @@ def _named(model: nn.Module, name: str, convs: list[str]) -> nn.Conv2d:
     return module
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
+    """What messages call a module: the model itself has no name."""
     return name or "the model itself"

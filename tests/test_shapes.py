@@ -58,6 +58,12 @@ def test_shapes_need_no_tvm() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
+def test_cases_of_files_need_no_torch() -> None:
+    code = "import sys; from gf_tvm.shapes import paper_cases, workloads_of; workloads_of(paper_cases()); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
 def test_case_overrides_every_field_of_the_head(tmp_path: Path) -> None:
     own = {
         "name": "own", "n": 3, "ci": 8, "co": 16, "h": 10, "w": 11, "kernel": [3, 5], "stride": [1, 2],

@@ -1,6 +1,6 @@
 """What comparing needs of a device: its limits, a clock, the exact backward passes it has, what else is measured.
 
-:class:`Host` is the CPU; GPUs are in :mod:`gf_tvm.comparison.gpu`.
+CPUs are in :mod:`gf_tvm.comparison.cpu`, GPUs in :mod:`gf_tvm.comparison.gpu`.
 """
 
 from __future__ import annotations
@@ -8,27 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gf_cuda.timing import Rotation
-
 from ..machine import cpu
-from ..shapes import Case
-from .convolutions import (
-    MIN_REPEATS,
-    MIN_REPEATS_SLOW,
-    Data,
-    Timing,
-    Variants,
-    baseline_name,
-    check_baseline,
-    exact_backward,
-    measure,
-)
+from ..machine.timing import Timing
+from ..shapes.cases import Case
+from .convolutions import Data, Variants
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -38,7 +27,7 @@ Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Times:
+class CaseTimings:
     """What was measured of one convolution with all of its patches.
 
     Attributes:
@@ -49,7 +38,7 @@ class Times:
 
     times: dict[str, Timing]
     baseline: str
-    more: tuple[dict[str, Any], ...] = field(default=())
+    more: tuple[dict[str, Any], ...]
 
 
 class Backend(ABC):
@@ -57,6 +46,9 @@ class Backend(ABC):
 
     #: Sets of results that are held at once while they are compared with float64.
     results = 2
+
+    #: Whether the limits are timed in the rounds of the cases; else they are measured before and after everything.
+    limits_in_rounds = False
 
     @abstractmethod
     def available_bytes(self) -> int | None:
@@ -70,7 +62,7 @@ class Backend(ABC):
 
     @abstractmethod
     def limits(self) -> tuple[float, float]:
-        """GFLOP/s of a float32 matrix product, GB/s of a copy (read + write)."""
+        """GFLOP/s of a float32 matrix product, GB/s of a copy (read + write), as far as is known by now."""
 
     @abstractmethod
     def data(self, case: Case) -> Data:
@@ -84,14 +76,14 @@ class Backend(ABC):
         """What is timed of one case."""
         return Variants(case, data, library)
 
-    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
-        """A row with what else the backend measured: ``more`` is the patch's part of :attr:`Times.more`."""
-        return row
+    @abstractmethod
+    def row(self, row: Row, more: Mapping[str, Any]) -> Row:
+        """A row with what else the backend measured: ``more`` is the patch's part of :attr:`CaseTimings.more`."""
 
     @abstractmethod
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
-    ) -> Times:
+    ) -> CaseTimings:
         """Time one convolution's checked variants (one for each patch), ``effort`` being repeats and seconds."""
 
     def machine(self) -> dict[str, Any]:
@@ -105,45 +97,6 @@ class Backend(ABC):
     @abstractmethod
     def conditions(self) -> dict[str, Any]:
         """How was measured, as far as it depends on the kind of device; called after the run."""
-
-
-class Host(Backend):
-    """This machine's CPU, the exact backward pass by the framework (oneDNN)."""
-
-    def available_bytes(self) -> int | None:
-        return cpu.available_bytes()
-
-    def limits(self) -> tuple[float, float]:
-        return cpu.sgemm_peak(), cpu.copy_bandwidth()
-
-    def data(self, case: Case) -> Data:
-        return Data.random(case)
-
-    def check_baseline(self, case: Case, data: Data) -> None:
-        check_baseline(case, data)
-
-    def time(
-        self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
-    ) -> Times:
-        times = measure(self.calls(data, variants), *effort, progress)
-        return Times(times, baseline_name(data, variants[0].case.geometry))
-
-    def calls(self, data: Data, variants: Sequence[Variants]) -> dict[str, Call]:
-        """What is timed, interleaved."""
-        geometry = variants[0].case.geometry
-        calls: dict[str, Call] = {"baseline": lambda: exact_backward(data.grad_y, data.x, data.weight, geometry)}
-        return {**calls, **variant_calls([variants])}
-
-    def conditions(self) -> dict[str, Any]:
-        return {
-            "statistic": "median; quartiles (lower, upper)",
-            "repeats": {"min": MIN_REPEATS, "min_slow": MIN_REPEATS_SLOW},
-            "order": "variants interleaved in one run, order shuffled in every round",
-            "outputs": "allocated in every call of every variant; gf_tvm_kernel_ms alone writes into existing ones",
-            "gradients": "baseline and reference: grad_x, grad_W; gf_tvm: grad_x, grad_W, grad_b",
-            "saved_bytes": "what autograd keeps of the input: x or x~; the weights, kept by both, are not counted",
-            "limits": "copy bandwidth (read + write) by torch.copy_, peak by float32 products; best of start and end",
-        }
 
 
 def variant_calls(sets: Sequence[Sequence[Variants]]) -> dict[str, Call]:
@@ -172,6 +125,18 @@ def variant_calls(sets: Sequence[Sequence[Variants]]) -> dict[str, Call]:
             if pools:
                 calls[f"{name} filter_input {index}"] = _rotate(pools)
     return calls
+
+
+class Rotation:
+    """Calls that do the same on different inputs, one after another, so that none finds its own in the L2 cache."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls, self._next = list(calls), 0
+
+    def __call__(self) -> Any:
+        call = self._calls[self._next]
+        self._next = (self._next + 1) % len(self._calls)
+        return call()
 
 
 def _rotate(calls: Sequence[Call]) -> Call:

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..chains.piece import Bound, Piece
+from ..core.dtypes import torch_dtype
 from ..core.geometry import Pair
+from ..machine.timing import Timing, measure, timing_of
 from ..nn import FilteredConv2d
 from ..ops.dispatch import FallbackWarning
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 from ..training.measure import count_kept_bytes
-from .convolutions import ComparisonError, Timing, measure, relative_error, timing_of, tolerance, torch_dtype
+from .convolutions import ComparisonError, relative_error, tolerance
 
 VARIANTS = ("exact", "filtered", "chained")
 

@@ -22,15 +22,18 @@ from ..chains.compiled import Backward
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
 from ..chains.segments import Segment
-from ..core.geometry import Geometry, Pair
+from ..core.dtypes import itemsize, torch_dtype
+from ..core.geometry import Geometry, Pair, Patch
 from ..core.workload import DTYPES, Workload
 from ..errors import ModelError
+from ..machine.timing import Timing
 from ..nn import filter_model, filter_report
-from ..shapes import Patch, _check_patches, does_not_run, format_patch, model_cases, workloads_of
+from ..shapes.cases import as_patches, format_patch, workloads_of
+from ..shapes.model import does_not_run, model_cases
 from ..training.programs import programs_for
 from ..training.trainer import freeze
 from .chain_variants import ChainVariants, plain_operators_wanted
-from .convolutions import Timing, torch_dtype
+from .limits import shortest
 from .rows import ChainRow
 
 if TYPE_CHECKING:
@@ -92,7 +95,7 @@ def chain_cases(
     Raises:
         ModelError: no such layers, or a dtype that kernels do not have. GeometryError: bad patches.
     """
-    pairs = _check_patches(patches, "patches")
+    pairs = as_patches(patches)
     report = filter_report(filter_model(_copy(model), pairs[0], last=last, layers=layers))
     names = tuple(report.filtered)
     own = copy.deepcopy(model).eval()
@@ -132,8 +135,7 @@ class Measured:
         """With GFLOP/s and GB/s of the same run."""
         moved, operations = _traffic(self.piece, self.case.dtype, self.kept["chained"])
         peak, bandwidth = limits
-        least = {"bandwidth": moved / bandwidth / 1e6, "arithmetic": operations / peak / 1e6}
-        limit = max(least, key=least.__getitem__)
+        limit, limit_name = shortest(moved, operations, peak, bandwidth)
         names, plan = self.piece.convolutions, self.piece.plan
         by_part = {
             f"{part}_ms{suffix}": {variant: getattr(times[part], what) for variant, times in self.times.items()}
@@ -156,8 +158,8 @@ class Measured:
             filtered_schedule=_least(self.schedules["filtered"]),
             kernels={variant: dict(counted) for variant, counted in self.schedules.items()},
             kept_bytes=self.kept,
-            roofline_ms=least[limit],
-            roofline=limit,
+            roofline_ms=limit,
+            roofline=limit_name,
             operations=operations,
             moved_bytes=moved,
             max_rel_error=self.error,
@@ -259,7 +261,7 @@ def _traffic(piece: Piece, dtype: str, kept: int) -> tuple[int, int]:
     Written once: the gradients of parameters, and of the maps that come in. Maps on the grid between two layers may
     stay in a cache and are not counted, nor are operations element by element.
     """
-    plan, item = piece.plan, torch_dtype(dtype).itemsize
+    plan, item = piece.plan, itemsize(dtype)
     moved, operations = kept, 0
     for geometry, made in piece.products().values():
         weight = math.prod(geometry.weight_shape)

@@ -1,63 +1,34 @@
-"""The variants of one convolution's backward pass that are compared: run, check against float64, time.
+"""The variants of one convolution's backward pass that are compared: run, check against float64.
 
-The same random inputs go to all of them. Nothing here knows about devices, limits or tables.
+The same random inputs go to all of them. Nothing here knows about devices, clocks, limits or tables.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gf_cuda.timing import interleaved
-
 from ..core import reference
+from ..core.dtypes import torch_dtype
 from ..core.geometry import Geometry
 from ..core.verify import from_saved, poisoned_outputs, to_saved
 from ..core.workload import Workload
 from ..errors import GfTvmError
 from ..machine import cpu
-from ..shapes import Case, format_patch
+from ..shapes.cases import Case, format_patch
 
 if TYPE_CHECKING:
     from ..bundle.kernel import Kernel
     from ..bundle.library import Library
 
-MIN_REPEATS = 5
-MIN_REPEATS_SLOW = 3  # for what takes longer than SLOW_SECONDS a call
-SLOW_SECONDS = 1.0
-
-Quartiles = tuple[float, float]
-
 
 class ComparisonError(GfTvmError):
     """A case that cannot be compared: a wrong result, or tensors that do not fit into memory."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call: median, lower and upper quartile; how many calls were timed; the fastest of them."""
-
-    median: float
-    quartiles: Quartiles
-    repeats: int
-    best: float | None = None
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    found = getattr(torch, dtype)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def itemsize(dtype: str) -> int:
-    return torch_dtype(dtype).itemsize
 
 
 def tolerance(dtype: str, length: int) -> float:
@@ -149,7 +120,7 @@ def baseline_name(data: Data, geometry: Geometry) -> str:
 
 
 @dataclass(frozen=True)
-class Other:
+class Contender:
     """One more implementation of a filtered backward pass, to be timed beside those of :class:`Variants`.
 
     Attributes:
@@ -173,7 +144,7 @@ class Variants:
     """
 
     def __init__(
-        self, case: Case, data: Data, library: Library | None, others: Mapping[str, Other] | None = None
+        self, case: Case, data: Data, library: Library | None, others: Mapping[str, Contender] | None = None
     ) -> None:
         self.case, self.data, self.library, geometry = case, data, library, case.geometry
         self.others = dict(others or {})
@@ -229,12 +200,12 @@ class Variants:
             found.update(zip(("grad_x", "grad_W", "grad_b"), outputs, strict=True))
         return found
 
-    def as_other(self) -> Other | None:
+    def as_contender(self) -> Contender | None:
         """This library's kernels beside those of another one; None if it has no backward kernel of this case."""
         if self.backward is None:
             return None
         pooling = self.filter_input if self.pooling else None
-        return Other(self.kernel_backward, self.kernel_results, pooling, schedule_of(self.backward))
+        return Contender(self.kernel_backward, self.kernel_results, pooling, schedule_of(self.backward))
 
     def _poisoned(self, kernel: str) -> list[Tensor]:
         outputs = poisoned_outputs(Workload(kernel, self.case.geometry, self.case.dtype))
@@ -335,50 +306,6 @@ def check_baseline(case: Case, data: Data, rounding: float = 0.0) -> None:
                 f"case {case.name}: {output} of the exact backward is wrong, so it was not timed: "
                 f"relative error {error:.3g} against float64, rounding explains {allowed:.3g}"
             )
-
-
-def measure(
-    calls: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    seconds: float,
-    progress: Callable[[float], None] = lambda part: None,
-) -> dict[str, Timing]:
-    """Time several calls interleaved, so that they meet the same clocks, neighbours and caches.
-
-    Every call gets an equal part of ``seconds``; one that is slower gets fewer repeats, spread over the whole run.
-    The order is shuffled in every round (with a fixed seed): in a fixed cyclic order each call would always find the
-    caches and threads as the same other call left them.
-
-    Args:
-        calls: what to time; results are dropped between the timings.
-        repeats: calls of each at most, but at least MIN_REPEATS (MIN_REPEATS_SLOW for what is slow).
-        seconds: for all calls together.
-        progress: told the part of the rounds that is done, after each.
-    """
-    repeats_of = {}
-    for name, call in calls.items():
-        elapsed = _seconds(call)  # also the warm-up: oneDNN compiles its primitives at the first call
-        if elapsed < SLOW_SECONDS:
-            elapsed = min(elapsed, *(_seconds(call) for _ in range(2)))
-        least = MIN_REPEATS_SLOW if elapsed > SLOW_SECONDS else MIN_REPEATS
-        repeats_of[name] = max(least, min(repeats, int(seconds / len(calls) / elapsed)))
-    samples = interleaved(repeats_of, lambda name: _seconds(calls[name]), progress)
-    return {name: timing_of(values) for name, values in samples.items()}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    result = call()
-    elapsed = time.perf_counter() - start
-    del result  # freed outside of the timing
-    return elapsed
-
-
-def timing_of(seconds: Sequence[float]) -> Timing:
-    """Of at least two calls."""
-    milliseconds = [1e3 * value for value in seconds]
-    lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return Timing(median, (lower, upper), len(milliseconds), min(milliseconds))
 
 
 def schedule_of(kernel: Kernel | None) -> str:

@@ -1,10 +1,11 @@
 """Comparing on an NVIDIA GPU: exact backward passes by cuDNN, times by CUDA events, memory and energy.
 
-See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.energy` for joules.
+See :mod:`gf_cuda.timing` for how times are taken and :mod:`gf_cuda.meters` for joules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,19 @@ from typing import Any
 import torch
 
 import gf_cuda
-from gf_cuda import board, energy, timing
+from gf_cuda import board, energy, meters, rounds, timing
 from gf_cuda.exact import NO_TF32, WAYS, columns, out_of_memory, ways
-from gf_cuda.timing import Gpu, Rotation
+from gf_cuda.timing import TorchGpu
 
 from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu
 from ..machine.profiles import DeviceProfile
-from ..shapes import Case
-from .backend import Backend, Call, Times, variant_calls
-from .convolutions import ComparisonError, Data, Timing, Variants, baseline_name, check_baseline, exact_backward
+from ..machine.timing import Timing
+from ..shapes.cases import Case
+from .backend import Backend, Call, CaseTimings, Rotation, variant_calls
+from .convolutions import ComparisonError, Data, Variants, baseline_name, check_baseline, exact_backward
+from .limits import copying
 from .rows import GpuRow, Row
 
 #: Seconds that each variant runs for its energy.
@@ -33,14 +36,14 @@ REST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Graphics:
+class GpuSetup:
     """The GPU at hand: what measures on it, what it is, and its meter (or why there is none)."""
 
-    gpu: Gpu
+    gpu: TorchGpu
     capability: tuple[int, int]
     l2_bytes: int
     description: dict[str, Any]
-    meter: energy.Meter | None
+    meter: meters.Meter | None
     no_meter: str = ""
 
 
@@ -58,7 +61,7 @@ def require_cuda(profile: DeviceProfile) -> None:
         )
 
 
-def open_graphics(measure_energy: bool | None = None) -> Graphics:
+def open_gpu(measure_energy: bool | None = None) -> GpuSetup:
     """PyTorch's current GPU.
 
     Args:
@@ -76,23 +79,23 @@ def open_graphics(measure_energy: bool | None = None) -> Graphics:
     if measure_energy is not False:
         try:
             meter, reason = energy.find_meter(energy.pci_bus_id(ordinal)), ""
-        except energy.NotMeasured as error:
+        except meters.NotMeasured as error:
             if measure_energy:
                 raise DeviceError(f"energy cannot be measured here: {error}") from None
             reason = str(error)
     description = board.describe(device)
     if device.driver.emulated:
         description["emulated"] = True  # its times say nothing about a GPU
-    return Graphics(Gpu(ordinal), device.capability, device.l2_bytes, description, meter, reason)
+    return GpuSetup(TorchGpu(ordinal), device.capability, device.l2_bytes, description, meter, reason)
 
 
-class Cuda(Backend):
-    """PyTorch's current GPU. ``graphics`` is what :func:`open_graphics` found."""
+class CudaBackend(Backend):
+    """PyTorch's current GPU. ``setup`` is what :func:`open_gpu` found."""
 
-    def __init__(self, graphics: Graphics) -> None:
-        self._graphics, self._gpu = graphics, graphics.gpu
+    def __init__(self, setup: GpuSetup) -> None:
+        self._setup, self._gpu = setup, setup.gpu
         self._idle_watts: float | None = None
-        self._fp16_gflops = 0.0
+        self._fp16_gflops, self._best = 0.0, (0.0, 0.0)
 
     def available_bytes(self) -> int | None:
         return self._gpu.free_bytes()
@@ -101,20 +104,21 @@ class Cuda(Backend):
     def running(self, threads: int | None) -> Iterator[int]:
         with super().running(threads) as used, timing.precision(tf32=False):
             self._gpu.synchronize()
-            if self._graphics.meter is not None:
-                self._idle_watts = self._graphics.meter.rest(REST_SECONDS)
+            if self._setup.meter is not None:
+                self._idle_watts = self._setup.meter.rest(REST_SECONDS)
             yield used
 
     def limits(self) -> tuple[float, float]:
-        bandwidth = timing.copy_bandwidth(self._gpu, self._graphics.l2_bytes)
+        bandwidth = timing.copy_bandwidth(self._gpu, self._setup.l2_bytes)
         self._fp16_gflops = max(self._fp16_gflops, timing.gemm_peak(self._gpu, "float16"))
-        return timing.gemm_peak(self._gpu), bandwidth
+        self._best = max(self._best[0], timing.gemm_peak(self._gpu)), max(self._best[1], bandwidth)
+        return self._best
 
     def data(self, case: Case) -> Data:
         return Data.random(case).to(self._gpu.device)
 
     def check_baseline(self, case: Case, data: Data) -> None:
-        for way in ways(case.dtype, self._graphics.capability):
+        for way in ways(case.dtype, self._setup.capability):
             # One image is enough, and is there beside the whole batch.
             image = Data(data.x[:1], data.weight, data.grad_y[:1]).to(self._gpu.device, way.memory_format)
             with timing.precision(way.tf32):
@@ -122,8 +126,8 @@ class Cuda(Backend):
 
     def time(
         self, data: Data, variants: Sequence[Variants], effort: tuple[int, float], progress: Callable[[float], None]
-    ) -> Times:
-        case, count = variants[0].case, timing.input_sets(data.nbytes, self._graphics.l2_bytes)
+    ) -> CaseTimings:
+        case, count = variants[0].case, input_sets(data.nbytes, self._setup.l2_bytes)
         copies = [data, *(data.to(self._gpu.device) for _ in range(count - 1))]
         calls, failures = self._exact_calls(copies, case)
         sets = [list(variants), *([variant.on(copy) for variant in variants] for copy in copies[1:])]
@@ -138,14 +142,14 @@ class Cuda(Backend):
         watched = self._watch(calls["baseline"], measured["baseline"])
         more = tuple(self._more(shared, watched, calls, measured, index) for index in range(len(variants)))
         times = {name: Timing(t.median, t.quartiles, t.repeats) for name, t in measured.items()}
-        return Times(times, f"{baseline_name(data, case.geometry)} {best}", more)
+        return CaseTimings(times, f"{baseline_name(data, case.geometry)} {best}", more)
 
-    def row(self, row: Row, more: Mapping[str, Any], limits: tuple[float, float]) -> Row:
-        pooled = (row.saved_bytes_baseline + row.saved_bytes_gf_tvm) / limits[1] / 1e6
+    def row(self, row: Row, more: Mapping[str, Any]) -> Row:
+        pooled = copying(row.saved_bytes_baseline + row.saved_bytes_gf_tvm, self._best[1])
         return GpuRow(**vars(row), **more, filter_input_roofline_ms=pooled)
 
     def machine(self) -> dict[str, Any]:
-        return {**cpu.describe(), "gpu": self._graphics.description}
+        return {**cpu.describe(), "gpu": self._setup.description}
 
     def versions(self) -> dict[str, str | None]:
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -153,14 +157,14 @@ class Cuda(Backend):
             **cpu.versions(),
             "cuda": torch.version.cuda,
             "cudnn": None if cudnn is None else str(cudnn),
-            "driver_cuda": self._graphics.description["driver_cuda"],
+            "driver_cuda": self._setup.description["driver_cuda"],
         }
 
     def conditions(self) -> dict[str, Any]:
-        meter = self._graphics.meter
+        meter = self._setup.meter
         return {
             "statistic": "median of samples; quartiles (lower, upper)",
-            "repeats": {"min": timing.MIN_REPEATS, "min_slow": timing.MIN_REPEATS_SLOW},
+            "repeats": {"min": rounds.MIN_REPEATS, "min_slow": rounds.MIN_REPEATS_SLOW},
             "samples": f"CUDA events around as many calls as take {timing.SAMPLE_MS} ms, at most {timing.MAX_CALLS}, "
             "all queued before the first runs: the host's part is in host_us; where a call waits for the GPU that "
             "cannot be, and it is listed in host_bound",
@@ -178,7 +182,7 @@ class Cuda(Backend):
             "fp16_gemm_gflops": self._fp16_gflops,
             "energy": {
                 "meter": None if meter is None else meter.name,
-                "reason": self._graphics.no_meter,
+                "reason": self._setup.no_meter,
                 "idle_watts": self._idle_watts,
                 "seconds": ENERGY_SECONDS,
                 "joules": "of one call, above idle power, which was measured before the run",
@@ -190,7 +194,7 @@ class Cuda(Backend):
         """Exact backward passes by name, and why others cannot run. Raises ComparisonError if none can."""
         calls: dict[str, Call] = {}
         failures: dict[str, str] = {}
-        possible = ways(case.dtype, self._graphics.capability)
+        possible = ways(case.dtype, self._setup.capability)
         for channels_last in (False, True):
             same = [way for way in possible if way.channels_last is channels_last]
             try:
@@ -211,16 +215,16 @@ class Cuda(Backend):
         failures.update({way.name: NO_TF32 for way in WAYS if way not in possible})
         return calls, failures
 
-    def _watch(self, call: Call, times: timing.Timing) -> dict[str, Any]:
+    def _watch(self, call: Call, times: timing.GpuTiming) -> dict[str, Any]:
         """Memory, energy and the host's part of one variant."""
         joules = None
-        if self._graphics.meter is not None:
+        if self._setup.meter is not None:
             seconds = max(times.median, times.host_us / 1e3) / 1e3
             try:
-                joules, _ = energy.joules_a_step(
-                    self._graphics.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
+                joules, _ = meters.joules_a_step(
+                    self._setup.meter, call, self._gpu.synchronize, seconds, ENERGY_SECONDS
                 )
-            except energy.NotMeasured as error:
+            except meters.NotMeasured as error:
                 raise DeviceError(f"energy cannot be measured any more: {error}") from None
         return {
             "peak_bytes": self._gpu.peak_bytes(call),
@@ -234,7 +238,7 @@ class Cuda(Backend):
         shared: dict[str, Any],
         baseline: dict[str, Any],
         calls: dict[str, Call],
-        measured: dict[str, timing.Timing],
+        measured: dict[str, timing.GpuTiming],
         index: int,
     ) -> dict[str, Any]:
         """Further fields of one patch's row."""
@@ -247,14 +251,17 @@ class Cuda(Backend):
         for name, key in names.items():
             if key in calls:
                 watched[name] = self._watch(calls[key], measured[key])
-        kernel = measured.get(f"kernel {index}")
         fields: dict[str, Any] = {
             what: {name: values[what] for name, values in watched.items()}
             for what in ("peak_bytes", "joules", "host_us")
         }
         fields["host_bound"] = tuple(name for name, values in watched.items() if values["host_bound"])
-        fields["gf_tvm_kernel_ms_quartiles"] = kernel.quartiles if kernel else None
         return {**shared, **fields}
+
+
+def input_sets(nbytes: int, l2_bytes: int, most: int = 8) -> int:
+    """How many sets of inputs of ``nbytes`` to rotate among: together three times the L2 cache, but at most 8."""
+    return max(1, min(most, math.ceil(3.0 * l2_bytes / max(nbytes, 1))))
 
 
 def _exact(data: Data, geometry: Geometry, tf32: bool) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GfTvmError
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 from .rows import Row
 from .run import Comparison
 

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.geometry import Pair
-from .convolutions import Quartiles
+from ..machine.timing import Quartiles
 
 
 @dataclass(frozen=True)
 class Row:
     """One case on one device. Times in milliseconds (medians), quartiles as (lower, upper), sizes in bytes.
 
-    ``roofline_ms`` is the limit: bytes moved once at the copy bandwidth, or the operations at the sgemm peak,
-    whichever takes longer (``roofline`` says which). ``gf_tvm_kernel_ms`` is the kernel alone, into outputs that
-    exist already. ``filter_input_ms`` is the pooling of x in the forward pass, for which the baseline needs nothing.
+    The limit is ``moved_bytes`` at the copy bandwidth, or ``operations`` (floating-point) at the sgemm peak, whichever
+    takes longer: ``roofline_ms`` with the limits of the whole comparison (``roofline`` says which it is, "bandwidth"
+    or "arithmetic"), ``limit_ms`` with those of the row's own rounds where they were measured there (``limit`` says
+    which), and ``fraction_of_limit`` is limit_ms / gf_tvm_ms. ``gf_tvm_kernel_ms`` is the kernel alone, into outputs
+    that exist already. ``filter_input_ms`` is the pooling of x in the forward pass, for which the baseline needs
+    nothing.
     """
 
     name: str
@@ -42,12 +45,18 @@ class Row:
     gf_tvm_ms: float
     gf_tvm_ms_quartiles: Quartiles
     gf_tvm_kernel_ms: float | None
+    gf_tvm_kernel_ms_quartiles: Quartiles | None
     schedule: str
     filter_input_ms: float
     filter_input_ms_quartiles: Quartiles
     filter_input_schedule: str
     roofline_ms: float
     roofline: str
+    limit_ms: float
+    limit: str
+    fraction_of_limit: float
+    operations: int
+    moved_bytes: int
     saved_bytes_baseline: int
     saved_bytes_gf_tvm: int
     max_rel_error: float
@@ -66,7 +75,7 @@ class Row:
 
     @property
     def limit_fraction(self) -> float:
-        """Limit / filtered backward; 1 is as fast as the machine's measured limits allow."""
+        """As ``fraction_of_limit``, with the limits of the whole comparison."""
         return self.roofline_ms / self.gf_tvm_ms
 
 
@@ -87,37 +96,29 @@ class GpuRow(Row):
     peak_bytes: dict[str, int]
     joules: dict[str, float | None]
     input_sets: int
-    gf_tvm_kernel_ms_quartiles: Quartiles | None
     filter_input_roofline_ms: float
 
 
 @dataclass(frozen=True)
-class LimitedHostRow(Row):
+class CpuRow(Row):
     """One case on a CPU, with the machine's limits as they were in the rounds in which the case was timed.
 
     ``peak_gflops`` and ``bandwidth_gbs`` have ``median``, ``quartiles`` (lower, upper) and ``best`` of this case's
     rounds; ``best_ms`` is the fastest call of each variant. ``limit_ms`` follows from the medians of both,
-    ``limit_best_ms`` from their bests, and ``limit`` says which of the two it is ("bandwidth", "arithmetic"). The
-    fractions are limit / time, median over median and best over best: ``fraction_of_limit`` of ``gf_tvm_ms``, outputs
-    allocated; ``kernel_fraction_of_limit`` of ``gf_tvm_kernel_ms``, into existing ones, as the limit's copies are;
-    None where there is no kernel. ``filter_input_fraction_of_limit`` is that of the pooling, whose limit is copying.
-    ``operations`` (floating-point) and ``moved_bytes`` are what the limit counts.
+    ``limit_best_ms`` from their bests. The fractions are limit / time, median over median and best over best:
+    ``fraction_of_limit`` of ``gf_tvm_ms``, outputs allocated; ``kernel_fraction_of_limit`` of ``gf_tvm_kernel_ms``,
+    into existing ones, as the limit's copies are; None where there is no kernel. ``filter_input_fraction_of_limit`` is
+    that of the pooling, whose limit is copying.
 
     ``others``: further implementations by name, without those that cannot compute the case. Each has ``ms``,
     ``ms_quartiles``, ``best_ms``, ``repeats``, ``schedule``, ``max_rel_error``, and of the pooling in the forward pass
     ``filter_input_ms`` and its quartiles (None: not timed).
     """
 
-    operations: int
-    moved_bytes: int
     peak_gflops: dict[str, Any]
     bandwidth_gbs: dict[str, Any]
-    limit: str
-    limit_ms: float
     limit_best_ms: float
     best_ms: dict[str, float]
-    gf_tvm_kernel_ms_quartiles: Quartiles | None
-    fraction_of_limit: float
     fraction_of_limit_best: float
     kernel_fraction_of_limit: float | None
     kernel_fraction_of_limit_best: float | None
@@ -186,7 +187,7 @@ class ChainRow:
 
 
 def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Geometric means of the speed-ups and of the fraction of the limit, per patch, in the order of the patches.
+    """Geometric means of the speed-ups and of the fractions of the limit, per patch, in the order of the patches.
 
     If there are rows of several dtypes: per patch and ``dtype``.
     """
@@ -203,6 +204,7 @@ def geometric_means(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "speedup": statistics.geometric_mean(row.speedup for row in group),
             "speedup_reference": statistics.geometric_mean(row.speedup_reference for row in group),
             "limit_fraction": statistics.geometric_mean(row.limit_fraction for row in group),
+            "fraction_of_limit": statistics.geometric_mean(row.fraction_of_limit for row in group),
         }
         for (patch, dtype), group in by_patch.items()
     ]

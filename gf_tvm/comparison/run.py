@@ -25,13 +25,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import reference
+from gf_cuda import rounds
+
+from ..core.dtypes import itemsize
 from ..core.geometry import Geometry
 from ..errors import DeviceError
 from ..machine import cpu, profiles
-from ..shapes import Case, format_patch
-from .backend import Backend, Host, Times
-from .convolutions import MIN_REPEATS, ComparisonError, Data, Variants, itemsize, schedule_of, torch_dtype
+from ..shapes.cases import Case, format_patch
+from .backend import Backend, CaseTimings
+from .convolutions import ComparisonError, Data, Variants, schedule_of
+from .cpu import CpuBackend
+from .limits import roofline, saved_bytes, traffic
 from .rows import ChainRow, Row, geometric_means
 
 if TYPE_CHECKING:
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 #: Called with the work done, all work (both in seconds, roughly) and what is being done now.
-Progress = Callable[[float, float, str], None]
+ProgressCallback = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def compare(
     threads: int | None = None,
     repeats: int = 100,
     seconds: float = 5.0,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     energy: bool | None = None,
     backend: Backend | None = None,
     chains: Sequence[ChainCase] = (),
@@ -109,8 +113,8 @@ def compare(
             made (3 where a call takes over a second).
         progress: told how far the work is.
         energy: measure joules on a GPU; None: where there is a meter.
-        backend: how to measure; None: as usual on such a device (:class:`gf_tvm.comparison.cpu.LimitedHost` finds
-            out more about kernels on a CPU).
+        backend: how to measure; None: as usual on such a device (:class:`gf_tvm.comparison.cpu.CpuBackend` can time
+            further implementations).
         chains: models whose chains are measured besides, made by :func:`gf_tvm.comparison.chains.chain_cases`; on CPUs
             only. ``conditions["unchained"]`` names by patch the filtered convolutions that are in no chain, and why.
 
@@ -128,8 +132,10 @@ def compare(
     pending: list[Callable[[tuple[float, float]], Row]] = []
     other_load = cpu.OtherLoad()
     with backend.running(threads) as used_threads:
-        report(0.0, sum(work), "the machine's limits")
-        limits = [backend.limits()]
+        limits = []
+        if not (cases and backend.limits_in_rounds):
+            report(0.0, sum(work), "the machine's limits")
+            limits.append(backend.limits())
         for index, group in enumerate(groups):
             before, name = sum(work[:index]), group[0].name
             report(before, sum(work), f"checking {name}")
@@ -153,7 +159,7 @@ def compare(
                 report(done + own * part, sum(work), what)
 
             outcomes.append(measure_chains(chain, loaded, (repeats, seconds), part_done))
-        # Again at the end: a limit is the best that was seen, and a busy moment must not pass for one.
+        # A limit is the best that was seen: a busy moment must not pass for one.
         limits.append(backend.limits())
         report(sum(work), sum(work), "done")
     peak, bandwidth = (max(values) for values in zip(*limits, strict=True))
@@ -225,8 +231,8 @@ def _check_request(
 ) -> tuple[profiles.DeviceProfile, Backend]:
     if not cases and not chains:
         raise ComparisonError("there is nothing to compare: no cases")
-    if repeats < MIN_REPEATS:
-        raise ComparisonError(f"repeats must be at least {MIN_REPEATS}, got {repeats}")
+    if repeats < rounds.MIN_REPEATS:
+        raise ComparisonError(f"repeats must be at least {rounds.MIN_REPEATS}, got {repeats}")
     if not seconds >= 0 or math.isinf(seconds):
         raise ComparisonError(f"seconds must be a number of at least 0, got {seconds}")
     if threads is not None and threads < 1:
@@ -251,7 +257,7 @@ def _backend(profile: profiles.DeviceProfile, energy: bool | None) -> Backend:
                 f"device {profile.name!r} ({profile.description}) is not this machine's GPU "
                 f"({profiles.present_gpu()}); compare measures the machine it runs on, so run it there"
             )
-        return gpu.Cuda(gpu.open_graphics(energy))
+        return gpu.CudaBackend(gpu.open_gpu(energy))
     if energy:
         raise DeviceError(f"energy is measured on GPUs only, and {profile.name!r} is a CPU")
     if not profiles.runs_here(profile):
@@ -259,7 +265,7 @@ def _backend(profile: profiles.DeviceProfile, energy: bool | None) -> Backend:
             f"device {profile.name!r} ({profile.description}) is not this machine ({cpu.cpu_model()}, "
             f"{platform.machine()}); compare measures the machine it runs on, so run it there"
         )
-    return Host()
+    return CpuBackend()
 
 
 def _load(library: Library | str | os.PathLike[str] | None) -> Library | None:
@@ -272,31 +278,6 @@ def _load(library: Library | str | os.PathLike[str] | None) -> Library | None:
 
 def _without_patch(case: Case) -> tuple[Any, ...]:
     return (case.name, case.dtype, replace(case.geometry, patch=(1, 1)))
-
-
-def roofline(geometry: Geometry, dtype: str, peak_gflops: float, bandwidth_gbs: float) -> tuple[float, str]:
-    """The shortest time (ms) that the machine's limits allow for a filtered backward pass, and which limit it is.
-
-    Counted once each: grad_y, x~ and W read, grad_x and grad_W written; two floating-point operations for each
-    multiply-add of the two matrix products. Sums are made in float32 for every storage dtype, hence one peak.
-    """
-    moved, operations = traffic(geometry, dtype)
-    times = {"bandwidth": moved / bandwidth_gbs / 1e6, "arithmetic": operations / peak_gflops / 1e6}
-    limit = max(times, key=times.__getitem__)
-    return times[limit], limit
-
-
-def traffic(geometry: Geometry, dtype: str) -> tuple[int, int]:
-    """Bytes that a filtered backward pass moves at least, and its floating-point operations; see :func:`roofline`."""
-    elements = math.prod(geometry.y_shape) + math.prod(geometry.x_shape) + 2 * math.prod(geometry.weight_shape)
-    product = 2 * geometry.n * math.prod(geometry.grid) * geometry.co * geometry.ci_group
-    taps = math.prod(geometry.kernel) if geometry.dilated else 1
-    return itemsize(dtype) * elements + _saved_bytes(geometry, dtype), product * (1 + taps)
-
-
-def _saved_bytes(geometry: Geometry, dtype: str) -> int:
-    """Bytes of x~."""
-    return math.prod(geometry.saved_shape) * reference.sum_dtype(torch_dtype(dtype)).itemsize
 
 
 def _exact_operations(geometry: Geometry) -> int:
@@ -337,7 +318,7 @@ def _row(
     schedules: tuple[str, str],
     device: str,
     error: float,
-    measured: Times,
+    measured: CaseTimings,
     index: int,
     backend: Backend,
     limits: tuple[float, float],
@@ -346,6 +327,7 @@ def _row(
     exact, plain, pooling = times["baseline"], times[f"reference {index}"], times[f"filter_input {index}"]
     own, kernel = times.get(f"gf_tvm {index}", plain), times.get(f"kernel {index}")
     limit, limit_name = roofline(geometry, case.dtype, *limits)
+    moved, operations = traffic(geometry, case.dtype)
     row = Row(
         name=case.name,
         device=device,
@@ -359,16 +341,22 @@ def _row(
         gf_tvm_ms=own.median,
         gf_tvm_ms_quartiles=own.quartiles,
         gf_tvm_kernel_ms=kernel.median if kernel else None,
+        gf_tvm_kernel_ms_quartiles=kernel.quartiles if kernel else None,
         schedule=schedules[0],
         filter_input_ms=pooling.median,
         filter_input_ms_quartiles=pooling.quartiles,
         filter_input_schedule=schedules[1],
         roofline_ms=limit,
         roofline=limit_name,
+        limit_ms=limit,
+        limit=limit_name,
+        fraction_of_limit=limit / own.median,
+        operations=operations,
+        moved_bytes=moved,
         saved_bytes_baseline=math.prod(geometry.x_shape) * itemsize(case.dtype),
-        saved_bytes_gf_tvm=_saved_bytes(geometry, case.dtype),
+        saved_bytes_gf_tvm=saved_bytes(geometry, case.dtype),
         max_rel_error=error,
         repeats={"baseline": exact.repeats, "reference": plain.repeats, "gf_tvm": own.repeats},
         layers=case.layers,
     )
-    return backend.row(row, measured.more[index], limits) if measured.more else row
+    return backend.row(row, measured.more[index])

@@ -18,6 +18,9 @@ from ..errors import GeometryError
 
 Pair = tuple[int, int]
 
+#: What stands for a patch: its side, or (height, width); :func:`as_pair` makes a pair of it.
+Patch = int | Sequence[int]
+
 
 def as_pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """Return ``value`` as (height, width); one integer stands for both. Raises GeometryError."""

@@ -27,7 +27,7 @@ _PIECE = 1 << 15
 
 
 @dataclass(frozen=True)
-class Argument:
+class ArgumentSpec:
     """One argument of a kernel, in call order: inputs, then outputs."""
 
     name: str
@@ -57,7 +57,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def argument_specs(workload: Workload) -> list[Argument]:
+def argument_specs(workload: Workload) -> list[ArgumentSpec]:
     """The arguments of a workload's kernel. Tensors on the patch grid are float32, the others of storage dtype."""
     geometry = workload.geometry
     dtype = getattr(torch, workload.dtype)
@@ -74,8 +74,8 @@ def argument_specs(workload: Workload) -> list[Argument]:
         "grad_x_grid": ((geometry.n, geometry.ci, *grid), torch.float32),
     }
     inputs, outputs = _ARGUMENTS[workload.kernel]
-    return [Argument(name, *shapes[name], False) for name in inputs] + [
-        Argument(name, *shapes[name], True) for name in outputs
+    return [ArgumentSpec(name, *shapes[name], False) for name in inputs] + [
+        ArgumentSpec(name, *shapes[name], True) for name in outputs
     ]
 
 

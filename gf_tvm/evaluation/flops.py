@@ -31,7 +31,7 @@ from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
 from ..core.geometry import Geometry
 from ..errors import GeometryError, ModelError
 from ..nn import FilteredConv2d
-from ..shapes import _call_of
+from ..shapes.model import layer_geometry
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def count_step(model: nn.Module, x: Tensor) -> StepFlops:
     def convolution(name: str) -> Any:
         def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given: Tensor = args[0] if args else kwargs["input"]
-            geometry, _ = _call_of(name, module, given)
+            geometry, _ = layer_geometry(name, module, given)
             filtered = isinstance(module, FilteredConv2d)
             if filtered:
                 geometry = replace(geometry, patch=module.patch)

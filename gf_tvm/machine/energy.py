@@ -1,7 +1,7 @@
 """Energy of work on this machine's CPU: a board's power monitor (INA3221), else the processor's own counters (RAPL).
 
-Meters, the subtraction of idle power and the integration of power over time are those of :mod:`gf_cuda.energy`, which
-also has NVML's, for GPUs. Here is what it lacks: RAPL, and the choice.
+Meters, the subtraction of idle power and the integration of power over time are those of :mod:`gf_cuda.meters`; GPUs'
+are in :mod:`gf_cuda.energy`, with the power monitor of boards. Here are RAPL and the choice.
 
 Source of RAPL's files and units: the Linux kernel's documentation of the power capping framework (powercap).
 """
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gf_cuda import energy as gf_energy
-from gf_cuda.energy import Energy, Meter, NotMeasured, joules_a_step, read_during
+from gf_cuda.energy import ina3221
+from gf_cuda.meters import Energy, Meter, NotMeasured, joules_a_step, read_during
 
 __all__ = ["SECONDS", "Energy", "Meter", "NotMeasured", "RaplMeter", "find_meter", "joules_a_step", "rapl"]
 
@@ -76,7 +76,7 @@ def find_meter(sysfs: str = "/sys") -> Meter:
         NotMeasured: neither exists, or this user may not read it; says what was looked for.
     """
     try:
-        return gf_energy.ina3221(sysfs)
+        return ina3221(sysfs)
     except NotMeasured as error:
         reason = str(error)
     try:

@@ -13,7 +13,7 @@ from ..errors import DeviceError
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuProfile:
     """What schedules, checks and reports need to know of a GPU.
 
     Attributes:
@@ -32,6 +32,20 @@ class Gpu:
     multiprocessors: int | None = None
     peak_fp16_gflops: float | None = None
 
+    @property
+    def target(self) -> str:
+        """TVM target as JSON text. It knows no registers: they are checked in the compiled code, by codegen.cuda."""
+        return json.dumps(
+            {
+                "kind": "cuda",
+                "arch": self.arch,
+                "max_threads_per_block": self.threads,
+                "max_num_threads": self.threads,
+                "max_shared_memory_per_block": self.shared_bytes,
+                "thread_warp_size": 32,
+            }
+        )
+
 
 @dataclass(frozen=True)
 class DeviceProfile:
@@ -41,7 +55,7 @@ class DeviceProfile:
         name: explicit; also the folder of its tuning logs.
         description: for people.
         arch: machine name as ``platform.machine()`` gives it; "" where any machine can hold the device.
-        target: TVM target as JSON text.
+        target: TVM target as JSON text; "" takes that of the GPU.
         gpu: what runs the kernels if it is not the CPU; the fields about vector registers and caches are 0 then.
         lanes: float32 values in a vector register.
         registers: vector registers.
@@ -58,7 +72,7 @@ class DeviceProfile:
     name: str
     description: str
     arch: str
-    target: str
+    target: str = ""
     lanes: int = 0
     registers: int = 0
     l1_bytes: int = 0
@@ -70,7 +84,13 @@ class DeviceProfile:
     threads: int | None = None
     measured: str = "here"
     glibc: str = "2.27"
-    gpu: Gpu | None = None
+    gpu: GpuProfile | None = None
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            if self.gpu is None:
+                raise ValueError(f"the profile {self.name!r} of a CPU needs a target")
+            object.__setattr__(self, "target", self.gpu.target)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -91,8 +111,9 @@ class DeviceProfile:
 _V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4_FLAGS = (*_V3_FLAGS, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
-# The x86-64 micro-architecture levels of the System V ABI: a log or bundle made for one runs on every CPU of it.
+#: All that have a name: CPUs, the most capable first, then single boards. A new board is one entry here.
 _PROFILES = (
+    # The x86-64 micro-architecture levels of the System V ABI: a log or bundle made for one runs on every CPU of it.
     DeviceProfile(
         name="x86-64-v4",
         description="x86-64 with AVX-512",
@@ -150,53 +171,31 @@ _PROFILES = (
         threads=4,
         measured="rpc",
     ),
+    DeviceProfile(
+        name="jetson-nano",
+        description="Jetson Nano: Maxwell GPU (sm_53) with 128 cores, 4 x Cortex-A57",
+        arch="aarch64",
+        # Derived, not measured: 128 cores x 921.6 MHz x one FMA a cycle; LPDDR4 at 1600 MHz, 64 bits wide. NVIDIA's
+        # data sheet of the module gives the same figures.
+        peak_gflops=236.0,
+        bandwidth_gbs=25.6,
+        measured="rpc",
+        gpu=GpuProfile(arch="sm_53", registers=32768, multiprocessors=1, peak_fp16_gflops=472.0),
+    ),
 )
 
 #: Architectures that GPU profiles can be made for: every one since Maxwell has what the schedules use.
 _GPU_NAME = re.compile(r"sm_([5-9][0-9]|1[0-9][0-9])")
 
 
-def _gpu_target(gpu: Gpu) -> str:
-    # A CUDA target knows no registers: they are checked in the compiled code (gf_tvm.codegen.cuda).
-    return json.dumps(
-        {
-            "kind": "cuda",
-            "arch": gpu.arch,
-            "max_threads_per_block": gpu.threads,
-            "max_num_threads": gpu.threads,
-            "max_shared_memory_per_block": gpu.shared_bytes,
-            "thread_warp_size": 32,
-        }
-    )
-
-
-_NANO = Gpu(arch="sm_53", registers=32768, multiprocessors=1, peak_fp16_gflops=472.0)
-
-_BOARDS_WITH_GPU = (
-    DeviceProfile(
-        name="jetson-nano",
-        description="Jetson Nano: Maxwell GPU (sm_53) with 128 cores, 4 x Cortex-A57",
-        arch="aarch64",
-        target=_gpu_target(_NANO),
-        # Derived, not measured: 128 cores x 921.6 MHz x one FMA a cycle; LPDDR4 at 1600 MHz, 64 bits wide. NVIDIA's
-        # data sheet of the module gives the same figures.
-        peak_gflops=236.0,
-        bandwidth_gbs=25.6,
-        measured="rpc",
-        gpu=_NANO,
-    ),
-)
-
-
 def _gpu_profile(arch: str) -> DeviceProfile:
     """Any GPU of an architecture. Limits are those that all of them have; peaks are measured where it matters."""
-    gpu = Gpu(arch=arch)
-    return DeviceProfile(name=arch, description=f"NVIDIA GPU, {arch}", arch="", target=_gpu_target(gpu), gpu=gpu)
+    return DeviceProfile(name=arch, description=f"NVIDIA GPU, {arch}", arch="", gpu=GpuProfile(arch))
 
 
 def list_profiles() -> tuple[DeviceProfile, ...]:
     """All named profiles: those of CPUs, the most capable first, then single boards; ``sm_NN`` is a name as well."""
-    return (*_PROFILES, *_BOARDS_WITH_GPU)
+    return _PROFILES
 
 
 @functools.cache
@@ -250,12 +249,13 @@ def get_profile(name: str) -> DeviceProfile:
         DeviceError: no such profile, or none fits this machine.
     """
     if name == "host":
-        for profile in _PROFILES:
+        cpus = [profile for profile in _PROFILES if profile.gpu is None]
+        for profile in cpus:
             if runs_here(profile):
                 return profile
         raise DeviceError(
             f"no device profile fits this machine ({platform.machine()}); known: "
-            + ", ".join(profile.name for profile in _PROFILES)
+            + ", ".join(profile.name for profile in cpus)
         )
     if name == "cuda":
         name = present_gpu()

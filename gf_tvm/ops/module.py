@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.geometry import Pair, as_pair
+from ..core.geometry import Pair, Patch, as_pair
 from ..errors import ModelError
 from .functional import conv2d
 
 if TYPE_CHECKING:
     from ..bundle.library import Library
-
-Patch = int | Sequence[int]
 
 
 class FilteredConv2d(nn.Conv2d):

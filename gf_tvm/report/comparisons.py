@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..comparison.plot import KERNEL_COLOR, PLAIN_COLOR, Bar, speedup_figure
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 from . import parts
 from .parts import Column, Part, Section, Table
 from .roofline import intensity, limits, roofline_figure, speed

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..comparison.plot import KERNEL_COLOR, PLAIN_COLOR, check_plot, save
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 
 #: Where a name may stand: points from its mark, and the angle; the nearest first, and beside it rather than above.
 _PLACES = tuple(

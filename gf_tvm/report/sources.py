@@ -184,7 +184,7 @@ def _rows(where: str, rows: list[Any], kinds: Mapping[str, fields.Kind], what: s
 
 
 def _compare(where: str, document: dict[str, Any]) -> None:
-    from ..comparison.run import traffic
+    from ..comparison.limits import traffic
     from ..core.geometry import Geometry
 
     check(where, document, _COMPARE)

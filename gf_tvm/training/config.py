@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.geometry import Pair, as_pair
 from ..errors import GfTvmError
-from ..shapes import format_patch
+from ..shapes.cases import format_patch
 from .schedule import SCHEDULES as SCHEDULES
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import nn
 from ..chains import programs_of
 from ..chains.compiled import Backward
 from ..chains.segments import Segment
+from ..core.geometry import Patch
 from ..nn import filter_model, select_layers
-from ..ops.module import Patch
-from ..shapes import does_not_run
+from ..shapes.model import does_not_run
 from .loop import training_mode
 from .trainer import freeze
 

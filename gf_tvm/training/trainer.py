@@ -24,7 +24,8 @@ from ..errors import ModelError
 from ..machine import cpu
 from ..models import build_model
 from ..nn import filter_model, filter_report, select_layers
-from ..shapes import model_cases, workloads_of
+from ..shapes.cases import workloads_of
+from ..shapes.model import model_cases
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset

@@ -21,12 +21,13 @@ import pytest
 import torch
 from _authors import published
 
+from gf_cuda import rounds
 from gf_tvm.bundle.library import load
-from gf_tvm.comparison import convolutions as variants
-from gf_tvm.comparison.convolutions import ComparisonError, Data, Other, relative_error
-from gf_tvm.comparison.cpu import LimitedHost
-from gf_tvm.comparison.rows import LimitedHostRow
-from gf_tvm.comparison.run import compare, roofline, traffic
+from gf_tvm.comparison.convolutions import ComparisonError, Contender, Data, relative_error
+from gf_tvm.comparison.cpu import CpuBackend
+from gf_tvm.comparison.limits import roofline, traffic
+from gf_tvm.comparison.rows import CpuRow
+from gf_tvm.comparison.run import compare
 from gf_tvm.core import reference
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GfTvmError
@@ -292,7 +293,7 @@ def test_the_published_formulation_is_left_out_where_it_is_not_defined(geometry:
 def other_of(grad: float) -> Any:
     """A further implementation that returns ``grad`` times the right gradients."""
 
-    def make(case: Case, data: Data) -> Other:
+    def make(case: Case, data: Data) -> Contender:
         def results() -> dict[str, torch.Tensor]:
             saved = reference.filter_input(data.x, case.geometry)
             grad_x, grad_w, _ = reference.backward(data.grad_y, saved, data.weight, case.geometry)
@@ -300,21 +301,21 @@ def other_of(grad: float) -> Any:
             assert grad_w is not None
             return {"grad_x": grad * grad_x, "grad_W": grad * grad_w}
 
-        return Other(results, results)
+        return Contender(results, results)
 
     return make
 
 
 def test_a_wrong_implementation_is_refused_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "interleaved", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(rounds, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(ComparisonError, match="case small R2: grad_x of mine is wrong, so it was not timed"):
-        compare([Case("small", SMALL)], seconds=0.0, backend=LimitedHost({"mine": other_of(1.001)}))
+        compare([Case("small", SMALL)], seconds=0.0, backend=CpuBackend({"mine": other_of(1.001)}))
 
 
 def test_implementations_are_rows_others() -> None:
     makers = {"mine": other_of(1.0), "nobodys": lambda case, data: None}
-    (row,) = compare([Case("small", SMALL)], repeats=5, seconds=0.0, backend=LimitedHost(makers)).rows
-    assert isinstance(row, LimitedHostRow)
+    (row,) = compare([Case("small", SMALL)], repeats=5, seconds=0.0, backend=CpuBackend(makers)).rows
+    assert isinstance(row, CpuRow)
     assert list(row.others) == ["mine"]
     assert row.others["mine"]["filter_input_ms"] is None
     assert (row.schedule, row.gf_tvm_kernel_ms, row.kernel_fraction_of_limit) == ("torch", None, None)
@@ -326,7 +327,7 @@ def test_implementations_are_rows_others() -> None:
 def test_names_that_are_taken() -> None:
     for name in ("copy", "reference", "two words"):
         with pytest.raises(ValueError, match=name):
-            LimitedHost({name: other_of(1.0)})
+            CpuBackend({name: other_of(1.0)})
 
 
 @pytest.mark.parametrize(

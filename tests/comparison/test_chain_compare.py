@@ -108,6 +108,17 @@ def test_rows_have_the_documented_fields() -> None:
     assert row.limit_fraction == row.roofline_ms / row.backward_ms["chained"]
 
 
+def test_limits_of_chains_alone_are_the_best_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    bandwidths, peaks = iter((10.0, 20.0)), iter((200.0, 100.0))
+    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: next(bandwidths))
+    monkeypatch.setattr(cpu, "sgemm_peak", lambda: next(peaks))
+    result = run_once()
+    assert (result.bandwidth_gbs, result.peak_gflops) == (20.0, 200.0)
+    (row,) = result.chains
+    assert row.roofline_ms == pytest.approx(max(row.moved_bytes / 20e6, row.operations / 200e6))
+    assert result.conditions["limits"].endswith("best of start and end")
+
+
 class Sized(nn.Module):
     """Sizes of maps inside and outside of the chain, and of a batch, which the comparison takes in parts."""
 

@@ -14,26 +14,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import known_limits
 import pytest
 import torch
 from torch import Tensor
 
-from gf_tvm.comparison import backend, convolutions
+from gf_cuda import rounds
+from gf_tvm.comparison import convolutions
+from gf_tvm.comparison import cpu as backend
 from gf_tvm.comparison.convolutions import (
     ComparisonError,
     Data,
     Variants,
     exact_backward,
-    measure,
     relative_error,
     tolerance,
 )
+from gf_tvm.comparison.limits import roofline, traffic
 from gf_tvm.comparison.plot import plot
-from gf_tvm.comparison.run import Comparison, compare, geometric_means, roofline
+from gf_tvm.comparison.run import Comparison, compare, geometric_means
 from gf_tvm.core import reference
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import DeviceError, GfTvmError
-from gf_tvm.machine import cpu, profiles
+from gf_tvm.machine import cpu, profiles, timing
+from gf_tvm.machine.timing import measure
 from gf_tvm.shapes import Case
 
 SMALL = Geometry(2, 4, 6, 9, 8, (3, 3), (2, 2), padding=(1, 1))
@@ -102,8 +106,7 @@ class FakeLibrary:
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits are not what is tested here, and measuring them takes seconds."""
-    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
+    known_limits.install(monkeypatch)
 
 
 def run(cases: list[Case], library: Any = None, **options: Any) -> Comparison:
@@ -139,6 +142,13 @@ def test_rows_have_the_documented_fields() -> None:
     assert row["roofline"] in ("bandwidth", "arithmetic")
     assert 0 < row["max_rel_error"] < 1e-5
     assert row["repeats"] == {"baseline": 5, "reference": 5, "gf_tvm": 5}
+    # The limits of the row's own rounds, as benchmarks/cpu.py has them.
+    assert (row["peak_gflops"]["median"], row["bandwidth_gbs"]["median"]) == (150.0, 30.0)
+    assert (row["limit_ms"], row["limit"]) == (row["roofline_ms"], row["roofline"])
+    assert row["fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_ms"]
+    assert row["kernel_fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_kernel_ms"]
+    assert (row["moved_bytes"], row["operations"]) == traffic(SMALL, "float32")
+    assert row["others"] == {}
 
 
 def test_without_library_or_kernel_the_reference_counts() -> None:
@@ -307,7 +317,7 @@ def test_measure_interleaves_and_varies_the_order() -> None:
 def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     clock = [0.0]
-    monkeypatch.setattr(convolutions, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def call(name: str, seconds: float) -> None:
         clock[0] += seconds
@@ -328,23 +338,28 @@ def test_measure_gives_slow_calls_fewer_repeats_spread_over_the_run(monkeypatch:
 
 def test_measure_makes_the_least_repeats_without_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 5
-    monkeypatch.setattr(convolutions, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "SLOW_SECONDS", 0.0)
     assert measure({"a": lambda: None}, 100, 0.0)["a"].repeats == 3
 
 
 def test_median_and_quartiles() -> None:
-    timing = convolutions.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
-    assert timing.median == pytest.approx(3)
-    assert timing.quartiles == pytest.approx((2, 4))
+    found = timing.timing_of([0.001 * v for v in (5, 1, 3, 2, 4)])
+    assert found.median == pytest.approx(3)
+    assert found.quartiles == pytest.approx((2, 4))
 
 
-def test_limits_are_the_best_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    bandwidths, peaks = iter((10.0, 20.0)), iter((200.0, 100.0))
-    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: next(bandwidths))
-    monkeypatch.setattr(cpu, "sgemm_peak", lambda: next(peaks))
-    result = run([Case("small", SMALL)])
+def test_limits_are_the_best_of_all_rounds_and_a_row_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"copy": iter((10.0, 20.0)), "sgemm": iter((200.0, 100.0))}
+    monkeypatch.setattr(backend.LimitCall, "rates", lambda self, timing: known_limits.rates_of(next(rates[self.name])))
+    result = run([Case("small", SMALL), Case("other", replace(SMALL, n=1))])
     assert (result.bandwidth_gbs, result.peak_gflops) == (20.0, 200.0)
     assert result.rows[0].roofline_ms == roofline(SMALL, "float32", 200.0, 20.0)[0]
+    for row, geometry, limits in zip(
+        result.rows, (SMALL, replace(SMALL, n=1)), ((200.0, 10.0), (100.0, 20.0)), strict=True
+    ):
+        assert (row.limit_ms, row.limit) == roofline(geometry, "float32", *limits)
+        assert row.fraction_of_limit == row.limit_ms / row.gf_tvm_ms
+        assert row.limit_fraction == row.roofline_ms / row.gf_tvm_ms
 
 
 def test_roofline_of_a_paper_case() -> None:
@@ -363,9 +378,11 @@ def test_roofline_of_a_paper_case() -> None:
 def test_geometric_means(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = run([Case("a", SMALL)]).rows
     rows = [
-        replace(row, baseline_ms=8.0, reference_ms=4.0, gf_tvm_ms=2.0, roofline_ms=1.0),
-        replace(row, baseline_ms=2.0, reference_ms=1.0, gf_tvm_ms=2.0, roofline_ms=0.5),
-        replace(row, patch=(4, 4), baseline_ms=3.0, reference_ms=6.0, gf_tvm_ms=1.0, roofline_ms=0.1),
+        replace(row, baseline_ms=8.0, reference_ms=4.0, gf_tvm_ms=2.0, roofline_ms=1.0, fraction_of_limit=0.9),
+        replace(row, baseline_ms=2.0, reference_ms=1.0, gf_tvm_ms=2.0, roofline_ms=0.5, fraction_of_limit=0.4),
+        replace(
+            row, patch=(4, 4), baseline_ms=3.0, reference_ms=6.0, gf_tvm_ms=1.0, roofline_ms=0.1, fraction_of_limit=0.2
+        ),
     ]
     assert geometric_means(rows) == [
         {
@@ -374,6 +391,7 @@ def test_geometric_means(monkeypatch: pytest.MonkeyPatch) -> None:
             "speedup": pytest.approx(2.0),
             "speedup_reference": pytest.approx(1.0),
             "limit_fraction": pytest.approx(8**-0.5),
+            "fraction_of_limit": pytest.approx(0.6),
         },
         {
             "patch": (4, 4),
@@ -381,6 +399,7 @@ def test_geometric_means(monkeypatch: pytest.MonkeyPatch) -> None:
             "speedup": pytest.approx(3.0),
             "speedup_reference": pytest.approx(6.0),
             "limit_fraction": pytest.approx(0.1),
+            "fraction_of_limit": pytest.approx(0.2),
         },
     ]
 

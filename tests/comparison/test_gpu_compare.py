@@ -19,13 +19,13 @@ from simulated_gpu import SimulatedGpu
 from torch import Tensor
 
 import gf_cuda
-from gf_cuda import board, energy, timing
+from gf_cuda import board, energy, meters, timing
 from gf_cuda import exact as exact_module
 from gf_tvm.comparison import convolutions as variants
 from gf_tvm.comparison import gpu as gpu_comparison
 from gf_tvm.comparison import run as comparison
 from gf_tvm.comparison.convolutions import ComparisonError, Data, exact_backward
-from gf_tvm.comparison.gpu import Graphics
+from gf_tvm.comparison.gpu import GpuSetup
 from gf_tvm.comparison.rows import GpuRow
 from gf_tvm.comparison.run import compare
 from gf_tvm.core.geometry import Geometry
@@ -73,7 +73,7 @@ class Library(FakeLibrary):
         return scheduled
 
 
-class Meter(energy.Meter):
+class Meter(meters.Meter):
     """2 W at rest, 10 W while the simulated GPU works."""
 
     def __init__(self, gpu: SimulatedGpu) -> None:
@@ -128,9 +128,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
 
 def install(monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, **other: Any) -> None:
     description = {"name": "Simulated GPU", "arch": "sm_80", "driver_cuda": "12.4"}
-    graphics = {"capability": (8, 0), "l2_bytes": 1 << 10, "description": description, "meter": Meter(gpu)}
-    made = Graphics(gpu, **{**graphics, **other})
-    monkeypatch.setattr(gpu_comparison, "open_graphics", lambda energy=None: made)
+    fields = {"capability": (8, 0), "l2_bytes": 1 << 10, "description": description, "meter": Meter(gpu)}
+    made = GpuSetup(gpu, **{**fields, **other})
+    monkeypatch.setattr(gpu_comparison, "open_gpu", lambda energy=None: made)
 
 
 def library(gpu: SimulatedGpu, spoil: Callable[..., None] | None = None) -> Any:
@@ -168,6 +168,8 @@ def test_a_row(gpu: SimulatedGpu) -> None:
     assert row["joules"]["gf_tvm"] == pytest.approx(8 * KERNEL / 1e3, rel=0.15)
     moved = row["saved_bytes_baseline"] + row["saved_bytes_gf_tvm"]
     assert row["filter_input_roofline_ms"] == pytest.approx(moved / 1e9)
+    assert (row["limit_ms"], row["limit"]) == (row["roofline_ms"], row["roofline"])
+    assert row["fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_ms"]
     assert (document["peak_gflops"], document["bandwidth_gbs"]) == (10_000.0, 1000.0)
     assert document["machine"]["gpu"]["name"] == "Simulated GPU"
     assert result.device_name == "Simulated GPU"
@@ -287,25 +289,25 @@ def test_opening_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gf_cuda, "get_driver", lambda: SimpleNamespace(device=lambda ordinal: device))
 
     def no_meter(bus_id: str | None) -> None:
-        raise energy.NotMeasured("no NVML")
+        raise meters.NotMeasured("no NVML")
 
     monkeypatch.setattr(energy, "find_meter", no_meter)
-    opened = gpu_comparison.open_graphics()
+    opened = gpu_comparison.open_gpu()
     assert (opened.meter, opened.no_meter, opened.l2_bytes) == (None, "no NVML", 7)
     assert opened.description["driver_cuda"] == "12.4"
     assert "emulated" not in opened.description
-    assert gpu_comparison.open_graphics(False).no_meter == "switched off"
+    assert gpu_comparison.open_gpu(False).no_meter == "switched off"
     device.driver.emulated = True
-    assert gpu_comparison.open_graphics().description["emulated"] is True
+    assert gpu_comparison.open_gpu().description["emulated"] is True
     with pytest.raises(DeviceError, match="energy cannot be measured here: no NVML"):
-        gpu_comparison.open_graphics(True)
+        gpu_comparison.open_gpu(True)
 
     def no_driver() -> None:
         raise gf_cuda.GfCudaError("no CUDA driver")
 
     monkeypatch.setattr(gf_cuda, "get_driver", no_driver)
     with pytest.raises(DeviceError, match="no CUDA driver"):
-        gpu_comparison.open_graphics()
+        gpu_comparison.open_gpu()
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

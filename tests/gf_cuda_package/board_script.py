@@ -24,7 +24,7 @@ from gf_cuda import reference  # noqa: E402
 from gf_cuda.__main__ import main  # noqa: E402
 
 
-class CudaOnCpu(gf_cuda.tensors.Cuda):
+class CudaOnCpu(gf_cuda.tensors.TorchCuda):
     device_type = "cpu"
 
     def ordinal(self, device):

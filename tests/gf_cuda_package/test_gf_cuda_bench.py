@@ -19,11 +19,11 @@ from torch import Tensor
 import gf_cuda
 from gf_cuda import _bench as bench
 from gf_cuda import bench as command
-from gf_cuda import energy, exact, reference, timing
+from gf_cuda import energy, exact, meters, reference, timing
 from gf_cuda.bundle import Convolution
-from gf_cuda.energy import Energy
+from gf_cuda.meters import Energy
+from gf_tvm.comparison.limits import roofline, traffic
 from gf_tvm.comparison.rows import GpuRow
-from gf_tvm.comparison.run import roofline
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 
@@ -41,7 +41,7 @@ class Ticking(SimulatedGpu):
         return super().record()
 
 
-class Meter(energy.Meter):
+class Meter(meters.Meter):
     def rest(self, seconds: float = 2.0) -> float:
         self.idle_watts = {"all": 1.0}
         return 1.0
@@ -73,18 +73,18 @@ def bundle(emulated: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[bench.Setting]:
+def setup(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[bench.BenchSetup]:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda gpu, l2_bytes: 25.0)
     monkeypatch.setattr(timing, "gemm_peak", lambda gpu: 230.0)
     monkeypatch.setattr(bench, "ENERGY_SECONDS", 0.0)
     device = gf_cuda.get_driver().device()
     with cuda_bundles.cuda_on_cpu():
-        yield bench.Setting(Ticking(), device, Meter("fake", "all"), "", 0.0, 5)
+        yield bench.BenchSetup(Ticking(), device, Meter("fake", "all"), "", 0.0, 5)
 
 
-def test_the_document(bundle: Path, setting: bench.Setting, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document(bundle: Path, setup: bench.BenchSetup, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    document = bench.bench(gf_cuda.load(bundle), setting, say=said.append)
+    document = bench.bench(gf_cuda.load(bundle), setup, say=said.append)
     document = json.loads(json.dumps(document))
     assert said[0] == "the GPU's limits"
     assert said[1].startswith("1/4 backward n3_ci4")
@@ -100,6 +100,9 @@ def test_the_document(bundle: Path, setting: bench.Setting, capsys: pytest.Captu
         assert row["baselines"]["contiguous tf32"] == {"ms": None, "reason": exact.NO_TF32}
         limit, which = roofline(geometry, row["dtype"], 230.0, 25.0)
         assert (row["roofline_ms"], row["roofline"]) == (pytest.approx(limit), which)
+        assert (row["limit_ms"], row["limit"]) == (row["roofline_ms"], row["roofline"])
+        assert row["fraction_of_limit"] == row["limit_ms"] / row["gf_tvm_ms"]
+        assert (row["moved_bytes"], row["operations"]) == traffic(geometry, row["dtype"])
         assert 0 < row["max_rel_error"] < (1e-5 if row["dtype"] == "float32" else 2e-3)
         assert row["joules"]["baseline"] == 3.0
         pooled = row["dtype"] == "float32"
@@ -122,18 +125,18 @@ def test_the_document(bundle: Path, setting: bench.Setting, capsys: pytest.Captu
     assert "Energy: not measured (no rails)" in capsys.readouterr().out
 
 
-def test_only_some(bundle: Path, setting: bench.Setting) -> None:
-    document = bench.bench(gf_cuda.load(bundle), setting._replace(meter=None), "r4x4")
+def test_only_some(bundle: Path, setup: bench.BenchSetup) -> None:
+    document = bench.bench(gf_cuda.load(bundle), setup._replace(meter=None), "r4x4")
     assert len(document["rows"]) == 2
     assert document["rows"][0]["joules"] == {"baseline": None, "gf_tvm": None, "filter_input": None}
     with pytest.raises(gf_cuda.GfCudaError, match=r"small\.gfb has no backward kernel with 'r9' in its key"):
-        bench.bench(gf_cuda.load(bundle), setting, "r9")
+        bench.bench(gf_cuda.load(bundle), setup, "r9")
 
 
 @pytest.mark.parametrize("output", [3, 4, 5])
 @pytest.mark.parametrize("image", [0, -1])
 def test_a_wrong_kernel_is_not_timed(
-    bundle: Path, setting: bench.Setting, monkeypatch: pytest.MonkeyPatch, output: int, image: int
+    bundle: Path, setup: bench.BenchSetup, monkeypatch: pytest.MonkeyPatch, output: int, image: int
 ) -> None:
     """The check in pieces sees every image and every output."""
     right = gf_cuda.tensors.TensorKernel.__call__
@@ -148,16 +151,18 @@ def test_a_wrong_kernel_is_not_timed(
     monkeypatch.setattr(timing, "measure", lambda *arguments: pytest.fail("was timed"))
     name = ("grad_x", "grad_w", "grad_b")[output - 3]
     with pytest.raises(exact.WrongResult, match=f"backward n3.*: {name} is wrong"):
-        bench.bench(gf_cuda.load(bundle), setting, "r2x2")
+        bench.bench(gf_cuda.load(bundle), setup, "r2x2")
 
 
-def test_a_right_kernel_passes_in_pieces(bundle: Path, setting: bench.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bench.bench(gf_cuda.load(bundle), setting, "r2x2")["rows"][0]["max_rel_error"]
+def test_a_right_kernel_passes_in_pieces(
+    bundle: Path, setup: bench.BenchSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.bench(gf_cuda.load(bundle), setup, "r2x2")["rows"][0]["max_rel_error"]
     monkeypatch.setattr(reference, "PIECE", 1)
-    assert bench.bench(gf_cuda.load(bundle), setting, "r2x2")["rows"][0]["max_rel_error"] == pytest.approx(whole)
+    assert bench.bench(gf_cuda.load(bundle), setup, "r2x2")["rows"][0]["max_rel_error"] == pytest.approx(whole)
 
 
-def test_out_of_memory(bundle: Path, setting: bench.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory(bundle: Path, setup: bench.BenchSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     right = exact.backward
 
     def backward(grad_y: Tensor, *rest: Any) -> Any:
@@ -166,7 +171,7 @@ def test_out_of_memory(bundle: Path, setting: bench.Setting, monkeypatch: pytest
         return right(grad_y, *rest)
 
     monkeypatch.setattr(exact, "backward", backward)
-    (row, _) = bench.bench(gf_cuda.load(bundle), setting, "r2x2")["rows"]
+    (row, _) = bench.bench(gf_cuda.load(bundle), setup, "r2x2")["rows"]
     assert row["baselines"]["channels_last"] == {"ms": None, "reason": "out of memory"}
     assert row["baseline"] == "torch contiguous"  # on a CPU cuDNN is not chosen
 
@@ -227,10 +232,10 @@ def test_ways() -> None:
 
 
 def test_the_command(
-    bundle: Path, setting: bench.Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    bundle: Path, setup: bench.BenchSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(bench, "open_setting", lambda *arguments: setting)
+    monkeypatch.setattr(bench, "open_setup", lambda *arguments: setup)
     out = tmp_path / "nano.json"
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
@@ -253,19 +258,19 @@ def test_opening(bundle: Path, emulated: None, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(gf_cuda.NoDriverError, match=r"PyTorch .* \(no CUDA\) cannot use a GPU"):
-        bench.open_setting(loaded, 0, True, 1.0)
+        bench.open_setup(loaded, 0, True, 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda ordinal: None)
 
     def no_meter(bus_id: str | None) -> None:
-        raise energy.NotMeasured("no rails")
+        raise meters.NotMeasured("no rails")
 
     monkeypatch.setattr(energy, "find_meter", no_meter)
-    opened = bench.open_setting(loaded, 0, True, 1.0)
+    opened = bench.open_setup(loaded, 0, True, 1.0)
     assert (opened.meter, opened.no_meter) == (None, "no rails")
     assert opened.device.arch == "sm_53"
     assert opened.gpu.device == torch.device("cuda", 0)
-    assert bench.open_setting(loaded, 0, False, 1.0).no_meter == "switched off"
+    assert bench.open_setup(loaded, 0, False, 1.0).no_meter == "switched off"
 
 
 def test_geometric_means_of_one_dtype() -> None:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from simulated_gpu import SimulatedGpu
 
-from gf_cuda import timing
-from gf_cuda.timing import Rotation, Timing, copy_bandwidth, gemm_peak, input_sets, measure, precision, quantile
+from gf_cuda import rounds, timing
+from gf_cuda.rounds import quantile
+from gf_cuda.timing import GpuTiming, copy_bandwidth, gemm_peak, measure, precision
+from gf_tvm.comparison.backend import Rotation
+from gf_tvm.comparison.gpu import input_sets
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     return simulated
 
 
-def timed(gpu: SimulatedGpu, call: Callable[[], Any], repeats: int = 20, seconds: float = 0.1) -> Timing:
+def timed(gpu: SimulatedGpu, call: Callable[[], Any], repeats: int = 20, seconds: float = 0.1) -> GpuTiming:
     return measure(gpu, {"call": call}, repeats, seconds)["call"]
 
 
@@ -85,8 +88,8 @@ def test_slow_calls_get_fewer_samples_spread_over_the_run(gpu: SimulatedGpu) -> 
 
 
 def test_the_least_samples(gpu: SimulatedGpu) -> None:
-    assert timed(gpu, gpu.work("a", 1.0), seconds=0.0).repeats == timing.MIN_REPEATS
-    assert timed(gpu, gpu.work("a", 1500.0), seconds=0.0).repeats == timing.MIN_REPEATS_SLOW
+    assert timed(gpu, gpu.work("a", 1.0), seconds=0.0).repeats == rounds.MIN_REPEATS
+    assert timed(gpu, gpu.work("a", 1500.0), seconds=0.0).repeats == rounds.MIN_REPEATS_SLOW
 
 
 def test_quantiles_are_those_of_the_standard_library() -> None:
@@ -191,7 +194,7 @@ class FakeCuda:
 
 
 def test_calls_of_torch_cuda() -> None:
-    gpu = timing.Gpu(1)
+    gpu = timing.TorchGpu(1)
     gpu._torch = SimpleNamespace(cuda=FakeCuda)
     gpu.wait(0.25)
     gpu.wait(0.5)

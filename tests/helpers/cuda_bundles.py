@@ -182,7 +182,7 @@ def pack(path: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> Path:
     return path
 
 
-class CudaOnCpu(gf_cuda.tensors.Cuda):
+class CudaOnCpu(gf_cuda.tensors.TorchCuda):
     """CPU tensors pose as those of the emulated GPU, whose memory is the process's own."""
 
     device_type = "cpu"

@@ -1,4 +1,4 @@
-"""A GPU with a queue, in simulated time: what :class:`gf_cuda.timing.Gpu` offers, without CUDA and without waiting.
+"""A GPU with a queue, in simulated time: what :class:`gf_cuda.timing.TorchGpu` offers, without CUDA and waiting.
 
 Host and device have a clock each. ``work(device_ms, host_ms)`` is a call that the host needs ``host_ms`` to queue
 and the device ``device_ms`` to run; ``blocking`` calls return when the device has finished.
@@ -14,7 +14,7 @@ import torch
 import gf_cuda.timing
 
 
-class SimulatedGpu(gf_cuda.timing.Gpu):
+class SimulatedGpu(gf_cuda.timing.TorchGpu):
     def __init__(self, ordinal: int = 0) -> None:
         self.device = torch.device("cpu")
         self.now = self.free_at = 0.0

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from toy_task import wait_until
 
-from gf_cuda import energy
-from gf_cuda.energy import EnergyMeter, Meter, NotMeasured, PowerMeter, find_meter, integrate, joules_a_step
+from gf_cuda import energy, meters
+from gf_cuda.energy import find_meter
+from gf_cuda.meters import EnergyMeter, Meter, NotMeasured, PowerMeter, integrate, joules_a_step
 
 
 def iio(sysfs: Path, rails: dict[str, str], folder: str = "6-0040/iio:device0") -> Path:
@@ -51,7 +52,7 @@ def test_the_total_of_a_nano_is_its_input_rail(tmp_path: Path, monkeypatch: pyte
     assert isinstance(meter, PowerMeter)
     sample, moments = meter._sample, []
 
-    def noted() -> tuple[float, energy.Watts]:
+    def noted() -> tuple[float, meters.Watts]:
         found = sample()
         moments.append(found[0])
         return found
@@ -140,7 +141,7 @@ def test_a_counter_is_read_when_it_moves(monkeypatch: pytest.MonkeyPatch) -> Non
     def joules() -> float:
         return 2.0 * 0.05 * int(clock[0] / 0.05)
 
-    monkeypatch.setattr(energy, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
 
     meter = EnergyMeter("counter", "gpu", joules)
     meter.idle_watts = {"gpu": 0.5}

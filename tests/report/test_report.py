@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import known_limits
 import pytest
 from checkout import ROOT
 from report_files import Page, chains, comparison, evaluation, training, tuning
 
 from gf_tvm.errors import ReportError
-from gf_tvm.machine import cpu
 from gf_tvm.report.page import numbered, render, sections_of, write_report
 from gf_tvm.report.parts import Part
 from gf_tvm.report.sources import read, read_all
@@ -458,8 +458,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.usefixtures("one_thread")
 def test_what_the_commands_write_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real comparison and a real training run, tiny and without kernels."""
-    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
+    known_limits.install(monkeypatch)
     from training_models import patterns
 
     from gf_tvm.comparison.run import compare

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import known_limits
 import pytest
 import torch
 
@@ -14,7 +15,6 @@ from gf_tvm import building as bundle_module
 from gf_tvm.bundle import library as library_module
 from gf_tvm.bundle.cpu_library import CpuKernel
 from gf_tvm.bundle.library import load
-from gf_tvm.machine import cpu
 from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners.cli import main
 
@@ -28,8 +28,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu, "copy_bandwidth", lambda: 30.0)
-    monkeypatch.setattr(cpu, "sgemm_peak", lambda: 150.0)
+    known_limits.install(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("shapes.json").write_text(json.dumps(SHAPES))
 

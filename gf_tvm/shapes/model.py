@@ -1,0 +1,131 @@
+"""The convolutions of a model as cases: what would be filtered, with the shapes that it sees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.geometry import Geometry, Patch
+from ..core.workload import DTYPES
+from ..errors import GeometryError, ModelError
+from ..nn import Layers, select_filterable
+from .cases import Case, as_patches
+
+logger = logging.getLogger("gf_tvm")
+
+
+def model_cases(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    last: int | None = None,
+    layers: Layers | None = None,
+    patches: Sequence[Patch] = (2,),
+) -> list[Case]:
+    """The convolutions of a model that would be filtered, with the shapes that they see.
+
+    Runs the model once on zeros, in evaluation mode, and leaves it as it was. Which inputs need a gradient when
+    the selected layers alone are trained is taken from autograd itself, not from the order of the layers: the
+    shortcut of a residual block needs none either if its main path's first layer does not.
+
+    Args:
+        model: takes one tensor of ``input_shape``.
+        input_shape: (n, c, h, w) of a training batch, n >= 1.
+        last, layers: as in :func:`gf_tvm.filter_model`.
+        patches: every layer is taken with each of them.
+
+    Returns:
+        Cases in the order in which the layers first run; layers with equal geometry and dtype are one case whose
+        name counts them ("layer4.1.conv1 x3").
+
+    Raises:
+        ModelError: no such layers, or the model does not run on that input.
+        GeometryError: bad patches.
+    """
+    shape = tuple(input_shape)
+    pairs = as_patches(patches)
+    selected = select_filterable(model, last, layers).filterable
+    seen: dict[tuple[Geometry, str], list[tuple[str, bool]]] = {}  # geometry without patch, dtype: who, needs gradient
+    called: set[str] = set()
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            called.add(name)
+            seen.setdefault(layer_geometry(name, module, x), []).append((name, bool(x.requires_grad)))
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in selected.items()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    trained = {id(p) for module in selected.values() for p in module.parameters()}
+    first = next((p for p, _ in parameters if p.is_floating_point()), None)
+    try:
+        model.eval()
+        for parameter, _ in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in trained)
+        with torch.enable_grad():
+            zeros = torch.zeros(
+                shape,
+                dtype=first.dtype if first is not None else torch.float32,
+                device=first.device if first is not None else None,
+            )
+            model(zeros)
+    except (GeometryError, ModelError):
+        raise
+    except Exception as error:
+        raise does_not_run(model, shape, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in parameters:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+    idle = [name for name in selected if name not in called]
+    if not called:
+        raise ModelError(f"none of the selected layers ran in {type(model).__name__}: {', '.join(idle)}")
+    if idle:
+        logger.warning("selected layers that the model does not use: %s", ", ".join(idle))
+
+    cases = []
+    for (geometry, dtype), users in seen.items():
+        names = tuple(dict.fromkeys(name for name, _ in users))
+        label = names[0] if len(users) == 1 else f"{names[0]} x{len(users)}"
+        needs_no_gradient = not all(needed for _, needed in users)
+        cases += [Case(label, replace(geometry, patch=p), dtype, names, needs_no_gradient) for p in pairs]
+    return cases
+
+
+def does_not_run(model: nn.Module, shape: Sequence[int], error: Exception) -> ModelError:
+    """What to raise where ``model``, which is the user's code, fails on an input of that shape."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"{type(model).__name__} does not run on an input of shape {'x'.join(map(str, shape))}: {reason}")
+
+
+def layer_geometry(name: str, module: Any, x: Tensor) -> tuple[Geometry, str]:
+    """Geometry (with a patch of one pixel) and dtype of one call of a layer, as FilteredConv2d would see it."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ModelError(f"layer {name!r} works in {dtype}; kernels store {', '.join(DTYPES)}")
+    if x.dim() != 4:
+        raise ModelError(f"layer {name!r} gets an input of {x.dim()} dimensions; a batch (n, c, h, w) has 4")
+    n, ci, h, w = x.shape
+    padding = module.padding
+    if module.padding_mode != "zeros":  # padded before the convolution, which then sees a larger map
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        h, w, padding = h + top + bottom, w + left + right, 0
+    elif padding == "valid":
+        padding = 0
+    elif padding == "same":  # an odd total is padded to an even one after the map
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        h, w, padding = h + total[0] % 2, w + total[1] % 2, (total[0] // 2, total[1] // 2)
+    settings = (module.stride, padding, module.dilation, module.groups)
+    return Geometry(n, ci, module.out_channels, h, w, module.kernel_size, (1, 1), *settings), dtype
