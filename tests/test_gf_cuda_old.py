@@ -17,7 +17,7 @@ from gf_cuda.program import Program
 _PACKAGE = Path(__file__).parent.parent / "gf_cuda"
 _MODULES = sorted(_PACKAGE.glob("*.py"))
 #: These are of use without torch: a server measures kernels with them, and a build machine checks them.
-_WITHOUT_TORCH = {"__init__", "errors", "driver", "handles", "nvrtc", "program", "bundle"}
+_WITHOUT_TORCH = {"__init__", "errors", "api", "driver", "handles", "nvrtc", "program", "bundle"}
 
 
 def _pythons() -> dict[str, str]:
