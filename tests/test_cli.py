@@ -41,9 +41,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], in
         def run(args: argparse.Namespace) -> int:
             return work() or 0
 
-        vars(module).update(add_parser=add_parser, __spec__=argparse.__spec__)
-        monkeypatch.setitem(sys.modules, "gf_tvm.runners.fake", module)
-        monkeypatch.setattr(cli, "COMMANDS", ("fake",))
+        vars(module).update(add_parser=add_parser)
+        monkeypatch.setattr(cli, "COMMANDS", {"fake": module})
         return cli.main(["fake"])
 
     return call
