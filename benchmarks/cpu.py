@@ -41,9 +41,9 @@ from gf_tvm.errors import DeviceError
 from gf_tvm.machine import cpu
 from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.report.roofline import roofline_plot
+from gf_tvm.runners._building import add_logs_argument, check_logs
 from gf_tvm.runners._cases import add_case_arguments, cases_from
 from gf_tvm.runners._output import Progress, check_results, write_json
-from gf_tvm.runners.build import add_logs_argument, check_logs
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import Case, parse_input, parse_patches, workloads_of
 

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._building import check_logs
 from ._cases import add_case_arguments, add_chain_argument, cases_from
 from ._output import Progress, check_writable, format_table, write_json
-from .build import check_logs
 from .farm._arguments import add_tracker_arguments, environment_tracker, tracker_address
 
 if TYPE_CHECKING:
