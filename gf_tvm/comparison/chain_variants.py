@@ -30,7 +30,7 @@ from ..core.geometry import Pair
 from ..nn import FilteredConv2d
 from ..ops.operators import FallbackWarning
 from ..shapes import format_patch
-from ..training.measure import count_kept_bytes
+from ..training.step_costs import count_kept_bytes
 from .convolutions import ComparisonError, Timing, measure, relative_error, timing_of, tolerance, torch_dtype
 
 VARIANTS = ("exact", "filtered", "chained")
