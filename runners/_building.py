@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._output import Progress
+from ._output import ProgressBar
 
 if TYPE_CHECKING:
     from ..building import BuildReport, BuiltKernel, Program
@@ -43,7 +43,7 @@ def build_with_progress(
     """:func:`gf_tvm.build`, with a progress bar."""
     from ..building import BuiltKernel, build
 
-    with Progress(len(workloads) + len(programs), "building", unit="kernel") as progress:
+    with ProgressBar(len(workloads) + len(programs), "building", unit="kernel") as progress:
 
         def update(done: int, of: int, built: BuiltKernel | Program) -> None:
             name = built.key if not isinstance(built, BuiltKernel) else f"{built.schedule} {built.workload.kernel}"

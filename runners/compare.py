@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
 from ._cases import add_case_arguments, add_chain_argument, cases_from, chains_from
 from ._compare_gpu import print_gpu
-from ._output import Progress, check_results, format_table, write_json
+from ._output import ProgressBar, check_results, format_table, write_json
 from ._rows import digits, label
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
     library = _library(args, cases, chains, profile)
     parts = 1000
-    with Progress(parts, "comparing", unit="part") as progress:
+    with ProgressBar(parts, "comparing", unit="part") as progress:
 
         def update(done: float, of: float, what: str) -> None:
             progress.update(int(parts * done / of), what)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.config import AMP, CACHES, CHAIN_MEANS, SCHEDULES, TrainConfig
 from ._cases import parse_variants
 from ._config import add_config_option
-from ._output import Progress, check_writable, format_table, write_json
+from ._output import ProgressBar, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
     from ..training.results import EpochRow, Event, TrainResult
@@ -183,7 +183,7 @@ class _Lines:
     """Shows events: a progress bar per phase and run, and a line per epoch."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
+        self._progress: ProgressBar | None = None
         self._shown: tuple[str, str] | None = None
 
     def __call__(self, event: Event) -> None:
@@ -191,7 +191,7 @@ class _Lines:
         if self._shown != (event.phase, event.variant):
             self.close()
             label = "pretraining" if event.phase == "pretrain" else f"fine-tuning {event.variant}"
-            self._progress = Progress(event.epochs * event.steps, label, initial=done)
+            self._progress = ProgressBar(event.epochs * event.steps, label, initial=done)
             self._shown = (event.phase, event.variant)
         assert self._progress is not None
         if event.row is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FarmError
-from .._output import Progress, check_writable, write_json
+from .._output import ProgressBar, check_writable, write_json
 from ._arguments import add_ssh_arguments, add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
@@ -98,12 +98,12 @@ class _Display:
 
     def __init__(self, library: Path | None) -> None:
         self._label = "" if library is None else library.name
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
 
     def show(self, done: int, total: int) -> None:
         """Say how many kernels were run."""
         if self._bar is None:
-            self._bar = Progress(total, self._label, unit="kernel", initial=0)
+            self._bar = ProgressBar(total, self._label, unit="kernel", initial=0)
         self._bar.update(done)
 
     def print(self, line: str) -> None:
