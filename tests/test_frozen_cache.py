@@ -274,7 +274,7 @@ def test_off_with_a_reason(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
         cache = train(replace(config, **changes)).cache  # type: ignore[arg-type]
         assert (cache["kind"], cache["bytes"], cache["hits"]) == ("off", 0, 0)
         assert reason in cache["reason"]
-    monkeypatch.setattr(frozen_module.machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(frozen_module.cpu, "available_bytes", lambda: 1000)
     monkeypatch.setattr("gf_tvm.training.data.base.available_bytes", lambda: None)
     assert "too much for memory" in train(replace(config, cache="memory")).cache["reason"]
     assert "no checkpoint folder" in train(config).cache["reason"]
