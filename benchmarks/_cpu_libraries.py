@@ -10,7 +10,7 @@ from gf_tvm.building import build
 from gf_tvm.bundle.library import Library, load
 from gf_tvm.core.workload import Workload
 from gf_tvm.machine.profiles import DeviceProfile
-from gf_tvm.runners._output import Progress
+from gf_tvm.runners._output import ProgressBar
 from gf_tvm.tuning import Event, find_best, tune
 
 
@@ -33,7 +33,7 @@ def stock(
     is checked and compared fairly. Trials in ``logs`` count and are not made again. Kernels of which no trial ended
     well are left out; None if that is all of them.
     """
-    with Progress(len(workloads) * trials, "tuning with stock MetaSchedule", unit="trial") as progress:
+    with ProgressBar(len(workloads) * trials, "tuning with stock MetaSchedule", unit="trial") as progress:
 
         def update(event: Event) -> None:
             best = "" if event.best is None else f"best {1e3 * event.best:.3g} ms"
@@ -63,7 +63,7 @@ def stock(
 def _built(
     workloads: Sequence[Workload], profile: DeviceProfile, logs: Sequence[Path], out: Path, label: str, shipped: bool
 ) -> Library:
-    with Progress(len(workloads), label, unit="kernel") as progress:
+    with ProgressBar(len(workloads), label, unit="kernel") as progress:
         build(
             workloads,
             profile,

@@ -9,7 +9,7 @@ from typing import Any
 
 from gf_tvm.comparison.rows import CpuRow
 from gf_tvm.runners._output import format_table
-from gf_tvm.runners.compare import digits
+from gf_tvm.runners._rows import digits
 from gf_tvm.shapes import format_patch
 
 #: Times whose quotient with gf_tvm_ms is summed up: name of the mean, column.

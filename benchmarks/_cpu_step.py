@@ -31,7 +31,7 @@ from gf_tvm.core.workload import Workload
 from gf_tvm.models import build_model, logits_of
 from gf_tvm.nn import select_layers
 from gf_tvm.shapes import Case, format_patch, model_cases
-from gf_tvm.training.measure import StepTimes
+from gf_tvm.training.step_costs import StepTimes
 
 CLASSES = 10
 ROUNDS_LEAST, ROUNDS_MOST = 5, 200

@@ -39,8 +39,8 @@ from gf_tvm.comparison.run import Comparison
 from gf_tvm.core.geometry import Pair
 from gf_tvm.models.layers import BasicBlock
 from gf_tvm.nn import select_layers
-from gf_tvm.runners._output import Progress, check_results, format_table, write_json
-from gf_tvm.runners.build import add_logs_argument, check_logs
+from gf_tvm.runners._building import add_logs_argument, check_logs
+from gf_tvm.runners._output import ProgressBar, check_results, format_table, write_json
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import format_patch, parse_patches
 
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     document["conditions"] |= {"threads": torch.get_num_threads(), "keeps_freed_memory": keep_freed_memory()}
     jobs = networks(args)
     warnings.simplefilter("error", gf_tvm.FallbackWarning)  # a missing kernel is no result
-    with Progress(1000 * len(jobs), "measuring", unit="part") as progress:
+    with ProgressBar(1000 * len(jobs), "measuring", unit="part") as progress:
         for number, (name, model, names, shape) in enumerate(jobs):
 
             def update(part: float, number: int = number, name: str = name) -> None:

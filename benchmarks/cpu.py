@@ -41,9 +41,9 @@ from gf_tvm.errors import DeviceError
 from gf_tvm.machine import cpu
 from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.report.roofline import roofline_plot
+from gf_tvm.runners._building import add_logs_argument, check_logs
 from gf_tvm.runners._cases import add_case_arguments, cases_from
-from gf_tvm.runners._output import Progress, check_results, write_json
-from gf_tvm.runners.build import add_logs_argument, check_logs
+from gf_tvm.runners._output import ProgressBar, check_results, write_json
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import Case, parse_input, parse_patches, workloads_of
 
@@ -206,7 +206,7 @@ def measure_cases(request: Request, library: Library) -> dict[str, Any]:
         if found is not None:
             makers["stock"] = of_library(found)
     parts = 1000
-    with Progress(parts, "comparing", unit="part") as progress:
+    with ProgressBar(parts, "comparing", unit="part") as progress:
         result = compare(
             request.cases,
             library,
@@ -217,7 +217,7 @@ def measure_cases(request: Request, library: Library) -> dict[str, Any]:
             backend=CpuBackend(makers),
         )
     rows = []
-    with Progress(len(result.rows) if args.memory else 0, "measuring memory", unit="case") as progress:
+    with ProgressBar(len(result.rows) if args.memory else 0, "measuring memory", unit="case") as progress:
         for case, row in zip(request.cases, result.rows, strict=True):
             assert isinstance(row, CpuRow)
             plain = plain_row(row)
@@ -255,7 +255,7 @@ def measure_steps(request: Request, step: Step, library: Library) -> list[dict[s
     parts, found = 1000, []
     with (
         cpu.torch_threads(request.args.threads),
-        Progress(parts * len(step.patches), "timing training steps", unit="part") as progress,
+        ProgressBar(parts * len(step.patches), "timing training steps", unit="part") as progress,
     ):
         for index, patch in enumerate(step.patches):
 

@@ -30,7 +30,7 @@ from gf_tvm.comparison.run import check_request, compare
 from gf_tvm.core.workload import Workload
 from gf_tvm.machine.profiles import DeviceProfile
 from gf_tvm.runners._cases import add_case_arguments, cases_from
-from gf_tvm.runners._output import Progress, check_results, format_table, write_json
+from gf_tvm.runners._output import ProgressBar, check_results, format_table, write_json
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.schedules import get_space
 from gf_tvm.shapes import Case, format_patch
@@ -88,7 +88,7 @@ def measure(cases: Sequence[Case], profile: DeviceProfile, args: argparse.Namesp
         "few": of_library(libraries["few"]),
         "default": of_library(untuned(workloads, profile, folder / "default.gfb")),
     }
-    with Progress(1000, "comparing the winners", unit="part") as progress:
+    with ProgressBar(1000, "comparing the winners", unit="part") as progress:
         result = compare(
             cases,
             libraries["many"],
@@ -126,7 +126,7 @@ def measure(cases: Sequence[Case], profile: DeviceProfile, args: argparse.Namesp
 
 def search(workloads: Sequence[Workload], profile: DeviceProfile, trials: int, logs: Path, label: str) -> Summary:
     """Tune with cold caches, as the shipped logs were."""
-    with Progress(len(workloads) * trials, label, unit="trial") as progress:
+    with ProgressBar(len(workloads) * trials, label, unit="trial") as progress:
 
         def update(event: Event) -> None:
             progress.update((event.index - 1) * trials + min(event.trial, trials), event.workload)

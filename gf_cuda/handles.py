@@ -2,12 +2,10 @@
 
 import ctypes
 from ctypes import byref, c_float, c_int, c_uint64, c_void_p
-from typing import TYPE_CHECKING, Dict, List, Sequence
+from typing import Dict, List, Sequence
 
+from .api import Api, Context
 from .errors import DriverError, ProgramError
-
-if TYPE_CHECKING:
-    from .driver import Device, Driver
 
 # CUfunction_attribute
 _FUNCTION_THREADS, _FUNCTION_SHARED, _FUNCTION_LOCAL, _FUNCTION_REGISTERS = 0, 1, 3, 4
@@ -22,7 +20,7 @@ class Memory:
         nbytes: size in bytes.
     """
 
-    def __init__(self, device: "Device", pointer: int, nbytes: int) -> None:
+    def __init__(self, device: Context, pointer: int, nbytes: int) -> None:
         self._device = device
         self.pointer = pointer
         self.nbytes = nbytes
@@ -44,7 +42,7 @@ class Memory:
 class Event:
     """A point in a stream's work, made by Device.event; a context manager that destroys it."""
 
-    def __init__(self, device: "Device") -> None:
+    def __init__(self, device: Context) -> None:
         self._device = device
         device.activate()
         handle = c_void_p()
@@ -82,7 +80,7 @@ class Event:
 class Module:
     """Code on a device, made by Device.load_module."""
 
-    def __init__(self, device: "Device", handle: int) -> None:
+    def __init__(self, device: Context, handle: int) -> None:
         self._device = device
         self._handle = handle
 
@@ -126,7 +124,7 @@ class Function:
         max_threads: of a block, with the registers that the kernel needs.
     """
 
-    def __init__(self, driver: "Driver", name: str, handle: int) -> None:
+    def __init__(self, driver: Api, name: str, handle: int) -> None:
         self.name = name
         self._driver = driver
         self._handle = c_void_p(handle)

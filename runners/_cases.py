@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from ..building import Program
     from ..comparison.chains import ChainCase
+    from ..core.geometry import Pair
     from ..shapes import Case
 
 #: With --model.
@@ -95,6 +96,25 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     if args.dtype is not None:
         cases = with_dtypes(cases, parse_dtypes(args.dtype))
     return cases if args.cases is None else pick_cases(cases, args.cases)
+
+
+def parse_variants(text: str) -> list[Pair | None]:
+    """``"exact,2,2x1"``, runs of a training -> [None, (2, 2), (2, 1)], each once. Raises GeometryError."""
+    from ..errors import GeometryError
+    from ..shapes import parse_patches
+
+    patches: list[Pair | None] = []
+    for part in text.split(","):
+        if part.strip().lower() == "exact":
+            patches.append(None)
+            continue
+        try:
+            patches += parse_patches(part)
+        except GeometryError as error:
+            if "written as" not in str(error):
+                raise
+            raise GeometryError(f"patches are written as exact,2,4 or 2x1 (height x width), got {text!r}") from None
+    return list(dict.fromkeys(patches))
 
 
 def programs_from(args: argparse.Namespace) -> list[Program]:

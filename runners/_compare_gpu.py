@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._output import format_table
-from .compare import digits, label
+from ._rows import digits, label
 
 if TYPE_CHECKING:
     from ..comparison.rows import GpuRow

@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class Progress:
+class ProgressBar:
     """Progress of a long job: a bar with the time left on a terminal, else at most one line every ten seconds.
 
     A context manager; to be used from one thread.
@@ -180,7 +180,7 @@ class Progress:
         elif self._lines and self._news:
             self._line()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

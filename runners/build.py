@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
 from ._cases import add_case_arguments, add_chain_argument, cases_from, programs_from
-from ._output import OutputError, Progress, check_writable, format_table, write_json
+from ._output import OutputError, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
-    from ..building import BuildReport, BuiltKernel, Program
-    from ..core.workload import Workload
+    from ..building import BuildReport
     from ..machine.profiles import DeviceProfile
 
 
@@ -41,27 +40,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was built as JSON")
     parser.set_defaults(run=run)
-
-
-def add_logs_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --logs."""
-    parser.add_argument(
-        "--logs",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder of tuning logs, searched before those that come with gf_tvm; may be given more than once",
-    )
-
-
-def check_logs(logs: list[Path]) -> None:
-    """Raise LogError for a folder that does not exist: a mistyped name would silently give default schedules."""
-    from ..errors import LogError
-
-    for folder in logs:
-        if not folder.is_dir():
-            raise LogError(f"there is no folder of tuning logs {str(folder)!r}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,29 +94,6 @@ def _runtime_folder(path: Path, profile: DeviceProfile) -> Path:
     if not folder.is_dir():
         raise OutputError(f"--runtime: there is no folder {str(folder)!r}")
     return folder
-
-
-def build_with_progress(
-    workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path, programs: Sequence[Program] = ()
-) -> BuildReport:
-    """:func:`gf_tvm.build`, with a progress bar."""
-    from ..building import BuiltKernel, build
-
-    with Progress(len(workloads) + len(programs), "building", unit="kernel") as progress:
-
-        def update(done: int, of: int, built: BuiltKernel | Program) -> None:
-            name = built.key if not isinstance(built, BuiltKernel) else f"{built.schedule} {built.workload.kernel}"
-            progress.update(done, name)
-
-        return build(workloads, profile, logs, out, update, programs=programs)
-
-
-def print_reasons(report: BuildReport) -> None:
-    """Say once each why kernels have default schedules, and what is to be said about tuned ones."""
-    for reason, count in Counter(kernel.reason for kernel in report.kernels if kernel.reason).items():
-        print(f"{count} with default schedules: {reason}")
-    for note, count in Counter(kernel.note for kernel in report.kernels if kernel.note).items():
-        print(f"{count} {'kernel' if count == 1 else 'kernels'} {note}")
 
 
 def _document(report: BuildReport, profile: DeviceProfile, size: int) -> dict[str, Any]:

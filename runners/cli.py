@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import GfTvmError
+from . import build, compare, devices, evaluate, farm, logs, report, train, tune
 
-#: One module of this package each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``.
-#: Importing one must stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
-COMMANDS = ("devices", "tune", "farm", "logs", "build", "train", "compare", "evaluate", "report")
+#: One module each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``. Importing one must
+#: stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
+COMMANDS: dict[str, ModuleType] = {
+    "devices": devices,
+    "tune": tune,
+    "farm": farm,
+    "logs": logs,
+    "build": build,
+    "train": train,
+    "compare": compare,
+    "evaluate": evaluate,
+    "report": report,
+}
 
 #: A mistake of the user, or a file that cannot be read or written.
 EXIT_ERROR = 2
@@ -44,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gf-tvm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        importlib.import_module(f".{name}", __package__).add_parser(subparsers)
+    for command in COMMANDS.values():
+        command.add_parser(subparsers)
     return parser
 
 

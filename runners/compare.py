@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
 from ._cases import add_case_arguments, add_chain_argument, cases_from, chains_from
-from ._output import Progress, check_results, format_table, write_json
-from .build import add_logs_argument, build_with_progress, check_logs, print_reasons
+from ._compare_gpu import print_gpu
+from ._output import ProgressBar, check_results, format_table, write_json
+from ._rows import digits, label
 
 if TYPE_CHECKING:
     from ..building import Program
     from ..bundle.library import Library
     from ..comparison.chains import ChainCase
-    from ..comparison.rows import ChainRow, Row
     from ..comparison.run import Comparison
     from ..shapes import Case
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
     library = _library(args, cases, chains, profile)
     parts = 1000
-    with Progress(parts, "comparing", unit="part") as progress:
+    with ProgressBar(parts, "comparing", unit="part") as progress:
 
         def update(done: float, of: float, what: str) -> None:
             progress.update(int(parts * done / of), what)
@@ -145,8 +146,6 @@ def print_comparison(result: Comparison) -> None:
     if missing:
         print(f"{missing} of {len(result.rows)} rows ran plain PyTorch operators: the bundle lacks their kernels")
     if gpu:
-        from ._compare_gpu import print_gpu
-
         print_gpu(result)
     other_cores = result.conditions["other_cores"]
     if other_cores is not None and other_cores > 0.1:
@@ -169,7 +168,7 @@ def print_chains(result: Comparison) -> None:
     )
     rows = [
         (
-            *(chain_label(row), len(row.convolutions), format_patch(row.patch)),
+            *(label(row), len(row.convolutions), format_patch(row.patch)),
             *(digits(ms) for ms in (*row.backward_ms.values(), row.roofline_ms)),
             *(f"{row.speedup:.1f}", f"{row.speedup_filtered:.2f}", f"{row.limit_fraction:.0%}"),
             *(digits(ms) for ms in row.forward_ms.values()),
@@ -192,25 +191,10 @@ def print_chains(result: Comparison) -> None:
         lacking = [variant for variant, counted in row.kernels.items() if counted.get("torch")]
         if lacking:
             kernels = " and ".join(f"{row.kernels[v]['torch']} of {sum(row.kernels[v].values())} {v}" for v in lacking)
-            print(f"{chain_label(row)} {format_patch(row.patch)}: plain PyTorch operators ran in place of {kernels}")
+            print(f"{label(row)} {format_patch(row.patch)}: plain PyTorch operators ran in place of {kernels}")
 
 
 def _kind(mean: dict[str, Any]) -> str:
     from ..shapes import format_patch
 
     return " ".join([format_patch(mean["patch"]), *([mean["dtype"]] if "dtype" in mean else [])])
-
-
-def chain_label(row: ChainRow) -> str:
-    """The chain's name, and its dtype if that is not the usual one."""
-    return row.name if row.dtype == "float32" else f"{row.name} {row.dtype}"
-
-
-def label(row: Row) -> str:
-    """The case's name, and its dtype if that is not the usual one."""
-    return row.name if row.dtype == "float32" else f"{row.name} {row.dtype}"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, without an exponent for large numbers."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.config import EvaluateConfig, parse_size
 from ..evaluation.results import EvaluationError
 from ..training.config import SCHEDULES, TrainConfig
-from ._output import Progress, check_writable, format_table, write_json
-from .train import _patches
+from ._cases import parse_variants
+from ._output import ProgressBar, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
@@ -116,7 +116,7 @@ def _config(args: argparse.Namespace) -> EvaluateConfig:
         raise EvaluationError(f"--max-accuracy-drop must lie between 0 and 100 points, got {drop:g}")
     return EvaluateConfig(
         TrainConfig(**values),
-        patches=_patches(args.patch),
+        patches=parse_variants(args.patch),
         last=_integers(args.last, "--last"),
         seeds=_integers(args.seeds, "--seeds"),
         memory_budget=None if args.memory_budget is None else parse_size(args.memory_budget),
@@ -136,11 +136,11 @@ class _Lines:
     """Shows the progress: one bar for all that is to be done."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
+        self._progress: ProgressBar | None = None
 
     def __call__(self, step: Step) -> None:
         if self._progress is None:
-            self._progress = Progress(step.total, "evaluating", unit="part")
+            self._progress = ProgressBar(step.total, "evaluating", unit="part")
         self._progress.update(step.done, step.label)
 
     def __enter__(self) -> _Lines:

@@ -7,12 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.geometry import Pair
-from ..errors import GeometryError
-from ..shapes import parse_patches
 from ..training.config import AMP, CACHES, CHAIN_MEANS, SCHEDULES, TrainConfig
+from ._cases import parse_variants
 from ._config import add_config_option
-from ._output import Progress, check_writable, format_table, write_json
+from ._output import ProgressBar, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
     from ..training.results import EpochRow, Event, TrainResult
@@ -154,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
     values = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
     values["clip"] = args.clip or None
-    patches = _patches(args.patch)
+    patches = parse_variants(args.patch)
     config = TrainConfig(**{**values, "patch": None})
     for file in (args.json, args.metrics):
         if file is not None:
@@ -181,27 +179,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _patches(text: str) -> list[Pair | None]:
-    """``"exact,2,2x1"`` -> [None, (2, 2), (2, 1)], each once. Raises GeometryError."""
-    patches: list[Pair | None] = []
-    for part in text.split(","):
-        if part.strip().lower() == "exact":
-            patches.append(None)
-            continue
-        try:
-            patches += parse_patches(part)
-        except GeometryError as error:
-            if "written as" not in str(error):
-                raise
-            raise GeometryError(f"patches are written as exact,2,4 or 2x1 (height x width), got {text!r}") from None
-    return list(dict.fromkeys(patches))
-
-
 class _Lines:
     """Shows events: a progress bar per phase and run, and a line per epoch."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
+        self._progress: ProgressBar | None = None
         self._shown: tuple[str, str] | None = None
 
     def __call__(self, event: Event) -> None:
@@ -209,7 +191,7 @@ class _Lines:
         if self._shown != (event.phase, event.variant):
             self.close()
             label = "pretraining" if event.phase == "pretrain" else f"fine-tuning {event.variant}"
-            self._progress = Progress(event.epochs * event.steps, label, initial=done)
+            self._progress = ProgressBar(event.epochs * event.steps, label, initial=done)
             self._shown = (event.phase, event.variant)
         assert self._progress is not None
         if event.row is not None:

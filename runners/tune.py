@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._building import check_logs
 from ._cases import add_case_arguments, add_chain_argument, cases_from
-from ._output import Progress, check_writable, format_table, write_json
-from .build import check_logs
+from ._output import ProgressBar, check_writable, format_table, write_json
 from .farm._arguments import add_tracker_arguments, environment_tracker, tracker_address
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class _Display:
 
     def __init__(self, workloads: dict[str, Workload]) -> None:
         self._workloads = workloads
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._failed = 0
 
     def show(self, event: Event) -> None:
@@ -199,7 +199,7 @@ class _Display:
             self.close()
             self._failed = 0
             label = f"[{event.index}/{event.count}] {_label(self._workloads[event.workload])}"
-            self._bar = Progress(event.trials, label, unit="trial", initial=min(event.trial, event.trials))
+            self._bar = ProgressBar(event.trials, label, unit="trial", initial=min(event.trial, event.trials))
         if self._bar is None:
             return
         if event.kind == "note":

@@ -45,7 +45,7 @@ class CannotTrace(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class CapturedRegion:
     """A region, and where its values and tensors are found.
 
     Attributes:
@@ -74,7 +74,7 @@ class Capture:
     """
 
     graph: fx.Graph
-    order: tuple[fx.Node | Part, ...]
+    order: tuple[fx.Node | CapturedRegion, ...]
     result: pytree.TreeSpec
     alone: dict[str, str]
     numbers: dict[fx.Node, Number]
@@ -437,7 +437,7 @@ def _waits_for(node: fx.Node, known: Mapping[fx.Node, Recognised]) -> list[fx.No
 
 def _parts(
     graph: fx.Graph, known: Mapping[fx.Node, Recognised], modules: Mapping[str, nn.Module]
-) -> tuple[list[Part], dict[str, str]]:
+) -> tuple[list[CapturedRegion], dict[str, str]]:
     """Regions: connected operations with nothing between them that is none.
 
     A step's depth counts how often the way to it leaves and enters regions; operations of one depth can run together.
@@ -526,7 +526,7 @@ def _part(
     known: Mapping[fx.Node, Recognised],
     modules: Mapping[str, nn.Module],
     graph: fx.Graph,
-) -> Part:
+) -> CapturedRegion:
     members = set(ordered)
     entries = list(dict.fromkeys(i for node in ordered for i in _inputs(node, known) if i not in members))
     numbers = {node: v for v, node in enumerate((*entries, *ordered))}
@@ -554,7 +554,7 @@ def _part(
             elif source in members:
                 exits.setdefault(numbers[source], _user(node, known, modules))
     names = tuple(str(node.target) if node.op == "call_module" else node.name for node in entries)
-    return Part(
+    return CapturedRegion(
         Region(len(entries), tuple(ops), exits, frozenset(seen - exits.keys()), names),
         (*entries, *ordered),
         tuple(paths),
@@ -580,17 +580,19 @@ def _only_neighbours(node: fx.Node, known: Mapping[fx.Node, Recognised], modules
     return _user(users[0], known, modules) if users else "nothing reads it"
 
 
-def _order(graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[Part]) -> tuple[fx.Node | Part, ...]:
+def _order(
+    graph: fx.Graph, known: Mapping[fx.Node, Recognised], parts: list[CapturedRegion]
+) -> tuple[fx.Node | CapturedRegion, ...]:
     """Every step after what it reads, as near to the traced order as regions allow."""
     part_of = {node: part for part in parts for node in part.nodes[part.region.entries :]}
-    order: list[fx.Node | Part] = []
+    order: list[fx.Node | CapturedRegion] = []
     done: set[int] = set()
 
-    def emit(what: fx.Node | Part) -> None:
+    def emit(what: fx.Node | CapturedRegion) -> None:
         if id(what) in done:
             return
         done.add(id(what))
-        if isinstance(what, Part):
+        if isinstance(what, CapturedRegion):
             for step in [*what.nodes[: what.region.entries], *steps_in(what.numbers)]:
                 visit(step)
         else:

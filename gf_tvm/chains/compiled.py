@@ -1,49 +1,39 @@
 """The whole backward pass of a chain as one compiled function: what it takes, and how it is called.
 
-The function is emitted by :mod:`.emit_backward`, where there is a compiler, and found in a library by its key. All
+The function is found in a library by its key; :mod:`.emit_backward` makes it, where there is a compiler. All
 intermediate gradients lie in one workspace, planned here. Everything is float32, as sums are everywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.geometry import Geometry
 from . import kernels
 from .graph import Shape
-from .grids import Grid
+from .grids import covers, pixels, uniform
 from .packs import LINE, Layout, Packed
 from .steps import (
-    Channels,
     ConvInput,
     ConvWeight,
     Expand,
     Filter,
     Gather,
     MapSum,
-    Part,
     PatchSum,
-    Plus,
     Step,
     Take,
-    Times,
-    TimesSaved,
     reads,
     writes,
 )
-
-if TYPE_CHECKING:
-    from ..core.workload import Workload
-    from ..machine.profiles import DeviceProfile
+from .traversal import indices, scratch_of, simple, space
 
 
 @dataclass(frozen=True)
@@ -85,8 +75,6 @@ class Tables:
 class Backward:
     """One chain's backward pass, as far as it is compiled: a function of shapes and steps alone.
 
-    It is a :class:`gf_tvm.building.Program`.
-
     Attributes:
         batch: images.
         steps, registers: as in :class:`.plan.Plan`, but values, slots and tensors are numbered in the order in which
@@ -109,12 +97,6 @@ class Backward:
         text = repr((self.batch, self.steps, self.registers, self.values, self.slots, self.packs))
         convs = sum(isinstance(step, ConvWeight) for step in self.steps)
         return f"chain_backward_n{self.batch}_{convs}convs_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-        """The IRModule; needs the compiler."""
-        from .emit_backward import emit_backward
-
-        return emit_backward(self, profile, config_of)
 
     @cached_property
     def tables(self) -> Tables:
@@ -387,27 +369,6 @@ class Numbers:
         return replace(step, **new)
 
 
-def scratch_of(geometry: Geometry) -> tuple[int, int]:
-    """Elements, whole lines, that the gradient of x of a dilated convolution needs: g~ and W, tap by tap."""
-    taps = math.prod(geometry.kernel)
-    sizes = geometry.n * geometry.co * taps * math.prod(geometry.grid), geometry.co * geometry.ci_group * taps
-    first, second = (size + -size % LINE for size in sizes)
-    return first, second
-
-
-def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
-    """(channels, ph, pw) that a step goes through element by element, or None if it does not."""
-    if isinstance(step, Gather):
-        return (step.channels, *step.grid.shape) if simple(step, registers) else None
-    if isinstance(step, PatchSum):
-        return (step.width, *step.grid.shape)
-    if isinstance(step, ConvInput | ConvWeight):
-        geometry = step.geometry
-        over_patches = isinstance(step, ConvInput) and geometry.dilated and math.prod(geometry.kernel) > 1
-        return (geometry.ci, *geometry.grid) if geometry.depthwise and not over_patches else None
-    return registers[step.dst] if isinstance(step, Times | TimesSaved | Channels | Plus) else None
-
-
 def _same_product(a: Step | None, b: Step) -> bool:
     """Whether two steps are the products of one convolution, weights first, which one sweep can make."""
     return (
@@ -416,46 +377,6 @@ def _same_product(a: Step | None, b: Step) -> bool:
         and (a.src, a.geometry) == (b.src, b.geometry)
         and not (b.geometry.dilated or b.geometry.depthwise)
     )
-
-
-def simple(step: Gather, registers: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether every patch of the sum takes the same patch of each part, or the only one that there is."""
-    ph, pw = step.grid.shape
-    for part in step.parts:
-        same = tuple(range(ph)), tuple(range(pw))
-        source = part.rows.in_b, part.cols.in_b
-        if (part.rows.in_a, part.cols.in_a) != same or (part.start, part.width) != (0, step.channels):
-            return False
-        if any(weight != 1 for weight in (*part.weight_rows, *part.weight_cols)):
-            return False
-        if registers[part.src][1:] != (1, 1) and (registers[part.src][1:] != (ph, pw) or source != same):
-            return False
-    return True
-
-
-def indices(part: Part) -> tuple[Sequence[float] | Sequence[int], ...]:
-    """By cell: the patches of the sum and of the part, and weights, along rows, then columns."""
-    return (
-        *(tuple(int(k) for k in numbers) for numbers in (part.rows.in_a, part.rows.in_b)),
-        tuple(float(weight) for weight in part.weight_rows),
-        *(tuple(int(k) for k in numbers) for numbers in (part.cols.in_a, part.cols.in_b)),
-        tuple(float(weight) for weight in part.weight_cols),
-    )
-
-
-def uniform(grid: Grid) -> bool:
-    """Whether all patches have as many pixels."""
-    return len(set(grid.rows.counts)) <= 1 and len(set(grid.cols.counts)) <= 1
-
-
-def pixels(grid: Grid) -> tuple[float, ...]:
-    """Pixels of each patch, row by row."""
-    return tuple(float(a * b) for a, b in itertools.product(grid.rows.counts, grid.cols.counts))
-
-
-def covers(grid: Grid) -> bool:
-    """Whether every pixel lies in a patch."""
-    return all(cuts.points[0] == 0 and cuts.points[-1] == cuts.size for cuts in (grid.rows, grid.cols))
 
 
 def _result(shape: tuple[int, ...], zero: bool) -> Tensor:

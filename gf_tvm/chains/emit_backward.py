@@ -15,7 +15,8 @@ from ..kernels.cpu import simd
 from ..kernels.stages import ACC
 from ..machine.profiles import DeviceProfile
 from .compiled import Backward, Numbers
-from .emit_stage import Operand, Stage, StageEmitter
+from .emit_stage import StageEmitter
+from .stage import Operand, Stage
 from .steps import Expand, Gather, MapSum, PatchSum, Step, Take
 
 

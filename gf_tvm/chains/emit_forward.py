@@ -17,7 +17,7 @@ from ..kernels.stages import ACC
 from ..machine.profiles import DeviceProfile
 from . import emit_functions
 from .grids import Cuts, Grid
-from .segments import Average, Node, Part, Product, Segment
+from .segment import Average, Node, Part, Product, Segment
 
 #: Pixels that go through the operations before what is averaged of them is pooled: a few KiB for each product, which
 #: stay in the first-level cache, and whole small planes, whose short rows would not fill registers.

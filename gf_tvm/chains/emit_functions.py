@@ -15,7 +15,7 @@ from ..kernels.cpu import simd, smooth
 
 
 def function(kind: str, settings: Sequence[Any], z: Any) -> Any:
-    """f(z); ``kind`` is one of :data:`.segments.COVERED`, ``settings`` as in :data:`.elementwise.RULES`."""
+    """f(z); ``kind`` is one of :data:`.segment.COVERED`, ``settings`` as in :data:`.elementwise.RULES`."""
     number = simd.numbers(z)
     if kind == "relu":
         return tirx.Select(tirx.LE(z, number(0)), number(0), z)
@@ -78,7 +78,7 @@ def slope(kind: str, settings: Sequence[Any], z: Any) -> Any:
 
 
 def slope_of_result(kind: str, settings: Sequence[Any], y: Any) -> Any:
-    """f'(z) from y = f(z), for functions of :func:`.segments.is_result_enough`."""
+    """f'(z) from y = f(z), for functions of :func:`.segmenter.is_result_enough`."""
     number = simd.numbers(y)
     if kind == "sigmoid":
         return y * (number(1) - y)

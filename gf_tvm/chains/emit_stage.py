@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import tvm
@@ -24,60 +24,18 @@ from ..kernels.cpu.sweep import Tiles
 from ..kernels.stages import ACC
 from ..machine.profiles import DeviceProfile
 from ..schedules.cpu import STREAM_BYTES, tiles_of
-from .compiled import Tables, indices, scratch_of, space
+from .compiled import Tables
 from .emit_together import Sums, Together
 from .grids import Cuts
-from .steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, Part, Step
+from .stage import Stage, StageCode
+from .steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, Part
+from .traversal import indices, scratch_of, space
 
 #: Planes that a plane which is being pooled asks for, counted from itself.
 _NEAR = 4
 
-#: A tensor that a stage works on, (kind, number): a "register", or of the kinds of :class:`.compiled.Argument`.
-Operand = tuple[str, int]
 
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps with numbers of their own: all that the code of a stage depends on.
-
-    Attributes:
-        steps: numbered anew, see :class:`.compiled.Numbers`.
-        adds: by step, whether it adds to a gradient of a parameter or entry that holds something already.
-        registers, values, slots: shapes. tensors: of parameters' gradients.
-        stored: registers that are in memory, not known to this stage alone.
-        floats, integers: lengths of the program's tables, if they are used.
-    """
-
-    batch: int
-    steps: tuple[Step, ...]
-    adds: tuple[bool, ...]
-    registers: tuple[tuple[int, int, int], ...]
-    values: tuple[tuple[int, ...], ...]
-    slots: tuple[tuple[int, ...], ...]
-    tensors: tuple[tuple[int, ...], ...]
-    stored: frozenset[int]
-    floats: int
-    integers: int
-
-    @property
-    def sizes(self) -> dict[Operand, int]:
-        """Elements of the tensors that the stage's function takes, in its order."""
-        found = {("register", k): self.batch * math.prod(self.registers[k]) for k in sorted(self.stored)}
-        incoming = [step.value for step in self.steps if isinstance(step, Filter)]
-        found |= {("grad" if k in incoming else "entry", k): math.prod(shape) for k, shape in enumerate(self.values)}
-        found |= {("slot", k): math.prod(shape) for k, shape in enumerate(self.slots)}
-        found |= {("tensor", k): math.prod(shape) for k, shape in enumerate(self.tensors)}
-        scratch = [
-            sum(scratch_of(step.geometry))
-            for step in self.steps
-            if isinstance(step, ConvInput) and step.geometry.dilated
-        ]
-        found |= {("workspace", k): size for k, size in enumerate(scratch)}
-        tables = {("floats", 0): self.floats, ("integers", 0): self.integers}
-        return found | {key: size for key, size in tables.items() if size}
-
-
-class StageEmitter:
+class StageEmitter(StageCode):
     """Emits one stage's function."""
 
     def __init__(
@@ -87,9 +45,8 @@ class StageEmitter:
         profile: DeviceProfile,
         config_of: Callable[[Workload], dict[str, Any]],
     ) -> None:
-        self.stage, self.tables, self.profile, self.config_of = stage, tables, profile, config_of
-        self.lanes: int = profile.lanes
-        self.batch = stage.batch
+        super().__init__(stage, tables, profile.lanes)
+        self.profile, self.config_of = profile, config_of
 
     def function(self, name: str) -> Any:
         """The PrimFunc: takes pointers to the operands."""

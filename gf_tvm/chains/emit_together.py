@@ -7,7 +7,7 @@ registers.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -15,12 +15,10 @@ from tvm.script.ir_builder import tirx as T
 from ..core.geometry import ceil_div
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
-from .compiled import pixels, space, uniform
-from .grids import Grid
+from .grids import Grid, pixels, uniform
+from .stage import StageCode
 from .steps import Channels, ConvInput, ConvWeight, Gather, PatchSum, Plus, Times, TimesSaved
-
-if TYPE_CHECKING:
-    from .emit_stage import StageEmitter
+from .traversal import space
 
 #: Neighbouring channels that a thread takes through all images.
 _CHANNELS = 8
@@ -33,7 +31,7 @@ class Together:
     away. Where steps end in a sum for each channel, a thread takes some neighbouring channels of all images.
     """
 
-    def __init__(self, whole: StageEmitter) -> None:
+    def __init__(self, whole: StageCode) -> None:
         self.whole, self.stage = whole, whole.stage
         self.batch, self.lanes = whole.batch, whole.lanes
         found = space(self.stage.steps[0], self.stage.registers)
@@ -155,7 +153,7 @@ class Together:
 class Sums:
     """Sums over patches, each times its number of pixels, in a register for each."""
 
-    def __init__(self, whole: StageEmitter, count: int) -> None:
+    def __init__(self, whole: StageCode, count: int) -> None:
         self.whole, self.count, self.lanes = whole, count, whole.lanes
         if count:
             self.buffer = T.alloc_buffer((count * self.lanes,), ACC, scope="local")

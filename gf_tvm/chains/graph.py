@@ -1,7 +1,7 @@
 """The part of a network that may stay on the patch grid, as a list of operations on numbered values.
 
 A :class:`Region` has values 0 .. E-1, its entries, and value E + i, the result of operation i. It holds no tensors
-and no modules: where its parameters come from is the business of :mod:`.program`.
+and no modules: where its parameters come from is the business of :mod:`.interpreter`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ other, they are the finer one's.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -72,6 +73,21 @@ class Grid:
     def shape(self) -> tuple[int, int]:
         """Patches (vertically, horizontally)."""
         return self.rows.patches, self.cols.patches
+
+
+def uniform(grid: Grid) -> bool:
+    """Whether all patches have as many pixels."""
+    return len(set(grid.rows.counts)) <= 1 and len(set(grid.cols.counts)) <= 1
+
+
+def pixels(grid: Grid) -> tuple[float, ...]:
+    """Pixels of each patch, row by row."""
+    return tuple(float(a * b) for a, b in itertools.product(grid.rows.counts, grid.cols.counts))
+
+
+def covers(grid: Grid) -> bool:
+    """Whether every pixel lies in a patch."""
+    return all(cuts.points[0] == 0 and cuts.points[-1] == cuts.size for cuts in (grid.rows, grid.cols))
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from torch._compile import _disable_dynamo
 
 from ..errors import ModelError
 from ..ops.module import FilteredConv2d
-from .capture import CannotTrace, Part, capture
-from .compiled import Backward
+from .capture import CannotTrace, CapturedRegion, capture
 from .graph import Region
+from .interpreter import Interpreter, has_global_hooks
 from .partition import Layout
 from .plan import Plan
-from .program import Program, has_global_hooks
+from .programs import ChainProgram
 from .recognise import has_hooks
-from .segments import Segment
 
 logger = logging.getLogger("gf_tvm")
 
@@ -99,8 +98,8 @@ class ChainedForward:
         self._forget()
 
     def _forget(self) -> None:
-        self._programs: dict[Any, Program | str] = {}
-        self.last: Program | str = NOT_RUN
+        self._interpreters: dict[Any, Interpreter | str] = {}
+        self.last: Interpreter | str = NOT_RUN
 
     # Copies and pickles take the module along and trace it anew.
     def __getstate__(self) -> dict[str, Any]:
@@ -137,10 +136,10 @@ class ChainedForward:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = self._positional(args, kwargs)
-        program = self._program(given)
-        if program is None:
+        interpreter = self._interpreter(given)
+        if interpreter is None:
             return self._own(*args, **kwargs)
-        return program(*given)
+        return interpreter(*given)
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments without names, or with what cannot be given so."""
@@ -152,7 +151,7 @@ class ChainedForward:
             return (*args, kwargs)
         return (*bound.args, bound.kwargs) if bound.kwargs else bound.args
 
-    def _program(self, args: tuple[Any, ...]) -> Program | None:
+    def _interpreter(self, args: tuple[Any, ...]) -> Interpreter | None:
         if not torch.is_grad_enabled() or torch._C._is_tracing():
             return None
         if not args or not all(isinstance(arg, Tensor) for arg in args):
@@ -164,17 +163,17 @@ class ChainedForward:
             return None
         needs = tuple(arg.requires_grad for arg in args)
         key = (needs, *self._mode())
-        if key not in self._programs:
+        if key not in self._interpreters:
             try:
-                self._programs[key] = Program(self.module, capture(self.module, needs), self.means)
+                self._interpreters[key] = Interpreter(self.module, capture(self.module, needs), self.means)
             except CannotTrace as reason:
-                self._programs[key] = f"it cannot be traced in this mode: {reason}"
-        program = self._programs[key]
-        if isinstance(program, str):
-            self._unchained(program)
+                self._interpreters[key] = f"it cannot be traced in this mode: {reason}"
+        interpreter = self._interpreters[key]
+        if isinstance(interpreter, str):
+            self._unchained(interpreter)
             return None
-        self.last = program
-        return program
+        self.last = interpreter
+        return interpreter
 
     def _mode(self) -> Iterator[Any]:
         """What a trace depends on, besides the number of tensors."""
@@ -249,7 +248,7 @@ def _roots(module: nn.Module) -> Iterator[tuple[nn.Module, str | None]]:
         reason: str | None = "its forward was replaced on the instance"
         if "forward" not in vars(module):
             try:
-                if any(isinstance(what, Part) for what in _order_of(module)):
+                if any(isinstance(what, CapturedRegion) for what in _order_of(module)):
                     yield module, None
                     if not isinstance(module, nn.Sequential):
                         return
@@ -289,23 +288,23 @@ def chains_of(model: nn.Module) -> ChainReport:
             continue
         prefix = f"{name}." if name else ""
         alone |= {prefix + conv: reason for conv, reason in forward.last.captured.alone.items()}
-        found, others = _of_program(forward.last, prefix)
+        found, others = _of_interpreter(forward.last, prefix)
         chains += found
         alone |= others
     untraced = {name: vars(m)[_UNTRACED] for name, m in model.named_modules() if _UNTRACED in vars(m)}
     return ChainReport(tuple(chains), alone, untraced, waiting)
 
 
-def programs_of(model: nn.Module) -> list[Backward | Segment]:
+def programs_of(model: nn.Module) -> list[ChainProgram]:
     """What :func:`gf_tvm.build` can compile of the chains of ``model``'s last training step, besides single kernels.
 
     They are for the shapes of that step, and for what was trained in it.
     """
-    found: dict[str, Backward | Segment] = {}
+    found: dict[str, ChainProgram] = {}
     for plan in plans_of(model):
-        found |= {segment.key: segment for segment in plan.programs}
+        found |= {segment.key: ChainProgram(segment) for segment in plan.segments}
         if plan.backward is not None:
-            found[plan.backward.program.key] = plan.backward.program
+            found[plan.backward.program.key] = ChainProgram(plan.backward.program)
     return list(found.values())
 
 
@@ -316,8 +315,8 @@ def is_chained(model: nn.Module) -> bool:
 
 def plans_of(model: nn.Module) -> Iterator[Plan]:
     """The plans of the chains of :func:`chains_of`."""
-    for program in _programs(model):
-        for _, _, plans in program.layouts:
+    for interpreter in _interpreters(model):
+        for _, _, plans in interpreter.layouts:
             yield from (plan for plan, _ in plans)
 
 
@@ -327,18 +326,18 @@ def inside_chains(model: nn.Module) -> set[int]:
     Those that run in them, and those around these inside of what was traced: hooks on them end the chains.
     """
     found: set[int] = set()
-    for program in _programs(model):
-        for node in program.in_chains():
+    for interpreter in _interpreters(model):
+        for node in interpreter.in_chains():
             # The trace names the modules that a step lies in, outermost first, below a wrapper of its own.
             paths = [str(path).removeprefix("module.") for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            found |= {id(program.modules[path]) for path in paths if path in program.modules}
+            found |= {id(interpreter.modules[path]) for path in paths if path in interpreter.modules}
     return found
 
 
-def _programs(model: nn.Module) -> Iterator[Program]:
+def _interpreters(model: nn.Module) -> Iterator[Interpreter]:
     for module in model.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
+        if isinstance(forward, ChainedForward) and isinstance(forward.last, Interpreter):
             yield forward.last
 
 
@@ -355,9 +354,9 @@ def _runs_elsewhere(model: nn.Module, name: str) -> bool:
     return any(ran(other) for other in (*around, *inside))
 
 
-def _of_program(program: Program, prefix: str) -> tuple[list[Chain], dict[str, str]]:
+def _of_interpreter(interpreter: Interpreter, prefix: str) -> tuple[list[Chain], dict[str, str]]:
     chains, alone = [], {}
-    for region, layout, plans in program.layouts:
+    for region, layout, plans in interpreter.layouts:
         chained = {name for plan, _ in plans for name in plan.convolutions}
         for plan, kept_bytes in plans:
             names = tuple(prefix + name for name in plan.convolutions)

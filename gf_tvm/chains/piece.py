@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..core.geometry import Geometry
-from .capture import Capture, Part
+from .capture import Capture, CapturedRegion
 from .graph import Shape
+from .interpreter import Interpreter
 from .model import ChainedForward
 from .plan import Plan
-from .program import Program
 from .run import run_chain
 from .steps import ConvInput, ConvWeight
 
@@ -37,7 +37,7 @@ class Piece:
 
     root: str
     captured: Capture
-    part: Part
+    part: CapturedRegion
     plan: Plan
     sizes: Mapping[fx.Node, Any]
 
@@ -74,7 +74,7 @@ def pieces_of(model: nn.Module) -> Iterator[Piece]:
     """The chains of ``model``'s last training step, as :func:`gf_tvm.chains_of` lists them."""
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, ChainedForward) and isinstance(forward.last, Program):
+        if isinstance(forward, ChainedForward) and isinstance(forward.last, Interpreter):
             for runner in forward.last.regions.values():
                 for plan, _ in () if runner.last is None else runner.last[1]:
                     yield Piece(name, forward.last.captured, runner.part, plan, runner.sizes)
@@ -85,7 +85,7 @@ class Bound:
 
     def __init__(self, piece: Piece, model: nn.Module) -> None:
         self.piece = piece
-        self._program = Program(model.get_submodule(piece.root), piece.captured)
+        self._interpreter = Interpreter(model.get_submodule(piece.root), piece.captured)
         self._readers: dict[fx.Node, int] = {}
         for k, step in enumerate(piece.plan.forward):
             for v in step.op.inputs:
@@ -112,12 +112,12 @@ class Bound:
         """Read the sizes of maps while they are there: the batch may be another one than the network's."""
         for size, maps in self._measured.items():
             if size not in env and maps is not None and maps <= env.keys():
-                self._program.compute(size, env)
+                self._interpreter.compute(size, env)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Parameters and buffers, by ``plan.tensors``."""
-        return [self._program.attribute(self.piece.part.tensors[t]) for t in self.piece.plan.tensors]
+        return [self._interpreter.attribute(self.piece.part.tensors[t]) for t in self.piece.plan.tensors]
 
     @property
     def trained(self) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Bound:
         self._measure(env)
         for k, step in enumerate(piece.plan.forward):
             node = part.nodes[step.result]
-            self._program.compute(node, env)
+            self._interpreter.compute(node, env)
             if watch is not None:
                 env[node] = watch(node, env[node])
             self._measure(env)

@@ -9,48 +9,13 @@ from functools import cached_property
 
 import torch
 
-from . import packs, segments
+from . import packs, segmenter
 from .compiled import Bound, backward_of
-from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
+from .forward import Call, Forward, Product
+from .graph import Add, Conv, Drop, Gate, Map, Norm, Region, Shape, Slice, View
 from .lowering import Factor, Kept, Mean, Situation, lower
+from .segment import Segment
 from .steps import Step
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of derivatives, made by the forward pass as soon as its last factor is there.
-
-    Attributes:
-        factor, width: which product, and of how many channels.
-        means: the slots that its means over the patches go to.
-    """
-
-    factor: Factor
-    width: int
-    means: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One operation in the forward pass, and what becomes of memory around it.
-
-    Attributes:
-        keep: slots that are filled from the operation itself (x~, weight, scale, gate).
-        stash: whether its derivative (normalised map, input) is a factor of some product.
-        inplace: whether nobody reads its first input any more, so that it may be overwritten.
-        products: what can be made now.
-        forget: values, and forget_products: products, that are of no use after this operation.
-    """
-
-    index: int
-    op: Op
-    result: int
-    keep: dict[str, int]
-    stash: bool
-    inplace: bool
-    products: tuple[Product, ...]
-    forget: tuple[int, ...]
-    forget_products: tuple[tuple[Factor, int], ...]
 
 
 @dataclass(frozen=True)
@@ -98,14 +63,14 @@ class Plan:
         return tuple(None if k in weights else pack for k, pack in enumerate(of_derivatives))
 
     @cached_property
-    def units(self) -> tuple[segments.Call | Forward, ...]:
+    def units(self) -> tuple[Call | Forward, ...]:
         """``forward`` with compiled segments, where all maps are float32, contiguous and on a CPU."""
-        return segments.units(self)
+        return segmenter.units(self.forward, self.shapes, self.exits, self.slots)
 
     @cached_property
-    def programs(self) -> tuple[segments.Segment, ...]:
-        """The functions that ``units`` call."""
-        return tuple(segments.programs_of(self))
+    def segments(self) -> tuple[Segment, ...]:
+        """The functions that ``units`` call: what the forward pass takes from a library."""
+        return tuple(dict.fromkeys(unit.segment for unit in self.units if isinstance(unit, Call)))
 
     @cached_property
     def library(self) -> str:

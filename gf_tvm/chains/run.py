@@ -19,12 +19,12 @@ from ..ops import operators
 from ..ops.dispatch import without_autocast
 from ..ops.functional import cast_for_convolution
 from . import elementwise, grids, kernels
+from .forward import Call, Forward
 from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
 from .grids import vector
 from .lowering import Factor, Mean
 from .packs import UNPACKED, Layout, Packed
-from .plan import Forward, Plan
-from .segments import Call
+from .plan import Plan
 from .steps import (
     Channels,
     ConvInput,
@@ -151,7 +151,7 @@ def _segments(
             return None
     if torch.is_autocast_enabled("cpu") or not plan.library:
         return None
-    return kernels.find_programs([segment.key for segment in plan.programs], plan.library)
+    return kernels.find_programs([segment.key for segment in plan.segments], plan.library)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from ..machine.timing import Timing, measure, timing_of
 from ..nn import FilteredConv2d
 from ..ops.dispatch import FallbackWarning
 from ..shapes.cases import format_patch
-from ..training.measure import count_kept_bytes
+from ..training.step_costs import count_kept_bytes
 from .convolutions import ComparisonError, relative_error, tolerance
 
 VARIANTS = ("exact", "filtered", "chained")

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..chains.compiled import Backward
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
-from ..chains.segments import Segment
+from ..chains.programs import ChainProgram
 from ..core.dtypes import itemsize, torch_dtype
 from ..core.geometry import Geometry, Pair, Patch
 from ..core.workload import DTYPES, Workload
@@ -69,7 +68,7 @@ class ChainCase:
         cases = model_cases(_copy(self.model), self.input_shape, layers=list(self.layers), patches=[self.patch])
         return workloads_of(cases, chained=True)
 
-    def programs(self) -> list[Backward | Segment]:
+    def programs(self) -> list[ChainProgram]:
         """What of the chained variant can be compiled as a whole."""
         run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers), chain=True)
         return programs_for(run, self.input_shape)
@@ -114,7 +113,7 @@ def workloads(chains: Iterable[ChainCase]) -> list[Workload]:
     return list(dict.fromkeys(workload for case in chains for workload in case.workloads()))
 
 
-def programs(chains: Iterable[ChainCase]) -> list[Backward | Segment]:
+def programs(chains: Iterable[ChainCase]) -> list[ChainProgram]:
     """And what else of the chained variants a library can have."""
     return list({program.key: program for case in chains for program in case.programs()}.values())
 

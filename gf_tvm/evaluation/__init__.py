@@ -10,13 +10,13 @@ from .._lazy import attach
 if TYPE_CHECKING:
     from .config import EvaluateConfig as EvaluateConfig
     from .evaluator import evaluate as evaluate
-    from .recommendation import Recommendation as Recommendation
     from .recommendation import recommend as recommend
     from .results import Evaluation as Evaluation
     from .results import EvaluationError as EvaluationError
     from .results import Layer as Layer
     from .results import Obstacles as Obstacles
     from .results import Progress as Progress
+    from .results import Recommendation as Recommendation
     from .results import Setting as Setting
 
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "Layer": "results",
     "Obstacles": "results",
     "Progress": "results",
-    "Recommendation": "recommendation",
+    "Recommendation": "results",
     "Setting": "results",
     "evaluate": "evaluator",
     "recommend": "recommendation",

@@ -28,7 +28,7 @@ from .alignment import cosines
 from .config import EvaluateConfig
 from .flops import count_step
 from .recommendation import recommend
-from .results import Callback, Evaluation, Layer, Obstacles, Progress, Setting
+from .results import Evaluation, Layer, Obstacles, Progress, ProgressCallback, Setting
 from .step import StepCost, measure_apart
 from .store import Store, write_json
 
@@ -42,7 +42,7 @@ PHASES = ("forward", "backward", "update")
 
 
 def evaluate(
-    config: EvaluateConfig, out: str | Path, *, library: Library | None = None, callback: Callback | None = None
+    config: EvaluateConfig, out: str | Path, *, library: Library | None = None, callback: ProgressCallback | None = None
 ) -> Evaluation:
     """Train and measure every setting, compare the gradients, and recommend a setting.
 
@@ -82,7 +82,9 @@ class _Seed:
 
 
 class _Work:
-    def __init__(self, config: EvaluateConfig, out: Path, library: Library | None, callback: Callback | None) -> None:
+    def __init__(
+        self, config: EvaluateConfig, out: Path, library: Library | None, callback: ProgressCallback | None
+    ) -> None:
         self.config, self.out, self.library, self._callback = config, out, library, callback
         self.pairs = [(name, last) for last in config.last for name in config.variants]
         self.runs = [

@@ -12,22 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from .results import EvaluationError, Setting
+from .results import EvaluationError, Recommendation, Setting
 
 #: Scores are shares of few images: differences below this are rounding errors.
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The setting to take, and why."""
-
-    variant: str
-    last: int
-    why: str
 
 
 def recommend(

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import GfTvmError
-
-if TYPE_CHECKING:
-    from .recommendation import Recommendation
 
 SCHEMA = "gf_tvm.evaluate/1"
 
@@ -94,6 +91,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Recommendation:
+    """The setting to take, and why."""
+
+    variant: str
+    last: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Obstacles:
     """What stood in the way of a setting, of filtering, or of a faster step.
 
@@ -119,7 +125,7 @@ class Progress:
     total: int
 
 
-Callback = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

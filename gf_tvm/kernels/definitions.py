@@ -18,7 +18,10 @@ from . import stages as st
 
 
 def definition(workload: Workload) -> Any:
-    """The IRModule of ``workload`` with one unscheduled PrimFunc ``main``, inputs before outputs."""
+    """The IRModule of ``workload`` with one unscheduled PrimFunc ``main``.
+
+    Its arguments are those of :func:`gf_tvm.core.verify.argument_specs`.
+    """
     geometry, dtype = workload.geometry, workload.dtype
     args = st.placeholders(geometry, dtype)
     build = {

@@ -5,7 +5,7 @@ Each module builds on those before it:
 ===========  ==========================================================================================
 fields       checks what is read, field by field
 sources      reads the files: comparisons, tuning, training, evaluations
-parts        what a page is made of: sections, figures, tables, and where numbers come from
+exhibits     what a page is made of: sections, figures, tables, and where numbers come from
 roofline     the roofline of a comparison
 comparisons  speed, memory and roofline, convolution by convolution
 tuning       best time so far over the trials

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..comparison.plot import KERNEL_COLOR, PLAIN_COLOR, Bar, speedup_figure
 from ..shapes.cases import format_patch
-from . import parts
-from .parts import Column, Part, Section, Table
+from . import exhibits
+from .exhibits import Column, Exhibit, Section, Table
 from .roofline import intensity, limits, roofline_figure, speed
 from .sources import Source
 
@@ -18,7 +18,7 @@ def section(source: Source) -> Section:
     document = source.document
     rows, chains = document["rows"], document["chains"]
     conditions = tuple(_conditions(source))
-    basis = parts.basis_of(document["machine"])
+    basis = exhibits.basis_of(document["machine"])
     paragraphs = []
     other = document["conditions"].get("other_cores")
     if isinstance(other, int | float) and other > 0.1:
@@ -27,7 +27,7 @@ def section(source: Source) -> Section:
             "an idle machine."
         )
     machine = dict(conditions)["Machine"].partition(",")[0]
-    made: list[Part] = []
+    made: list[Exhibit] = []
     if rows:
         made += [
             _speed(rows, conditions, f"{basis}; the limit is estimated"),
@@ -49,7 +49,7 @@ def section(source: Source) -> Section:
 def _conditions(source: Source, medians: bool = False) -> list[tuple[str, str]]:
     """``medians``: the limits that the roofline is drawn with; else the best that were seen, of ``roofline_ms``."""
     document = source.document
-    found = parts.conditions_of([source], document)
+    found = exhibits.conditions_of([source], document)
     peak, bandwidth = limits(document) if medians else (document["peak_gflops"], document["bandwidth_gbs"])
     found.append(("Limits", f"{bandwidth:.1f} GB/s copying, {peak:.0f} GFLOP/s sgemm"))
     for name, title in (("date", "Date"), ("statistic", "Times"), ("outputs", "Outputs"), ("gradients", "Gradients")):
@@ -63,7 +63,7 @@ def _label(row: Mapping[str, Any]) -> str:
     return str(row["name"]) if row["dtype"] == "float32" else f"{row['name']} {row['dtype']}"
 
 
-def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...], basis: str) -> Part:
+def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...], basis: str) -> Exhibit:
     panels: dict[str, list[Bar]] = {}
     cells = []
     for row in rows:
@@ -78,12 +78,17 @@ def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str],
         )
     baselines = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
     columns = (
-        *(Column("convolution"), Column("patch"), Column("exact ms", parts.digits), Column("plain ms", parts.digits)),
-        *(Column("gf_tvm ms", parts.digits), Column("limit ms", parts.digits)),
-        *(Column("exact / plain", parts.times), Column("exact / gf_tvm", parts.times), Column("schedule")),
+        *(
+            Column("convolution"),
+            Column("patch"),
+            Column("exact ms", exhibits.digits),
+            Column("plain ms", exhibits.digits),
+        ),
+        *(Column("gf_tvm ms", exhibits.digits), Column("limit ms", exhibits.digits)),
+        *(Column("exact / plain", exhibits.times), Column("exact / gf_tvm", exhibits.times), Column("schedule")),
         Column("error", lambda value: f"{value:.0e}"),
     )
-    return Part(
+    return Exhibit(
         "speedup",
         "Speed",
         f"How many times as fast as the exact backward pass ({baselines}) gradient filtering is: with plain PyTorch "
@@ -95,7 +100,7 @@ def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str],
     )
 
 
-def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...]) -> Part:
+def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str], ...]) -> Exhibit:
     labels = list(dict.fromkeys(_label(row) for row in rows))
     patches = list(dict.fromkeys(format_patch(tuple(row["patch"])) for row in rows))
     exact: dict[str, float] = {}
@@ -106,21 +111,21 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
         exact[label], filtered[label, patch] = row["saved_bytes_baseline"], row["saved_bytes_gf_tvm"]
         cells.append((label, patch, exact[label], filtered[label, patch], exact[label] / filtered[label, patch]))
     series: dict[str, tuple[str, Sequence[float | None]]] = {
-        "exact": (parts.EXACT_COLOR, [exact[label] / 1e6 for label in labels])
+        "exact": (exhibits.EXACT_COLOR, [exact[label] / 1e6 for label in labels])
     }
     for color, patch in zip(_cycle(len(patches)), patches, strict=True):
         values = [filtered.get((label, patch)) for label in labels]
         series[f"{patch} (plain and gf_tvm)"] = (color, [None if v is None else v / 1e6 for v in values])
-    figure = parts.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
+    figure = exhibits.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
     axes = figure.subplots()
-    parts.horizontal_bars(axes, labels, series, parts.digits)
+    exhibits.horizontal_bars(axes, labels, series, exhibits.digits)
     axes.set_xlabel("kept of the input for the backward pass, MB")
     figure.legend(loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
     columns = (
-        *(Column("convolution"), Column("patch"), Column("exact MB", parts.megabytes)),
-        *(Column("filtered MB", parts.megabytes), Column("exact / filtered", parts.times)),
+        *(Column("convolution"), Column("patch"), Column("exact MB", exhibits.megabytes)),
+        *(Column("filtered MB", exhibits.megabytes), Column("exact / filtered", exhibits.times)),
     )
-    return Part(
+    return Exhibit(
         "memory",
         "Memory",
         "What autograd keeps of a convolution's input from the forward to the backward pass: all of x, or one sum per "
@@ -137,7 +142,7 @@ def _chain_label(row: Mapping[str, Any]) -> str:
     return _label(row).replace(" to ", "\nto ")
 
 
-def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditions, basis: str) -> Part:
+def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: exhibits.Conditions, basis: str) -> Exhibit:
     panels: dict[str, list[Bar]] = {}
     cells = []
     for row in chains:
@@ -152,13 +157,17 @@ def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditio
             )
         )
     columns = (
-        *(Column("chain"), Column("convolutions"), Column("patch"), Column("exact ms", parts.digits)),
-        *(Column("filtered ms", parts.digits), Column("chained ms", parts.digits), Column("limit ms", parts.digits)),
-        *(Column("exact / chained", parts.times), Column("filtered / chained", parts.times)),
-        *(Column(f"{variant} forward ms", parts.digits) for variant in ("exact", "filtered", "chained")),
+        *(Column("chain"), Column("convolutions"), Column("patch"), Column("exact ms", exhibits.digits)),
+        *(
+            Column("filtered ms", exhibits.digits),
+            Column("chained ms", exhibits.digits),
+            Column("limit ms", exhibits.digits),
+        ),
+        *(Column("exact / chained", exhibits.times), Column("filtered / chained", exhibits.times)),
+        *(Column(f"{variant} forward ms", exhibits.digits) for variant in ("exact", "filtered", "chained")),
         *(Column("schedule"), Column("error", lambda value: f"{value:.0e}")),
     )
-    return Part(
+    return Exhibit(
         "chain-speedup",
         "Speed of chains",
         "How many times as fast as the exact one the backward pass of several convolutions, and of batch norms and "
@@ -172,31 +181,31 @@ def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditio
     )
 
 
-def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditions, basis: str) -> Part:
+def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: exhibits.Conditions, basis: str) -> Exhibit:
     several = len({tuple(row["patch"]) for row in chains}) > 1
     labels = [
         f"{_chain_label(row)}, {format_patch(tuple(row['patch']))}" if several else _chain_label(row) for row in chains
     ]
     kept = [_of_variants(row, "kept_bytes") for row in chains]
-    colors = {"exact": parts.EXACT_COLOR, "filtered layer by layer": PLAIN_COLOR, "chained": KERNEL_COLOR}
+    colors = {"exact": exhibits.EXACT_COLOR, "filtered layer by layer": PLAIN_COLOR, "chained": KERNEL_COLOR}
     series: dict[str, tuple[str, Sequence[float | None]]] = {
         name: (color, [sizes[index] / 1e6 for sizes in kept]) for index, (name, color) in enumerate(colors.items())
     }
-    figure = parts.figure(1.2 + 0.62 * len(labels))
+    figure = exhibits.figure(1.2 + 0.62 * len(labels))
     axes = figure.subplots()
-    parts.horizontal_bars(axes, labels, series, parts.digits)
+    exhibits.horizontal_bars(axes, labels, series, exhibits.digits)
     axes.set_xlabel("kept for the backward pass, MB")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     columns = (
-        *(Column("chain"), Column("patch"), Column("exact MB", parts.megabytes)),
-        *(Column("filtered MB", parts.megabytes), Column("chained MB", parts.megabytes)),
-        Column("exact / chained", parts.times),
+        *(Column("chain"), Column("patch"), Column("exact MB", exhibits.megabytes)),
+        *(Column("filtered MB", exhibits.megabytes), Column("chained MB", exhibits.megabytes)),
+        Column("exact / chained", exhibits.times),
     )
     cells = [
         (_label(row), format_patch(tuple(row["patch"])), *sizes, sizes[0] / sizes[2])
         for row, sizes in zip(chains, kept, strict=True)
     ]
-    return Part(
+    return Exhibit(
         "chain-memory",
         "Memory of chains",
         "Everything that autograd keeps of a chain's operations from the forward to the backward pass, those of batch "
@@ -214,11 +223,11 @@ def _of_variants(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
 
 
 def _cycle(count: int) -> list[str]:
-    colors = [color for color in parts.COLORS if color != parts.EXACT_COLOR]
+    colors = [color for color in exhibits.COLORS if color != exhibits.EXACT_COLOR]
     return [colors[index % len(colors)] for index in range(count)]
 
 
-def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ...], basis: str) -> Part:
+def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ...], basis: str) -> Exhibit:
     cells = [
         (
             *(_label(row), format_patch(tuple(row["patch"])), row["operations"], row["moved_bytes"], intensity(row)),
@@ -229,13 +238,13 @@ def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ..
         for row in document["rows"]
     ]
     columns = (
-        *(Column("convolution"), Column("patch"), Column("GFLOP", parts.giga)),
-        *(Column("MB moved", parts.megabytes), Column("FLOP / byte", parts.digits)),
-        *(Column("plain GFLOP/s", parts.digits), Column("gf_tvm GFLOP/s", parts.digits)),
-        Column("into existing outputs GFLOP/s", parts.digits),
+        *(Column("convolution"), Column("patch"), Column("GFLOP", exhibits.giga)),
+        *(Column("MB moved", exhibits.megabytes), Column("FLOP / byte", exhibits.digits)),
+        *(Column("plain GFLOP/s", exhibits.digits), Column("gf_tvm GFLOP/s", exhibits.digits)),
+        Column("into existing outputs GFLOP/s", exhibits.digits),
         Column("of the limit %", lambda value: f"{100 * value:.0f}"),
     )
-    return Part(
+    return Exhibit(
         "roofline",
         "Roofline",
         "Operations a second over operations per byte that has to be moved at least. No point can lie above the lines, "

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..errors import ReportError
 from ..files import make_folder, replacing
 from . import comparisons, settings, training, tuning
-from .parts import Column, Part, Section, common_conditions, without
+from .exhibits import Column, Exhibit, Section, common_conditions, without
 from .sources import Source, read_all
 
 PAGE = "index.html"
@@ -55,11 +55,13 @@ def write_report(
     # Names from files are no formulas. The ids in an SVG are random without a salt.
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "gf_tvm"}):
         made = numbered(sections_of(sources))
-        for part in (part for section in made for part in section.parts):
+        for exhibit in (exhibit for section in made for exhibit in section.exhibits):
             for ending in ("svg", "png"):
-                contents[f"{part.name}.{ending}"] = _picture(part, ending)
-                part.figure.set_layout_engine("none")  # it is laid out now; twice takes twice the time
-            images[part.name] = "data:image/svg+xml;base64," + base64.b64encode(contents[f"{part.name}.svg"]).decode()
+                contents[f"{exhibit.name}.{ending}"] = _picture(exhibit, ending)
+                exhibit.figure.set_layout_engine("none")  # it is laid out now; twice takes twice the time
+            images[exhibit.name] = (
+                "data:image/svg+xml;base64," + base64.b64encode(contents[f"{exhibit.name}.svg"]).decode()
+            )
     page = render(made, images, title or TITLE, [source.name for source in sources])
     contents[PAGE] = page.encode()  # the last, so that a page never shows what is not there
     folder = Path(out)
@@ -106,21 +108,21 @@ _KINDS = ("evaluate", "train", "compare", "tune", "log")
 
 
 def numbered(sections: Sequence[Section]) -> list[Section]:
-    """The same with names of parts that are all different: speedup, speedup-2, ..."""
+    """The same with names of exhibits that are all different: speedup, speedup-2, ..."""
     count: dict[str, int] = {}
 
-    def rename(part: Part) -> Part:
-        count[part.name] = count.get(part.name, 0) + 1
-        return part if count[part.name] == 1 else replace(part, name=f"{part.name}-{count[part.name]}")
+    def rename(exhibit: Exhibit) -> Exhibit:
+        count[exhibit.name] = count.get(exhibit.name, 0) + 1
+        return exhibit if count[exhibit.name] == 1 else replace(exhibit, name=f"{exhibit.name}-{count[exhibit.name]}")
 
-    return [replace(section, parts=tuple(rename(part) for part in section.parts)) for section in sections]
+    return [replace(section, exhibits=tuple(rename(exhibit) for exhibit in section.exhibits)) for section in sections]
 
 
 def render(sections: Sequence[Section], images: dict[str, str], title: str, files: Sequence[str]) -> str:
     """The page's HTML. Everything from files is escaped.
 
     Args:
-        images: address of each part's picture.
+        images: address of each exhibit's picture.
         files: names, for the footer.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -157,14 +159,17 @@ def _cell(column: Column, value: Any) -> Any:
     return Markup("<td>{}</td>").format(", ".join(column.write(item) for item in values))
 
 
-def _picture(part: Part, ending: str) -> bytes:
-    """The part's figure, with its conditions in the file; equal input gives equal bytes."""
+def _picture(exhibit: Exhibit, ending: str) -> bytes:
+    """The exhibit's figure, with its conditions in the file; equal input gives equal bytes."""
     buffer = io.BytesIO()
-    conditions = "; ".join(f"{what}: {value}" for what, value in part.conditions)
-    metadata: dict[str, str | None] = {"Title": part.title, "Description": f"{part.text} ({part.basis}) {conditions}"}
+    conditions = "; ".join(f"{what}: {value}" for what, value in exhibit.conditions)
+    metadata: dict[str, str | None] = {
+        "Title": exhibit.title,
+        "Description": f"{exhibit.text} ({exhibit.basis}) {conditions}",
+    }
     if ending == "svg":
         metadata["Date"] = None  # it would be the time of drawing
-    part.figure.savefig(buffer, format=ending, dpi=_DPI, metadata=metadata)
+    exhibit.figure.savefig(buffer, format=ending, dpi=_DPI, metadata=metadata)
     return buffer.getvalue()
 
 

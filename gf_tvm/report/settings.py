@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ReportError
-from . import parts
+from . import exhibits
 from .sources import Source
 
 #: Of a training configuration: what tells the settings of one study apart. All else must be equal within it.
@@ -17,7 +17,7 @@ _VARIED = ("patch", "last", "seed")
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingRow:
     """A backward pass and a number of trained convolutions, over one or more seeds.
 
     ``scores`` and ``initial_scores`` (before fine-tuning) are shares, one per seed; ``step_ms`` has forward, backward
@@ -55,7 +55,7 @@ class Study:
 
     title: str
     metric: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingRow, ...]
     conditions: tuple[tuple[str, str], ...]
     basis: str
     layers: tuple[tuple[str, str, float, float | None], ...] = ()
@@ -73,7 +73,7 @@ def of_evaluation(source: Source) -> Study:
     """The settings of one file of ``gf-tvm evaluate``."""
     document = source.document
     settings = [
-        Setting(
+        SettingRow(
             *(row["variant"], row["last"], tuple(row["seeds"]), tuple(row["scores"]), tuple(row["initial_scores"])),
             *(row["step_ms"], row["kept_bytes"], row["kept_bytes_convolutions"], row["peak_bytes"]),
             *(row["forward_flops"], row["backward_flops"], row["energy_joules_per_step"], row.get("other_cores")),
@@ -82,14 +82,14 @@ def of_evaluation(source: Source) -> Study:
     ]
     _refuse_repeated(source.name, [(setting.variant, setting.last) for setting in settings])
     layers = [(row["name"], row["variant"], row["cosine_weight"], row["cosine_input"]) for row in document["layers"]]
-    conditions = [*parts.conditions_of([source], document)]
+    conditions = [*exhibits.conditions_of([source], document)]
     conditions += [(what[:1].upper() + what[1:], how) for what, how in document["conditions"].items()]
     return Study(
         f"Evaluation: {document['model']} on {document['data']}",
         document["metric"],
         _sorted(settings),
         tuple(conditions),
-        parts.basis_of(document["machine"]),
+        exhibits.basis_of(document["machine"]),
         tuple(layers),
         (*_recommendation(document), *_obstacles(document)),
     )
@@ -105,7 +105,7 @@ def _recommendation(document: Mapping[str, Any]) -> list[str]:
     limits, found = document["limits"], document["recommendation"]
     asked = []
     if limits["memory_budget"] is not None:
-        asked.append(f"at most {parts.megabytes(limits['memory_budget'])} MB")
+        asked.append(f"at most {exhibits.megabytes(limits['memory_budget'])} MB")
     if limits["max_score_drop"] is not None:
         # A share, as the scores are.
         asked.append(f"{document['metric']} at most {100 * limits['max_score_drop']:.3g} percentage points below exact")
@@ -172,7 +172,7 @@ def _training_study(group: Sequence[tuple[Source, Mapping[str, Any]]]) -> Study:
     first = group[0][1]
     config = first["config"]
     protocol = ", ".join(f"{name} {value}" for name, value in config.items() if name not in (*_VARIED, "model", "data"))
-    conditions = [*parts.conditions_of([source for source, _ in group], first), ("Protocol", protocol)]
+    conditions = [*exhibits.conditions_of([source for source, _ in group], first), ("Protocol", protocol)]
     library = first.get("library")
     conditions.append(("Kernels", "plain PyTorch operators" if not library else _library(library)))
     return Study(
@@ -180,7 +180,7 @@ def _training_study(group: Sequence[tuple[Source, Mapping[str, Any]]]) -> Study:
         str(first.get("metric") or "accuracy"),
         _sorted(settings),
         tuple(conditions),
-        parts.basis_of(first["machine"]),
+        exhibits.basis_of(first["machine"]),
     )
 
 
@@ -188,11 +188,11 @@ def _library(library: Any) -> str:
     return str(library.get("file", library)) if isinstance(library, Mapping) else str(library)
 
 
-def _training_setting(variant: str, last: int, runs: Sequence[Mapping[str, Any]]) -> Setting:
+def _training_setting(variant: str, last: int, runs: Sequence[Mapping[str, Any]]) -> SettingRow:
     step = {
         phase: statistics.median(run["step_ms"][phase] for run in runs) for phase in ("forward", "backward", "update")
     }
-    return Setting(
+    return SettingRow(
         variant,
         last,
         tuple(run["config"]["seed"] for run in runs),
@@ -204,5 +204,5 @@ def _training_setting(variant: str, last: int, runs: Sequence[Mapping[str, Any]]
     )
 
 
-def _sorted(settings: Sequence[Setting]) -> tuple[Setting, ...]:
+def _sorted(settings: Sequence[SettingRow]) -> tuple[SettingRow, ...]:
     return tuple(sorted(settings, key=lambda setting: (setting.last, variant_order(setting.variant))))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import parts
-from .parts import Column, Part, Section, Table
-from .settings import Setting, Study, variant_order
+from . import exhibits
+from .exhibits import Column, Exhibit, Section, Table
+from .settings import SettingRow, Study, variant_order
 
 _PHASES = (("forward", "#009E73"), ("backward", "#D55E00"), ("update", "#E69F00"))
 
@@ -35,22 +35,22 @@ _OWN = {
 }
 
 
-def _conditions(study: Study, name: str) -> parts.Conditions:
+def _conditions(study: Study, name: str) -> exhibits.Conditions:
     """The conditions of one figure: those of the whole study and its own."""
     elsewhere = {what for other, own in _OWN.items() if other != name for what in own}
     return tuple((what, how) for what, how in study.conditions if what not in elsewhere)
 
 
-def _labels(settings: Sequence[Setting]) -> list[str]:
+def _labels(settings: Sequence[SettingRow]) -> list[str]:
     several = len({setting.last for setting in settings}) > 1
     return [f"{s.variant}, last {s.last}" if several else s.variant for s in settings]
 
 
-def _score(study: Study) -> Part:
+def _score(study: Study) -> Exhibit:
     settings = study.settings
     variants = sorted({setting.variant for setting in settings}, key=variant_order)
     lasts = sorted({setting.last for setting in settings})
-    figure = parts.figure(3.1 * (1 + (len(lasts) > 1)) + 0.4)
+    figure = exhibits.figure(3.1 * (1 + (len(lasts) > 1)) + 0.4)
     panels = figure.subplots(1 + (len(lasts) > 1), 1, squeeze=False, sharey=True)[:, 0]
     series = {f"last {last}": [(variants.index(s.variant), s) for s in settings if s.last == last] for last in lasts}
     ticks = [variant.replace(f" {_CHAINED}", f"\n{_CHAINED}") for variant in variants]
@@ -70,12 +70,12 @@ def _score(study: Study) -> Part:
         for s in settings
     ]
     columns = (
-        *(Column("backward"), Column("last"), Column("seeds"), Column("mean %", parts.percent)),
-        *(Column("lowest %", parts.percent), Column("highest %", parts.percent)),
+        *(Column("backward"), Column("last"), Column("seeds"), Column("mean %", exhibits.percent)),
+        *(Column("lowest %", exhibits.percent), Column("highest %", exhibits.percent)),
         Column("points to exact", lambda value: f"{100 * value:+.2f}"),
-        *(Column("each seed %", parts.percent), Column("before fine-tuning %", parts.percent)),
+        *(Column("each seed %", exhibits.percent), Column("before fine-tuning %", exhibits.percent)),
     )
-    return Part(
+    return Exhibit(
         "score",
         study.metric.capitalize() if study.metric.islower() else study.metric,  # mIoU stays
         f"The {study.metric} on test images after fine-tuning, mean over the seeds; bars reach from the lowest to the "
@@ -88,7 +88,7 @@ def _score(study: Study) -> Part:
 
 
 def _lines(
-    axes: Any, series: dict[str, list[tuple[int, Setting]]], ticks: list[int], labels: list[str], metric: str
+    axes: Any, series: dict[str, list[tuple[int, SettingRow]]], ticks: list[int], labels: list[str], metric: str
 ) -> None:
     # Beside each other: seeds of different series often span the same range.
     width = 0.5 / len(series)
@@ -109,7 +109,7 @@ def _lines(
     low, high = axes.get_ylim()
     more = max(0.0, _LEAST_POINTS - (high - low)) / 2
     axes.set_ylim(low - more, high + more)
-    parts.tidy(axes, "y")
+    exhibits.tidy(axes, "y")
     if len(series) <= 4:
         axes.legend(loc="best", fontsize=8, ncols=len(series), framealpha=0.8)
     else:  # too many to find a free place among the lines
@@ -122,15 +122,18 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         index = plain.index(name.removesuffix(f" {_CHAINED}"))
-        look = {"color": parts.COLORS[index % len(parts.COLORS)], "marker": parts.MARKERS[index % len(parts.MARKERS)]}
+        look = {
+            "color": exhibits.COLORS[index % len(exhibits.COLORS)],
+            "marker": exhibits.MARKERS[index % len(exhibits.MARKERS)],
+        }
         found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if name.endswith(_CHAINED) else look
     return found
 
 
-def _step(study: Study) -> Part:
+def _step(study: Study) -> Exhibit:
     settings = study.settings
     labels = _labels(settings)
-    figure = parts.figure(1.3 + 0.32 * len(labels))
+    figure = exhibits.figure(1.3 + 0.32 * len(labels))
     axes = figure.subplots()
     left = [0.0] * len(settings)
     for phase, color in _PHASES:
@@ -138,12 +141,14 @@ def _step(study: Study) -> Part:
         axes.barh(range(len(labels)), values, 0.7, left=left, color=color, label=phase)
         left = [start + value for start, value in zip(left, values, strict=True)]
     for place, total in enumerate(left):
-        axes.annotate(parts.digits(total), (total, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            exhibits.digits(total), (total, place), (3, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * (max(left) or 1))
     axes.set_xlabel("one training step, ms")
-    parts.tidy(axes, "x")
+    exhibits.tidy(axes, "x")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     rows = [
         (
@@ -154,11 +159,15 @@ def _step(study: Study) -> Part:
         for s in settings
     ]
     columns = (
-        *(Column("backward"), Column("last"), *(Column(f"{phase} ms", parts.digits) for phase, _ in _PHASES)),
-        *(Column("step ms", parts.digits), Column("forward GFLOP", parts.giga), Column("backward GFLOP", parts.giga)),
-        *(Column("energy J", parts.digits), Column("cores of other programs", parts.digits)),
+        *(Column("backward"), Column("last"), *(Column(f"{phase} ms", exhibits.digits) for phase, _ in _PHASES)),
+        *(
+            Column("step ms", exhibits.digits),
+            Column("forward GFLOP", exhibits.giga),
+            Column("backward GFLOP", exhibits.giga),
+        ),
+        *(Column("energy J", exhibits.digits), Column("cores of other programs", exhibits.digits)),
     )
-    return Part(
+    return Exhibit(
         "step",
         "Time of a training step",
         "Forward pass with the loss, backward pass, and update of the weights. Where a setting was trained with "
@@ -170,34 +179,34 @@ def _step(study: Study) -> Part:
     )
 
 
-def _memory(study: Study) -> Part:
+def _memory(study: Study) -> Exhibit:
     settings = study.settings
     labels = _labels(settings)
     series: dict[str, tuple[str, Sequence[float | None]]] = {
-        "kept by the trained convolutions": (parts.COLORS[0], [s.kept_bytes_convolutions / 1e6 for s in settings]),
-        "kept for the backward pass in all": (parts.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
+        "kept by the trained convolutions": (exhibits.COLORS[0], [s.kept_bytes_convolutions / 1e6 for s in settings]),
+        "kept for the backward pass in all": (exhibits.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
     }
     # The whole process is so much larger that it needs a scale of its own.
     peaks = [None if s.peak_bytes is None else s.peak_bytes / 1e6 for s in settings]
     panels = [series]
     if any(peak is not None for peak in peaks):
-        panels.append({"peak of the process": (parts.COLORS[6], peaks)})
+        panels.append({"peak of the process": (exhibits.COLORS[6], peaks)})
     heights = [0.4 + len(labels) * (0.15 + 0.17 * len(shown)) for shown in panels]
-    figure = parts.figure(0.9 + sum(heights))
+    figure = exhibits.figure(0.9 + sum(heights))
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, shown in zip(all_axes, panels, strict=True):
-        parts.horizontal_bars(axes, labels, shown, parts.digits)
+        exhibits.horizontal_bars(axes, labels, shown, exhibits.digits)
         axes.set_xlabel("MB of a step" if shown is series else "MB of the process")
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     columns = (
-        *(Column("backward"), Column("last"), Column("convolutions MB", parts.megabytes)),
-        *(Column("in all MB", parts.megabytes), Column("peak of the process MB", parts.megabytes)),
+        *(Column("backward"), Column("last"), Column("convolutions MB", exhibits.megabytes)),
+        *(Column("in all MB", exhibits.megabytes), Column("peak of the process MB", exhibits.megabytes)),
     )
     rows = [(s.variant, s.last, s.kept_bytes_convolutions, s.kept_bytes, s.peak_bytes) for s in settings]
     of_chains = ""
     if any(s.variant.endswith(_CHAINED) for s in settings):
         of_chains = " Chained convolutions keep for the batch norms and activations between them, too."
-    return Part(
+    return Exhibit(
         "training-memory",
         "Memory of a training step",
         "Bytes of the tensors that autograd keeps from the forward to the backward pass, parameters not counted, and "
@@ -209,13 +218,13 @@ def _memory(study: Study) -> Part:
     )
 
 
-def _cosine(study: Study) -> Part:
+def _cosine(study: Study) -> Exhibit:
     names = list(dict.fromkeys(name for name, *_ in study.layers))
     variants = sorted({variant for _, variant, *_ in study.layers}, key=variant_order)
-    figure = parts.figure(1.8 + 0.25 * len(names))
+    figure = exhibits.figure(1.8 + 0.25 * len(names))
     axes = figure.subplots()
     for index, variant in enumerate(variants):
-        color, marker = parts.COLORS[index % len(parts.COLORS)], parts.MARKERS[index % len(parts.MARKERS)]
+        color, marker = exhibits.COLORS[index % len(exhibits.COLORS)], exhibits.MARKERS[index % len(exhibits.MARKERS)]
         shift = 0.5 * (index - (len(variants) - 1) / 2) / len(variants)
         own = [(names.index(name) + shift, w, x) for name, of, w, x in study.layers if of == variant]
         style = {"color": color, "marker": marker, "linestyle": "", "markersize": 6}
@@ -229,13 +238,13 @@ def _cosine(study: Study) -> Part:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("cosine between filtered and exact gradient")
-    parts.tidy(axes, "both")
+    exhibits.tidy(axes, "both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     columns = (
         *(Column("layer"), Column("backward"), Column("weight", lambda value: f"{value:.4f}")),
         Column("input", lambda value: f"{value:.4f}"),
     )
-    return Part(
+    return Exhibit(
         "cosine",
         "Direction of the gradients",
         "Cosine of the angle between the filtered and the exact gradient of each layer's weight and input; 1 is the "

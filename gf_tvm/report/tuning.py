@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import parts
-from .parts import Column, Part, Section, Table
+from . import exhibits
+from .exhibits import Column, Exhibit, Section, Table
 from .sources import Source
 
 #: Curves that are named one by one; more are told apart by kernel only.
@@ -74,7 +74,7 @@ def _section(sources: Sequence[Source]) -> Section:
         _Curve(task["workload"], task["trial_seconds"], task["default_seconds"], task["seconds"]) for task in tasks
     ]
     paragraphs = ["Emulated: these times say nothing about a board."] if emulated else []
-    part = Part(
+    exhibit = Exhibit(
         "tuning",
         "Best schedule so far",
         "Speed of the best schedule found so far as a share of the best of all trials, kernel by kernel. "
@@ -83,15 +83,15 @@ def _section(sources: Sequence[Source]) -> Section:
         _draw(curves),
         _table(curves),
         tuple(conditions),
-        parts.EMULATED if emulated else parts.MEASURED,
+        exhibits.EMULATED if emulated else exhibits.MEASURED,
     )
-    return Section(f"Tuning: {document['device']}", (part,), tuple(paragraphs))
+    return Section(f"Tuning: {document['device']}", (exhibit,), tuple(paragraphs))
 
 
 def _draw(curves: Sequence[_Curve]) -> Any:
     kernels = list(dict.fromkeys(curve.workload.partition("_n")[0] for curve in curves))
     named = len(curves) <= _NAMED
-    figure = parts.figure(3.2 + 0.17 * (len(curves) if named else len(kernels)))
+    figure = exhibits.figure(3.2 + 0.17 * (len(curves) if named else len(kernels)))
     axes = figure.subplots()
     labels: set[str] = set()
     for index, curve in enumerate(curves):
@@ -106,7 +106,7 @@ def _draw(curves: Sequence[_Curve]) -> Any:
         axes.step(
             *zip(*points, strict=True),
             where="post",
-            color=parts.COLORS[color % len(parts.COLORS)],
+            color=exhibits.COLORS[color % len(exhibits.COLORS)],
             linewidth=1.5 if named else 1.0,
             alpha=1.0 if named else 0.5,
             # A name that stands in the legend once.
@@ -117,7 +117,7 @@ def _draw(curves: Sequence[_Curve]) -> Any:
     axes.set_ylabel("speed, share of the best trial's")
     axes.set_ylim(0, 1.05)
     axes.set_xlim(left=0)
-    parts.tidy(axes, "both")
+    exhibits.tidy(axes, "both")
     if labels:
         figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=7)
     return figure
@@ -132,8 +132,8 @@ def _table(curves: Sequence[_Curve]) -> Table:
         numbers, seconds = (tuple(step[index] for step in steps) or None for index in (0, 1))
         rows.append((curve.label, len(curve.trials), failed, curve.default, curve.winner, gain, numbers, seconds))
     columns = (
-        *(Column("kernel"), Column("trials"), Column("failed"), Column("default ms", parts.milliseconds)),
-        *(Column("winner ms", parts.milliseconds), Column("default / winner", parts.times)),
-        *(Column("better at trial"), Column("with ms", parts.milliseconds)),
+        *(Column("kernel"), Column("trials"), Column("failed"), Column("default ms", exhibits.milliseconds)),
+        *(Column("winner ms", exhibits.milliseconds), Column("default / winner", exhibits.times)),
+        *(Column("better at trial"), Column("with ms", exhibits.milliseconds)),
     )
     return Table(columns, tuple(rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.geometry import Pair, as_pair
 from ..errors import GfTvmError
 from ..shapes.cases import format_patch
-from .schedule import SCHEDULES as SCHEDULES
+from .learning_rate import SCHEDULES as SCHEDULES
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class TrainConfig:
         lr, pretrain_lr: learning rates (peak, where the schedule lowers them).
         momentum, weight_decay: of SGD.
         schedule: ``cosine`` or ``linear`` (from the learning rate to 0 over all steps), ``step`` or ``constant``; see
-            :func:`gf_tvm.training.schedule.learning_rate`.
+            :func:`gf_tvm.training.learning_rate.learning_rate`.
         warmup_epochs: epochs, also a fraction of one, in which the learning rate rises from almost 0 (both phases).
         step_epochs, step_factor: of ``step``: the learning rate is multiplied by that factor after so many epochs.
         clip: largest norm of all gradients together, None for no clipping. The paper clips at 2.

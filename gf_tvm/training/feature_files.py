@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorSpec:
     """A tensor's shape and dtype."""
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Layout:
 
 
 def write(
-    path: Path, identity: dict[str, Any], layouts: list[Layout], parts: Iterable[tuple[int, list[Tensor]]]
+    path: Path, identity: dict[str, Any], layouts: list[TensorSpec], parts: Iterable[tuple[int, list[Tensor]]]
 ) -> None:
     """Write the tensors, given in parts: (first row, the rows of each tensor). Both files appear whole or not at all.
 
@@ -67,7 +67,7 @@ def write(
         file.write(json.dumps(head).encode())
 
 
-def read(path: Path, identity: dict[str, Any], layouts: list[Layout]) -> list[Tensor] | None:
+def read(path: Path, identity: dict[str, Any], layouts: list[TensorSpec]) -> list[Tensor] | None:
     """The tensors, mapped into memory; None where there are none. Writing to them does not change the file.
 
     Raises:
@@ -98,7 +98,7 @@ def read(path: Path, identity: dict[str, Any], layouts: list[Layout]) -> list[Te
     ]
 
 
-def _offsets(layouts: list[Layout]) -> tuple[list[int], int]:
+def _offsets(layouts: list[TensorSpec]) -> tuple[list[int], int]:
     """Where each tensor begins, and the size of the file."""
     offsets, end = [], 0
     for layout in layouts:
@@ -107,7 +107,7 @@ def _offsets(layouts: list[Layout]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def _described(layouts: list[Layout]) -> list[dict[str, Any]]:
+def _described(layouts: list[TensorSpec]) -> list[dict[str, Any]]:
     return [{"shape": list(layout.shape), "dtype": str(layout.dtype).removeprefix("torch.")} for layout in layouts]
 
 

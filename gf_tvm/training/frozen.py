@@ -26,8 +26,8 @@ from ..machine import cpu
 from . import feature_files as files
 from .checkpoint import file_name, state_digest
 from .config import TrainConfig
+from .cut import CannotSplit, Split, split
 from .data import Images
-from .split import CannotSplit, Split, split
 
 #: The cache may take this share of the memory that is available: training needs some, too.
 MEMORY_SHARE = 0.5
@@ -168,34 +168,34 @@ def plan(
 
 @dataclass(frozen=True)
 class _Set:
-    """One set of images: its network in two parts, and what crosses the cut (a :class:`files.Layout` per tensor)."""
+    """One set of images: its network in two parts, and what crosses the cut (a ``TensorSpec`` per tensor)."""
 
     name: str
     images: Images
     parts: Split
-    layouts: list[files.Layout | Any]
+    layouts: list[files.TensorSpec | Any]
     enter: Callable[[], object]
 
     @property
-    def tensors(self) -> list[files.Layout]:
-        return [layout for layout in self.layouts if isinstance(layout, files.Layout)]
+    def tensors(self) -> list[files.TensorSpec]:
+        return [layout for layout in self.layouts if isinstance(layout, files.TensorSpec)]
 
     @property
     def bytes(self) -> int:
         return sum(layout.bytes for layout in self.tensors)
 
 
-def _layout(parts: Split, images: Images) -> list[files.Layout | Any]:
+def _layout(parts: Split, images: Images) -> list[files.TensorSpec | Any]:
     """What crosses the cut, found by trying two sizes of batches: a layout for what has a value per image, else the
     value itself. Raises CannotSplit for what is neither."""
     if len(images) < 2:
         raise CannotSplit("there is only one image")
     with torch.no_grad():
         two, one = parts.frozen(images.x[:2].clone()), parts.frozen(images.x[:1].clone())
-    layouts: list[files.Layout | Any] = []
+    layouts: list[files.TensorSpec | Any] = []
     for a, b in zip(two, one, strict=True):
         if isinstance(a, Tensor) and a.dim() and (len(a), len(b)) == (2, 1) and a.shape[1:] == b.shape[1:]:
-            layouts.append(files.Layout((len(images), *a.shape[1:]), a.dtype))
+            layouts.append(files.TensorSpec((len(images), *a.shape[1:]), a.dtype))
         elif type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else _plain(a) and a == b):
             layouts.append(a)
         else:
@@ -260,7 +260,7 @@ def _values(
 def _joined(entry: _Set, tensors: list[Tensor]) -> list[Any]:
     """What crosses the cut, in its order."""
     rest = iter(tensors)
-    return [PerImage(next(rest)) if isinstance(layout, files.Layout) else layout for layout in entry.layouts]
+    return [PerImage(next(rest)) if isinstance(layout, files.TensorSpec) else layout for layout in entry.layouts]
 
 
 def _identity(entry: _Set, config: TrainConfig, digest: str) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def _computed(entry: _Set, batch: int, first: int | None = None) -> Any:
             [
                 value[:kept]
                 for value, layout in zip(results, entry.layouts, strict=True)
-                if isinstance(layout, files.Layout)
+                if isinstance(layout, files.TensorSpec)
             ],
         )
 

@@ -26,11 +26,11 @@ from ..machine import cpu
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import Images, batches
-from .measure import StepTimes, count_kept_bytes
-from .results import Callback, EpochRow, Event
-from .schedule import learning_rate
+from .learning_rate import learning_rate
+from .results import EpochRow, Event, EventCallback
+from .step_costs import StepTimes, count_kept_bytes
 from .stopping import best_epoch, stops
-from .tasks import task_of
+from .tasks import objective_of
 
 if TYPE_CHECKING:
     from .frozen import FrozenCache
@@ -66,7 +66,7 @@ class Fit:
         self.config, self.phase, self.model, self.layers = config, phase, model, layers
         self.variant = "exact" if phase == "pretrain" else config.variant
         self.train_images, self.test_images = train_images, test_images
-        self.task = task_of(train_images)
+        self.objective = objective_of(train_images)
         self.epochs, self.lr = epochs, lr
         self.steps = len(train_images) // config.batch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +120,7 @@ class Fit:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TrainingError(f"the checkpoint {str(path)!r} does not fit ({reason}); delete it") from None
 
-    def run(self, path: Path | None, identity: dict[str, Any], callback: Callback | None) -> None:
+    def run(self, path: Path | None, identity: dict[str, Any], callback: EventCallback | None) -> None:
         """Train the epochs that are left; after each one write the checkpoint, then call back with the row."""
         done, started = 0, time.perf_counter()
 
@@ -130,7 +130,7 @@ class Fit:
             left = (self.epochs - epoch + 1) * self.steps - step
             seconds = (time.perf_counter() - started) / done * left if done else None
             where = (self.phase, self.variant, epoch, self.epochs, step, self.steps)
-            callback(Event(*where, seconds, row, self.task.metric))
+            callback(Event(*where, seconds, row, self.objective.metric))
 
         self._record()
         while not self.finished:
@@ -199,7 +199,7 @@ class Fit:
         begin = time.perf_counter()
         training_mode(self.model, self.phase)
         times, config = StepTimes(), self.config
-        losses, score, rate = 0.0, self.task.score(), self.lr
+        losses, score, rate = 0.0, self.objective.score(), self.lr
         kept_bytes = kept_in_layers = 0
         generator = torch.Generator().manual_seed(derived(config.seed, f"{self.phase} {epoch} images"))
         images = batches(self.train_images, config.batch, generator, config.flip, config.shift, drop_last=True)
@@ -270,8 +270,8 @@ class Fit:
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with precision(self.config):
-            logits = self.task.logits(self.train_network(x))
-            return logits, self.task.loss(logits, y)
+            logits = self.objective.logits(self.train_network(x))
+            return logits, self.objective.loss(logits, y)
 
 
 def precision(config: TrainConfig) -> AbstractContextManager[Any]:
@@ -300,11 +300,11 @@ def accuracy_of(model: nn.Module, images: Images, batch: int, network: Callable[
     """
     model.eval()
     network = network or model
-    task = task_of(images)
-    score = task.score()
+    objective = objective_of(images)
+    score = objective.score()
     with torch.no_grad():
         for x, y in batches(images, batch):
-            score.add(task.logits(network(x)), y)
+            score.add(objective.logits(network(x)), y)
     return score.value()
 
 

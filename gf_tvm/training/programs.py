@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..chains import programs_of
-from ..chains.compiled import Backward
-from ..chains.segments import Segment
+from ..chains.programs import ChainProgram
 from ..core.geometry import Patch
 from ..nn import filter_model, select_layers
 from ..shapes.model import does_not_run
@@ -24,7 +23,7 @@ def chain_programs(
     last: int,
     patches: Iterable[Patch] = (2,),
     train_bn_affine: bool = False,
-) -> list[Backward | Segment]:
+) -> list[ChainProgram]:
     """The programs that :func:`gf_tvm.build` can compile for chained fine-tuning of ``model``, which stays as it was.
 
     Args:
@@ -36,7 +35,7 @@ def chain_programs(
     Raises:
         ModelError: no such layers, or the model does not run on that input.
     """
-    found: dict[str, Backward | Segment] = {}
+    found: dict[str, ChainProgram] = {}
     for patch in patches:
         run = copy.deepcopy(model)
         freeze(run, [name for name, _ in select_layers(run, last=last)], train_bn_affine)
@@ -46,7 +45,7 @@ def chain_programs(
     return list(found.values())
 
 
-def programs_for(model: nn.Module, input_shape: Sequence[int]) -> list[Backward | Segment]:
+def programs_for(model: nn.Module, input_shape: Sequence[int]) -> list[ChainProgram]:
     """:func:`gf_tvm.programs_of` a chained model that has not run.
 
     Args:

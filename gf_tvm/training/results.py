@@ -67,7 +67,7 @@ class Event:
     metric: str = "accuracy"
 
 
-Callback = Callable[[Event], None]
+EventCallback = Callable[[Event], None]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Score(Protocol):
         """The metric of all batches so far, 0 to 1."""
 
 
-class Task(Protocol):
+class Objective(Protocol):
     """Loss and metric of one kind of labels."""
 
     #: As results name them.
@@ -128,16 +128,16 @@ def _enlarged(logits: Tensor, y: Tensor) -> Tensor:
     return F.interpolate(logits, size=y.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def task_of(images: Images) -> Task:
-    """The task that the labels of ``images`` are for."""
-    return _task(images.has_masks)
+def objective_of(images: Images) -> Objective:
+    """Loss and metric for the labels of ``images``."""
+    return _objective(images.has_masks)
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean loss of ``model`` on a batch, by the kind of its labels. Raises ModelError."""
-    task = _task(y.dim() == 3)
-    return task.loss(task.logits(model(x)), y)
+    objective = _objective(y.dim() == 3)
+    return objective.loss(objective.logits(model(x)), y)
 
 
-def _task(masks: bool) -> Task:
+def _objective(masks: bool) -> Objective:
     return Segmentation() if masks else Classification()

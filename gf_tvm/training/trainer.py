@@ -33,8 +33,8 @@ from .frozen import build as build_cache
 from .frozen import plan as plan_cache
 from .loop import Fit, is_batch_norm, precision, seeded, training_mode
 from .metrics import Metrics
-from .results import Callback, Pretrained, TrainResult
-from .tasks import task_of
+from .results import EventCallback, Pretrained, TrainResult
+from .tasks import objective_of
 
 if TYPE_CHECKING:
     from ..bundle.library import Library
@@ -47,7 +47,7 @@ def train(
     library: Library | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    callback: Callback | None = None,
+    callback: EventCallback | None = None,
     metrics: Metrics | None = None,
 ) -> TrainResult:
     """Load the data, pretrain and fine-tune; arguments and errors as for :func:`pretrain` and :func:`finetune`."""
@@ -69,7 +69,7 @@ def train_variants(
     library: Library | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    callback: Callback | None = None,
+    callback: EventCallback | None = None,
     metrics: Metrics | None = None,
 ) -> list[TrainResult]:
     """Pretrain once and fine-tune once per patch, each time from the same pretrained weights.
@@ -131,7 +131,7 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     except Exception as error:  # the model is the user's code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{config.model!r} does not run on images of shape {tuple(x.shape)}: {reason}") from error
-    logits = task_of(dataset.pretrain_train).logits(output)
+    logits = objective_of(dataset.pretrain_train).logits(output)
     if len(logits) != len(x) or logits.shape[1] < len(dataset.classes):
         raise ModelError(
             f"{config.model!r} gives logits of shape {tuple(logits.shape)} for {len(x)} images of "
@@ -171,7 +171,7 @@ def pretrain(
     dataset: Dataset,
     *,
     checkpoint: str | Path | None = None,
-    callback: Callback | None = None,
+    callback: EventCallback | None = None,
     metrics: Metrics | None = None,
 ) -> Pretrained:
     """Train the whole network on part A with the exact backward pass.
@@ -221,7 +221,7 @@ def finetune(
     library: Library | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    callback: Callback | None = None,
+    callback: EventCallback | None = None,
     metrics: Metrics | None = None,
 ) -> TrainResult:
     """Fine-tune the last convolutions and the classifier on part B, from pretrained weights.
@@ -296,8 +296,8 @@ def finetune(
             "images": dataset.sizes,
             "digest": dataset.digest,
         },
-        task=fit.task.name,
-        metric=fit.task.metric,
+        task=fit.objective.name,
+        metric=fit.objective.metric,
         parameters=sum(p.numel() for p in parameters),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         trained_layers=tuple(names),

@@ -80,3 +80,22 @@ def check_bind(args: argparse.Namespace) -> None:
             f"--host {args.host} is open to other machines, and whoever reaches it runs code there without a password; "
             f"use 127.0.0.1 with a tunnel (gf-tvm farm deploy makes one), or accept that with {RISK_FLAG}"
         )
+
+
+def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that doctor and deploy share."""
+    parser.add_argument("--python", default="python3", metavar="P", help="Python of the board (default: python3)")
+    parser.add_argument(
+        "--folder",
+        default="~/.local/share/gf_tvm",
+        metavar="DIR",
+        help="the installation's folder on the board (default: ~/.local/share/gf_tvm)",
+    )
+    parser.add_argument(
+        "--ssh-option",
+        action="append",
+        default=[],
+        metavar="OPT",
+        help="for ssh, may be repeated: NAME=VALUE as in its configuration, or -p, -i, -F, -J with a value "
+        "(--ssh-option 'Port=2222', --ssh-option '-i key')",
+    )

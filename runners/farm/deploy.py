@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FarmError
 from .._output import LINE_INTERVAL
-from ._arguments import add_tracker_arguments, tracker_address
-from .doctor import add_ssh_arguments
+from ._arguments import add_ssh_arguments, add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
     from ...farm.deploy import Board, Package

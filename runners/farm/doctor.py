@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FarmError
-from .._output import Progress, check_writable, write_json
-from ._arguments import add_tracker_arguments, tracker_address
+from .._output import ProgressBar, check_writable, write_json
+from ._arguments import add_ssh_arguments, add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
     from ...farm.doctor import Check
@@ -35,25 +35,6 @@ def add_parser(subparsers: Any) -> None:
     add_ssh_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="also write what was found as JSON; - writes only that")
     parser.set_defaults(run=run)
-
-
-def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that doctor and deploy share."""
-    parser.add_argument("--python", default="python3", metavar="P", help="Python of the board (default: python3)")
-    parser.add_argument(
-        "--folder",
-        default="~/.local/share/gf_tvm",
-        metavar="DIR",
-        help="the installation's folder on the board (default: ~/.local/share/gf_tvm)",
-    )
-    parser.add_argument(
-        "--ssh-option",
-        action="append",
-        default=[],
-        metavar="OPT",
-        help="for ssh, may be repeated: NAME=VALUE as in its configuration, or -p, -i, -F, -J with a value "
-        "(--ssh-option 'Port=2222', --ssh-option '-i key')",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,12 +98,12 @@ class _Display:
 
     def __init__(self, library: Path | None) -> None:
         self._label = "" if library is None else library.name
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
 
     def show(self, done: int, total: int) -> None:
         """Say how many kernels were run."""
         if self._bar is None:
-            self._bar = Progress(total, self._label, unit="kernel", initial=0)
+            self._bar = ProgressBar(total, self._label, unit="kernel", initial=0)
         self._bar.update(done)
 
     def print(self, line: str) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._output import Progress
+from .._output import ProgressBar
 from ._arguments import add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _Preparation:
     """Shows the steps of making the system; nothing if it is there."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
 
     def show(self, number: int, count: int, text: str) -> None:
         """Show that step ``number`` of ``count`` begins."""
@@ -97,7 +97,7 @@ class _Preparation:
             print(f"virtual Pi: {text}", file=sys.stderr, flush=True)
             return
         if self._bar is None:
-            self._bar = Progress(count, "making the virtual Pi", unit="step")
+            self._bar = ProgressBar(count, "making the virtual Pi", unit="step")
         self._bar.update(number, text)
 
     def __enter__(self) -> _Preparation:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gf_tvm.chains import elementwise, grids
-from gf_tvm.chains.segments import Part, Product, Segment
+from gf_tvm.chains.segment import Part, Product, Segment
 
 
 def inputs_of(segment: Segment) -> int:

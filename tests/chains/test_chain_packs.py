@@ -58,7 +58,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     workload = Workload("filter_input", Geometry(3, CHANNELS, CHANNELS, 9, 7, 3, 2, padding=1))
     path = tmp_path_factory.mktemp("packs") / "all.gfb"
     programs = gf_tvm.programs_of(model)
-    assert any(isinstance(program, compiled.Backward) for program in programs)
+    assert any(isinstance(program.what, compiled.Backward) for program in programs)
     gf_tvm.build([workload], "host", out=path, shipped=False, programs=programs)
     return gf_tvm.load(path)
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm.bundle.cpu_library import _launch
 from gf_tvm.bundle.runtime import load_library, start_runtime
-from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run
+from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run, traversal
 from gf_tvm.chains.packs import Packed
 from gf_tvm.chains.plan import Plan
+from gf_tvm.chains.programs import ChainProgram
 from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
 from gf_tvm.codegen.compile import compile_module, export
 from gf_tvm.core import verify
@@ -96,9 +97,10 @@ def sums(steps: Sequence[Any]) -> float:
     return total
 
 
-def compile_and_load(program: compiled.Backward, folder: Any) -> Any:
+def compile_and_load(backward: compiled.Backward, folder: Any) -> Any:
     """The function of a program, with the default schedules of its products."""
     profile = get_profile("host")
+    program = ChainProgram(backward)
     path = folder / f"{program.key}.so"
     module = program.module(profile, lambda workload: dict(registry.get_space(workload, profile).default))
     export([compile_module(module, profile, "main")], path, profile)
@@ -239,7 +241,7 @@ def test_a_mistake_is_noticed(mistake, tmp_path, monkeypatch) -> None:
     if mistake == "pixels":
         monkeypatch.setattr(emit_together, "uniform", lambda grid: True)
     if mistake == "patch":
-        true = compiled.indices
+        true = traversal.indices
         monkeypatch.setattr(emit_stage, "indices", lambda part: (*true(part)[:4], true(part)[3], true(part)[5]))
     if mistake == "mean":
         monkeypatch.setattr(emit_stage.maps, "mean_scale", lambda g, s, at, lanes: emit_stage.simd.splat(0.25, lanes))
@@ -276,7 +278,7 @@ def test_a_bundle_serves_equal_chains_of_other_networks(tmp_path) -> None:
     first, second = ({p.key: p for p in programs_of(model)} for model in models)
     assert first.keys() == second.keys()
     assert len(first) == 3  # two segments of the forward pass
-    (program,) = (p for p in first.values() if isinstance(p, compiled.Backward))
+    (program,) = (p for p in first.values() if isinstance(p.what, compiled.Backward))
     assert models[1].blocks[1].conv.library is None
     workload = Workload("filter_input", Geometry(2, CHANNELS, CHANNELS, 8, 8, 3, 2, padding=1))
     report = gf_tvm.build([workload], "host", [], tmp_path / "chain.gfb", programs=[program, program])

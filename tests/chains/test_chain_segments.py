@@ -22,10 +22,12 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm.bundle.library import Library
 from gf_tvm.chains import emit_forward, run
+from gf_tvm.chains.forward import Call
 from gf_tvm.chains.grids import Cuts, Grid
 from gf_tvm.chains.model import plans_of
 from gf_tvm.chains.plan import Plan
-from gf_tvm.chains.segments import COVERED, Call, Segment, programs_of
+from gf_tvm.chains.programs import ChainProgram
+from gf_tvm.chains.segment import COVERED, Segment
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 
@@ -51,12 +53,12 @@ def count(segment: Segment) -> None:
 def by_reference(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, Callable[..., None]]:
     """Stands for ``run._segments``: every segment there is, in any dtype."""
     MET["chains"] += 1
-    for segment in programs_of(plan):
+    for segment in plan.segments:
         count(segment)
     for unit in plan.units:
         if isinstance(unit, Call):
             MET["some channels"] += any(channels and channels[1] < unit.segment.shape[1] for *_, channels in unit.slots)
-    return {segment.key: reference(segment) for segment in programs_of(plan)}
+    return {segment.key: reference(segment) for segment in plan.segments}
 
 
 #: Residual blocks in a row, whose products of derivatives go from segment to segment.
@@ -233,7 +235,8 @@ WORKLOAD = Workload("filter_input", Geometry(1, 1, 1, 4, 4, 1, 2))
 
 def build(path: Path, segments: Sequence[Segment]) -> Library:
     keys = tuple(dict.fromkeys(segment.key for segment in segments))
-    assert gf_tvm.build([WORKLOAD], "host", out=path, programs=segments).programs == keys
+    programs = [ChainProgram(segment) for segment in segments]
+    assert gf_tvm.build([WORKLOAD], "host", out=path, programs=programs).programs == keys
     return gf_tvm.load(path)
 
 
@@ -249,7 +252,7 @@ def segments() -> dict[str, list[Segment]]:
     for name in networks():
         model, x = prepared(name, torch.float32)
         step(model, x)
-        found[name] = [segment for plan in plans_of(model) for segment in programs_of(plan)]
+        found[name] = [segment for plan in plans_of(model) for segment in plan.segments]
     return found
 
 
@@ -281,7 +284,7 @@ def poisoned(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) -
 
         return call
 
-    return {segment.key: checked(segment) for segment in programs_of(plan)}
+    return {segment.key: checked(segment) for segment in plan.segments}
 
 
 _SEGMENTS = run._segments

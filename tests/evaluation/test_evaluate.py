@@ -28,7 +28,7 @@ from gf_tvm.runners import cli
 from gf_tvm.training import TrainConfig, load_data, pretrain
 from gf_tvm.training.data import batches
 from gf_tvm.training.loop import derived, seeded
-from gf_tvm.training.measure import count_kept_bytes
+from gf_tvm.training.step_costs import count_kept_bytes
 from gf_tvm.training.trainer import finetune, obstacles
 
 pytestmark = pytest.mark.usefixtures("one_thread")

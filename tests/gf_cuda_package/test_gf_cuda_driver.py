@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gf_cuda
-from gf_cuda import driver as driver_module
+from gf_cuda import api
 from gf_cuda.driver import Device, Driver
 
 _ADD = """
@@ -61,13 +61,13 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
         gf_cuda.get_driver()
 
 
-@pytest.mark.parametrize("symbol", driver_module._PROTOTYPES)
+@pytest.mark.parametrize("symbol", api._PROTOTYPES)
 def test_every_missing_symbol_is_named(symbol: str) -> None:
     with pytest.raises(gf_cuda.NoDriverError, match=f"has no {symbol}: it must be of CUDA 10.2 or newer"):
         Driver(str(emulated_cuda.without(symbol)))
 
 
-@pytest.mark.parametrize("symbol", driver_module._PROTOTYPES)
+@pytest.mark.parametrize("symbol", api._PROTOTYPES)
 def test_no_symbol_that_cuda_has_retired(symbol: str) -> None:
     """The first versions of these were dropped or are of another meaning; only their successors are in 10.2 and 13."""
     retired = ("MemAlloc", "MemFree", "MemcpyHtoD", "MemcpyDtoH", "EventDestroy", "StreamDestroy", "DeviceTotalMem")
@@ -166,7 +166,7 @@ _ACTIONS: dict[str, Callable[[Device], object]] = {
 
 
 def test_every_function_has_its_failure() -> None:
-    assert {*_ACTIONS, "cuInit", "cuGetErrorName", "cuGetErrorString"} == set(driver_module._PROTOTYPES)
+    assert {*_ACTIONS, "cuInit", "cuGetErrorName", "cuGetErrorString"} == set(api._PROTOTYPES)
 
 
 @pytest.mark.parametrize("call", _ACTIONS)

@@ -18,7 +18,7 @@ from gf_cuda.program import Program
 _PACKAGE = ROOT / "gf_cuda"
 _MODULES = sorted(_PACKAGE.glob("*.py"))
 #: These are of use without torch: a server measures kernels with them, and a build machine checks them.
-_WITHOUT_TORCH = {"__init__", "errors", "driver", "handles", "nvrtc", "program", "bundle", "rounds", "meters"}
+_WITHOUT_TORCH = {"__init__", "errors", "api", "driver", "handles", "nvrtc", "program", "bundle", "rounds", "meters"}
 
 
 def _pythons() -> dict[str, str]:

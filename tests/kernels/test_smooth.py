@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from gf_tvm.bundle.runtime import load_library, start_runtime
 from gf_tvm.chains import elementwise, emit_functions
-from gf_tvm.chains.segments import COVERED
+from gf_tvm.chains.segment import COVERED
 from gf_tvm.codegen.compile import compile_module, export
 from gf_tvm.kernels.cpu import emit, simd, smooth
 from gf_tvm.machine.profiles import get_profile

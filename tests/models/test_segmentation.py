@@ -22,7 +22,7 @@ from gf_tvm.shapes import model_cases
 from gf_tvm.training import TrainConfig
 from gf_tvm.training.data import IGNORED, Images
 from gf_tvm.training.loop import is_batch_norm
-from gf_tvm.training.tasks import MeanIoU, Segmentation, task_of
+from gf_tvm.training.tasks import MeanIoU, Segmentation, objective_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,8 +210,8 @@ def test_loss_ignores_pixels_and_enlarges_logits() -> None:
 
 def test_task_follows_the_labels() -> None:
     x, classes = torch.zeros(2, 3, 4, 4), ("a", "b")
-    assert task_of(Images(x, torch.zeros(2, dtype=torch.long), classes)).metric == "accuracy"
-    segmentation = task_of(Images(x, torch.zeros(2, 4, 4, dtype=torch.uint8), classes))
+    assert objective_of(Images(x, torch.zeros(2, dtype=torch.long), classes)).metric == "accuracy"
+    segmentation = objective_of(Images(x, torch.zeros(2, 4, 4, dtype=torch.uint8), classes))
     assert (segmentation.name, segmentation.metric) == ("segmentation", "mIoU")
     with pytest.raises(ModelError, match="height, width"):
         segmentation.logits(torch.zeros(2, 2))

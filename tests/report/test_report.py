@@ -16,8 +16,8 @@ from checkout import ROOT
 from report_files import Page, chains, comparison, evaluation, training, tuning
 
 from gf_tvm.errors import ReportError
+from gf_tvm.report.exhibits import Exhibit
 from gf_tvm.report.page import numbered, render, sections_of, write_report
-from gf_tvm.report.parts import Part
 from gf_tvm.report.sources import read, read_all
 from gf_tvm.runners.cli import main
 from gf_tvm.shapes import format_patch
@@ -40,14 +40,14 @@ def save(name: str, document: Any) -> str:
     return name
 
 
-def parts_of(*names: str) -> dict[str, Part]:
-    return {part.name: part for section in sections_of(read_all(names)) for part in section.parts}
+def parts_of(*names: str) -> dict[str, Exhibit]:
+    return {part.name: part for section in sections_of(read_all(names)) for part in section.exhibits}
 
 
 def page_of(*names: str | Path) -> Page:
     """The page of these files, without its pictures: drawing them takes much longer than all else."""
     sections = numbered(sections_of(read_all(names)))
-    images = {part.name: "#" for section in sections for part in section.parts}
+    images = {part.name: "#" for section in sections for part in section.exhibits}
     return Page(render(sections, images, "Title", [str(name) for name in names]))
 
 
@@ -220,7 +220,7 @@ def test_conditions_are_stated_once_and_found_from_each_figure() -> None:
     files = [save(name, make()) for name, make in MAKERS.items()]
     page = page_of(*files)
     for section in numbered(sections_of(read_all(files))):
-        for part in section.parts:
+        for part in section.exhibits:
             assert sorted(page.conditions(part.name)) == sorted(part.conditions)
     assert {
         what for name in ("score", "step", "training-memory", "cosine") for what, _ in page.stated.get(name, [])
@@ -340,12 +340,12 @@ def test_emulated_is_said() -> None:
     document = tuning()
     document["made"]["emulated"] = True
     (section,) = sections_of(read_all([save("tune.json", document)]))
-    assert section.parts[0].basis == "emulated"
+    assert section.exhibits[0].basis == "emulated"
     assert "say nothing about a board" in section.paragraphs[0]
     document = comparison()
     document["machine"] = {"cpu": "Host CPU", "gpu": {"name": "Some GPU", "emulated": True}}
     (section,) = sections_of(read_all([save("compare.json", document)]))
-    assert section.parts[0].basis.startswith("emulated")
+    assert section.exhibits[0].basis.startswith("emulated")
     assert "Some GPU" in section.title
 
 

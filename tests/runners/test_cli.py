@@ -23,7 +23,7 @@ import gf_tvm
 from gf_tvm.errors import DeviceError, GfTvmError
 from gf_tvm.machine.profiles import get_profile, list_profiles
 from gf_tvm.runners import _output, cli
-from gf_tvm.runners._output import OutputError, Progress, check_writable, format_table, write_json
+from gf_tvm.runners._output import OutputError, ProgressBar, check_writable, format_table, write_json
 
 GF_TVM = [sys.executable, "-m", "gf_tvm.runners.cli"]
 
@@ -41,9 +41,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], in
         def run(args: argparse.Namespace) -> int:
             return work() or 0
 
-        vars(module).update(add_parser=add_parser, __spec__=argparse.__spec__)
-        monkeypatch.setitem(sys.modules, "gf_tvm.runners.fake", module)
-        monkeypatch.setattr(cli, "COMMANDS", ("fake",))
+        vars(module).update(add_parser=add_parser)
+        monkeypatch.setattr(cli, "COMMANDS", {"fake": module})
         return cli.main(["fake"])
 
     return call
@@ -341,7 +340,7 @@ class Clock:
 
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(monkeypatch), io.StringIO()
-    with Progress(60, "tune", "trial", stream=stream) as progress:
+    with ProgressBar(60, "tune", "trial", stream=stream) as progress:
         for i in range(60):
             clock.now += 0.99
             progress.advance(note=f"best {100 - i} ms")
@@ -353,7 +352,7 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_of_a_short_job_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(monkeypatch), io.StringIO()
-    with Progress(2, "build", stream=stream) as progress:
+    with ProgressBar(2, "build", stream=stream) as progress:
         clock.now += 9
         progress.update(2)
     assert stream.getvalue() == ""
@@ -361,7 +360,7 @@ def test_progress_of_a_short_job_is_silent(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_time_left_does_not_count_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(monkeypatch), io.StringIO()
-    with Progress(100, "tune", "trial", initial=80, stream=stream) as progress:
+    with ProgressBar(100, "tune", "trial", initial=80, stream=stream) as progress:
         clock.now += 20
         progress.advance()
     assert stream.getvalue() == "tune: 81/100 trials, 00:20 passed, 06:20 left\n"
@@ -369,7 +368,7 @@ def test_time_left_does_not_count_what_was_done_before(monkeypatch: pytest.Monke
 
 def test_progress_without_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(monkeypatch), io.StringIO()
-    with Progress(None, "tune", stream=stream) as progress:
+    with ProgressBar(None, "tune", stream=stream) as progress:
         clock.now += 20
         progress.advance(3)
         progress.write("resumed")
@@ -382,7 +381,7 @@ def test_progress_on_a_terminal() -> None:
             return True
 
     stream = Terminal()
-    with Progress(64, "tune", "trial", initial=10, stream=stream) as progress:
+    with ProgressBar(64, "tune", "trial", initial=10, stream=stream) as progress:
         progress.update(64, "best 1.5 ms")
         progress.write("checked")
     text = stream.getvalue()

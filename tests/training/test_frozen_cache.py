@@ -17,8 +17,8 @@ from gf_tvm.models import build_model
 from gf_tvm.training import Event, Images, TrainConfig, TrainingError, train, train_variants
 from gf_tvm.training import feature_files as files
 from gf_tvm.training import frozen as frozen_module
-from gf_tvm.training.feature_files import Layout
-from gf_tvm.training.split import CannotSplit, split
+from gf_tvm.training.cut import CannotSplit, split
+from gf_tvm.training.feature_files import TensorSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,7 +195,7 @@ def test_what_is_not_a_value_per_image() -> None:
             continue
         layouts = frozen_module._layout(parts, images)
         assert torch.Size([8, 8]) in layouts
-        assert Layout((5, 4, 4, 4), torch.float32) in layouts
+        assert TensorSpec((5, 4, 4, 4), torch.float32) in layouts
 
 
 @pytest.mark.parametrize("after", [nn.Dropout(0.5), Noise(), Counts()])
@@ -274,7 +274,7 @@ def test_off_with_a_reason(config: TrainConfig, monkeypatch: pytest.MonkeyPatch,
         cache = train(replace(config, **changes)).cache  # type: ignore[arg-type]
         assert (cache["kind"], cache["bytes"], cache["hits"]) == ("off", 0, 0)
         assert reason in cache["reason"]
-    monkeypatch.setattr(frozen_module.machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(frozen_module.cpu, "available_bytes", lambda: 1000)
     monkeypatch.setattr("gf_tvm.training.data.base.available_bytes", lambda: None)
     assert "too much for memory" in train(replace(config, cache="memory")).cache["reason"]
     assert "no checkpoint folder" in train(config).cache["reason"]
@@ -369,7 +369,7 @@ def test_values_of_other_code_are_refused(config: TrainConfig, tmp_path: Path) -
     train(config, checkpoint=tmp_path)
     file = next(tmp_path.glob("features-*-train-*.bin"))
     head = json.loads(file.with_suffix(".json").read_text())
-    layouts = [Layout(tuple(t["shape"]), getattr(torch, t["dtype"])) for t in head["tensors"]]
+    layouts = [TensorSpec(tuple(t["shape"]), getattr(torch, t["dtype"])) for t in head["tensors"]]
     files.write(file, head["identity"], layouts, [(0, [torch.ones(layout.shape) for layout in layouts])])
     again = train(config, checkpoint=tmp_path)
     assert "not those that the model computes" in again.cache["notes"][0]
@@ -390,7 +390,7 @@ def test_a_full_disk(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_files_hold_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     a, b = (torch.arange(5 * n).reshape(5, n).to(dtype) for n in (3, 7))
-    layouts = [Layout(tuple(t.shape), dtype) for t in (a, b)]
+    layouts = [TensorSpec(tuple(t.shape), dtype) for t in (a, b)]
     files.write(tmp_path / "x.bin", {"a": 1}, layouts, [(0, [a[:2], b[:2]]), (2, [a[2:], b[2:]])])
     read = files.read(tmp_path / "x.bin", {"a": 1}, layouts)
     assert read is not None

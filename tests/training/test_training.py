@@ -38,7 +38,7 @@ from gf_tvm.training import (
 from gf_tvm.training import checkpoint as files
 from gf_tvm.training.data import batches
 from gf_tvm.training.loop import derived
-from gf_tvm.training.measure import count_kept_bytes
+from gf_tvm.training.step_costs import count_kept_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,8 +15,8 @@ from training_models import patterns, state_of
 
 from gf_tvm.runners import cli
 from gf_tvm.training import EpochRow, Event, TrainConfig, TrainingError, train, train_variants
+from gf_tvm.training.learning_rate import learning_rate
 from gf_tvm.training.metrics import SCHEMA, JsonLines, Metrics, TensorBoard
-from gf_tvm.training.schedule import learning_rate
 from gf_tvm.training.stopping import best_epoch, stops
 
 pytestmark = pytest.mark.usefixtures("one_thread")

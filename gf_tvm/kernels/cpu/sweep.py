@@ -23,8 +23,8 @@ from ...core.geometry import Geometry, ceil_div, pad
 from ...core.workload import Workload
 from ..stages import ACC
 from . import emit, maps, simd
-from .ahead import Ahead, Region
-from .products import Products
+from .accumulators import Accumulators
+from .prefetch import Ahead, PrefetchRange
 from .strips import alignment, planes_together, power_of_two, spreading_planes
 
 #: Maps of at most that many rows of patches are pooled without a loop over them.
@@ -53,7 +53,7 @@ class Tiles:
         stream: grad_x is written past the caches, where its rows are aligned well enough.
         near: while a channel is pooled, the one that many channels further on is prefetched; 0: none is.
         ahead: the next block is fetched and pooled during a block's products, a cache line every so many cycles at
-            least, see :class:`ahead.Ahead`; 0: it is not.
+            least, see :class:`.prefetch.Ahead`; 0: it is not.
         by_channels: threads share channels, see :class:`ByChannels`, not blocks; then there is one block.
     """
 
@@ -204,11 +204,11 @@ class Sweep:
         plane, item = height * width, simd.item_bytes(self.dtype)
         images = max(1, rows // ph)
         size = plane if rows % ph == 0 else rows * geometry.rows.patch * width
-        grad_y = Region(self.tensors["grad_y"], geometry.co, images, size, plane, geometry.co * plane, item)
+        grad_y = PrefetchRange(self.tensors["grad_y"], geometry.co, images, size, plane, geometry.co * plane, item)
         saved = None
         if self.needs_x and self.needs_w:
             size = self.patches * geometry.ci
-            saved = Region(self.tensors["saved"], 1, 1, size, size, size, simd.item_bytes(ACC))
+            saved = PrefetchRange(self.tensors["saved"], 1, 1, size, size, size, simd.item_bytes(ACC))
         return Ahead(sum(steps), cycles, tiles.ahead, saved, grad_y)
 
     def _grad_start(self, block: Any) -> Any:
@@ -339,7 +339,7 @@ class Sweep:
             def before(c: int, v: int) -> Any:
                 return simd.load(self.tile, place(c, v), lanes)
 
-            products = Products(rows, width // lanes, lanes, before if steps < cog else None)
+            products = Accumulators(rows, width // lanes, lanes, before if steps < cog else None)
 
             def scalars(k: Any, c: int) -> Any:
                 return simd.load(self.taps, own_taps + k * rows + c, 1)
@@ -432,10 +432,10 @@ class Sweep:
             with T.Else():
                 write(add=True)
 
-    def _weight_products(self, group: Any, start: Any, channels: int) -> Products:
+    def _weight_products(self, group: Any, start: Any, channels: int) -> Accumulators:
         """A block's sums over patches of g~ of some output channels of a group times the panel of x~."""
         geometry, lanes = self.geometry, self.wide_lanes
-        products = Products(channels, self.wide // lanes, lanes)
+        products = Accumulators(channels, self.wide // lanes, lanes)
 
         def steps(column: Any, width: int, count: int) -> None:
             panel = self.panel_at + column * geometry.co + (group * geometry.co_group + start) * width

@@ -2,7 +2,7 @@
 
 A block of threads has a tile of patches and all channels of a group: it pools grad_y into shared memory, multiplies
 from there, and stores grad_x's patches; the tile's share of grad_b is summed on the way. So grad_y is read once and
-grad_x written once, and g~ goes to memory only if grad_W needs it. The unfused form (:mod:`.gpu`) moves (3 / patch
+grad_x written once, and g~ goes to memory only if grad_W needs it. The unfused form (:mod:`.unfused`) moves (3 / patch
 area) of grad_y more, but takes any number of channels.
 """
 

@@ -9,14 +9,14 @@ from tvm.script.ir_builder import tirx as T
 
 from ..stages import ACC
 from . import emit, simd
-from .ahead import Ahead
+from .prefetch import Ahead
 from .strips import power_of_two
 
 #: Multiply-adds in one turn of the loop, at least, before it is unrolled.
 _PRODUCTS_A_TURN = 16
 
 
-class Products:
+class Accumulators:
     """A tile of sums that stays in registers: ``rows`` scalars times ``vectors`` registers, added up.
 
     Args:

@@ -37,7 +37,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Part:
+class Exhibit:
     """A figure with its numbers.
 
     Args:
@@ -61,19 +61,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """Parts under a common heading, and paragraphs before them."""
+    """Exhibits under a common heading, and paragraphs before them."""
 
     title: str
-    parts: tuple[Part, ...]
+    exhibits: tuple[Exhibit, ...]
     paragraphs: tuple[str, ...] = field(default=())
 
 
 Conditions = tuple[tuple[str, str], ...]
 
 
-def common_conditions(parts: Sequence[Part]) -> Conditions:
-    """The conditions that all of ``parts`` have, in the first one's order."""
-    return tuple(pair for pair in parts[0].conditions if all(pair in part.conditions for part in parts))
+def common_conditions(exhibits: Sequence[Exhibit]) -> Conditions:
+    """The conditions that all of ``exhibits`` have, in the first one's order."""
+    return tuple(pair for pair in exhibits[0].conditions if all(pair in exhibit.conditions for exhibit in exhibits))
 
 
 def without(conditions: Conditions, stated: Conditions) -> Conditions:

@@ -1,187 +1,28 @@
-"""Segments: the element-wise operations between two convolutions of a chain, as one compiled function.
-
-A segment reads its maps once, plane by plane, and gives everything that is wanted of it: the maps that something else
-reads, in place where nobody needs what was there, and small maps, namely the means of products of derivatives over
-patches, and x~ of the convolutions that read its results. No derivative is ever a map, but where a product goes on
-into another segment (residual joins); then that product is handed over as one.
-
-No TVM here: :mod:`.emit_forward` makes the code when a bundle is built.
-"""
+"""Finds the segments of a chain's forward pass: which operations are done together, when, and what each is to give."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ..core.geometry import Geometry
+from . import segment
+from .forward import Call, Forward, Key, Product
 from .graph import Add, Conv, Map, Norm, Op, Scale, Shape, Slice
 from .grids import Grid
-from .lowering import Factor, Mean
-
-if TYPE_CHECKING:
-    from ..core.workload import Workload
-    from ..machine.profiles import DeviceProfile
-    from . import plan
-    from .plan import Forward, Plan
-
-#: Element-wise functions that segments compute; the others (softplus, dropout) end a segment.
-COVERED = frozenset(
-    {"relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid"}
-    | {"elu", "sigmoid", "tanh", "silu", "mish", "gelu"}
-)
-
-#: A product of derivatives, and of how many channels.
-Key = tuple[Factor, int]
+from .lowering import Factor, Kept, Mean
+from .segment import COVERED, Average, Node, Part, Segment
 
 
-@dataclass(frozen=True)
-class Node:
-    """One operation of a segment.
+def units(
+    forward: Sequence[Forward], shapes: Mapping[int, Shape], exits: Collection[int], slots: Sequence[Mean | Kept]
+) -> tuple[Call | Forward, ...]:
+    """The forward pass with segments: calls, and between them the operations that are in none.
 
-    Attributes:
-        kind: "norm", "add", "scale" or one of ``COVERED``.
-        inputs: numbers of values: a segment's maps come first, then its nodes' results.
-        settings: (eps, has a scale, has a shift), (alpha,), (factor,), or the function's own.
+    Args:
+        forward, shapes, exits, slots: as in :class:`.plan.Plan`.
     """
-
-    kind: str
-    inputs: tuple[int, ...]
-    settings: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """One factor of a product.
-
-    ``what``: "derivative" of node ``of`` (of a batch norm the normalised map); "result", a function's derivative, which
-    follows from its result, the value ``of``; "map", the value ``of`` itself.
-    """
-
-    what: str
-    of: int
-    kind: str = ""
-    settings: tuple[Any, ...] = ()
-
-
-#: What is averaged, or handed over: a product of these.
-Product = tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Average:
-    """A small map: the means, or sums, of a product over the patches of a grid.
-
-    ``layout``: "means", (n, c, ph, pw); "sums", likewise; "sums, channels last", (n, ph, pw, c).
-    """
-
-    product: Product
-    grid: Grid
-    layout: str = "means"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A function on maps (n, c, h, w) of float32, and everything that its code depends on.
-
-    Its arguments are, in this order: ``maps`` maps; mean, variance and, where there are, scale and shift of each batch
-    norm, (c,); then its outputs: ``written`` and ``handed`` maps, ``averages``, and of each of ``slopes``, which are
-    batch norms, the factor that it multiplies with, (c,).
-
-    Attributes:
-        shape: of all its maps.
-        maps: how many it reads.
-        nodes: its operations.
-        written: (value, map): results that are written over a map that was read, or (None) into one of their own,
-            which is an output.
-    """
-
-    shape: Shape
-    maps: int
-    nodes: tuple[Node, ...]
-    written: tuple[tuple[int, int | None], ...]
-    handed: tuple[Product, ...]
-    averages: tuple[Average, ...]
-    slopes: tuple[int, ...]
-
-    @cached_property
-    def key(self) -> str:
-        """Readable and stable: equal exactly for equal functions."""
-        n, c, h, w = self.shape
-        kinds = "_".join(node.kind for node in self.nodes[:4])
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:24]
-        return f"chain_forward_n{n}_c{c}_{h}x{w}_{kinds}_{digest}"
-
-    def parameters(self) -> Iterator[tuple[int, str]]:
-        """(node, "mean", "variance", "scale" or "shift") of the arguments behind the maps."""
-        for k, node in enumerate(self.nodes):
-            if node.kind == "norm":
-                _, has_scale, has_shift = node.settings
-                yield from ((k, name) for name in ("mean", "variance"))
-                yield from ((k, name) for name, has in (("scale", has_scale), ("shift", has_shift)) if has)
-
-    @cached_property
-    def outputs(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the arguments that it writes, those in place not among them."""
-        n, c, _, _ = self.shape
-        shapes: list[tuple[int, ...]] = [self.shape for _, over in self.written if over is None]
-        shapes += [self.shape for _ in self.handed]
-        for average in self.averages:
-            ph, pw = average.grid.shape
-            shapes.append((n, ph, pw, c) if average.layout == "sums, channels last" else (n, c, ph, pw))
-        return (*shapes, *((c,) for _ in self.slopes))
-
-    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-        """The IRModule of its function ``main``; see :class:`gf_tvm.building.Program`."""
-        from .emit_forward import forward_segment
-
-        return forward_segment(self, profile)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A segment in a plan: where its arguments come from, and where its outputs go.
-
-    Attributes:
-        values, products: what is read, values before products.
-        tensors: numbers of the plan's tensors.
-        written: values. handed: products.
-        slots: (slot, number of the average, its first channel and how many, or None for all).
-        slopes: slots.
-        forget, forget_products: see :class:`.plan.Forward`.
-    """
-
-    segment: Segment
-    values: tuple[int, ...]
-    products: tuple[Key, ...]
-    tensors: tuple[int, ...]
-    written: tuple[int, ...]
-    handed: tuple[Key, ...]
-    slots: tuple[tuple[int, int, tuple[int, int] | None], ...]
-    slopes: tuple[int, ...]
-    forget: tuple[int, ...] = ()
-    forget_products: tuple[Key, ...] = ()
-
-    @cached_property
-    def slot_of_output(self) -> tuple[int | None, ...]:
-        """By output of the segment (:attr:`Segment.outputs`), the slot that it is; None for maps and parts."""
-        channels = self.segment.shape[1]
-        whole = {k: slot for slot, k, some in reversed(self.slots) if some in (None, (0, channels))}
-        maps = len(self.segment.outputs) - len(self.segment.averages) - len(self.segment.slopes)
-        averages = (whole.get(k) for k in range(len(self.segment.averages)))
-        return (*(None for _ in range(maps)), *averages, *self.slopes)
-
-
-def programs_of(plan: Plan) -> list[Segment]:
-    """The functions that the forward pass of a chain takes from a library."""
-    return list(dict.fromkeys(unit.segment for unit in plan.units if isinstance(unit, Call)))
-
-
-def units(plan: Plan) -> tuple[Call | Forward, ...]:
-    """The forward pass with segments: calls, and between them the operations that are in none."""
-    return _Split(plan).units()
+    return _Split(forward, shapes, exits, slots).units()
 
 
 def is_result_enough(op: Op) -> bool:
@@ -194,13 +35,19 @@ def is_result_enough(op: Op) -> bool:
 
 
 class _Split:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.steps = {step.index: step for step in plan.forward}
-        self.owner = {step.result: step.index for step in plan.forward}
-        self.shapes: dict[int, Shape] = dict(plan.shapes)
+    def __init__(
+        self,
+        forward: Sequence[Forward],
+        shapes: Mapping[int, Shape],
+        exits: Collection[int],
+        slots: Sequence[Mean | Kept],
+    ) -> None:
+        self.forward, self.exits, self.slots = forward, exits, slots
+        self.steps = {step.index: step for step in forward}
+        self.owner = {step.result: step.index for step in forward}
+        self.shapes: dict[int, Shape] = dict(shapes)
         self.readers: dict[int, list[int]] = {}
-        for step in plan.forward:
+        for step in forward:
             self.shapes[step.result] = step.op.shape(*(self.shapes[v] for v in step.op.inputs))
             for v in step.op.inputs:
                 self.readers.setdefault(v, []).append(step.index)
@@ -235,16 +82,16 @@ class _Split:
         one level. What is only read further down is done there: a shortcut's batch norm with the addition.
         """
         level: dict[int, int] = {}
-        for step in self.plan.forward:
+        for step in self.forward:
             before = max((level[self.owner[v]] for v in step.op.inputs if v in self.owner), default=0)
             level[step.index] = before + (not self._covered(step))
-        for step in reversed(self.plan.forward):
+        for step in reversed(self.forward):
             readers = self.readers.get(step.result, [])
-            if not self._covered(step) or step.result in self.plan.exits or not readers:
+            if not self._covered(step) or step.result in self.exits or not readers:
                 continue
             if all(self._covered(self.steps[i]) for i in readers):
                 level[step.index] = min(level[i] for i in readers)
-        parent = {step.index: step.index for step in self.plan.forward if self._covered(step)}
+        parent = {step.index: step.index for step in self.forward if self._covered(step)}
 
         def root(i: int) -> int:
             while parent[i] != i:
@@ -365,7 +212,7 @@ class _Split:
         number = {v: k for k, v in enumerate(values)} | {step.result: maps + k for k, step in enumerate(steps)}
         node_of = {i: k for k, i in enumerate(members)}
 
-        def parts(product: plan.Product) -> Product:
+        def parts(product: Product) -> segment.Product:
             outside, inside = self._divided(product.factor, first)
             found = [Part("derivative", node_of[i]) for i, _ in inside]
             if (outside, product.width) in products:
@@ -382,7 +229,7 @@ class _Split:
         slots: list[tuple[int, Average, tuple[int, int] | None]] = []
         for p in wanted:
             for slot in p.means:
-                mean = self.plan.slots[slot]
+                mean = self.slots[slot]
                 assert isinstance(mean, Mean)
                 average = Average(parts(p), mean.grid)
                 listed += [] if average in listed else [average]
@@ -395,7 +242,7 @@ class _Split:
                 slots.append((slot, average, None))
         slopes = [k for k, step in enumerate(steps) if "scale" in step.keep]
         handed = [p for p in wanted if (p.factor, p.width) in needed]
-        written = [v for v in made if v in self.plan.exits or not set(self.readers.get(v, [])) <= set(members)]
+        written = [v for v in made if v in self.exits or not set(self.readers.get(v, [])) <= set(members)]
         written.sort()
         places = self._places(values, written, members)
         return Call(
@@ -423,7 +270,7 @@ class _Split:
         for k, v in enumerate(values):
             source = self.owner.get(v)
             # An entry belongs to others, and a slice is a view of another value.
-            if source is None or v in self.plan.exits or isinstance(self.steps[source].op, Slice):
+            if source is None or v in self.exits or isinstance(self.steps[source].op, Slice):
                 continue
             if set(self.readers[v]) <= set(members):
                 free.append(k)
@@ -441,7 +288,7 @@ class _Split:
                 keys = [(p.factor[:end], p.width) for p in unit.products for end in {len(p.factor), len(p.factor) - 1}]
             last_value |= dict.fromkeys(values, k)
             last_product |= dict.fromkeys([key for key in keys if key[0]], k)
-        for v in self.plan.exits:
+        for v in self.exits:
             last_value.pop(v, None)
         return tuple(
             replace(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .capture import Capture, Part
+from .capture import Capture, CapturedRegion
 from .graph import Misfit, Region, Shape
 from .partition import Layout, partition
 from .plan import Plan, make_plan
@@ -20,7 +20,7 @@ from .run import run_chain
 Unit = tuple[Plan | fx.Node, tuple[fx.Node, ...]]
 
 
-class Program:
+class Interpreter:
     """A captured module, ready to run. Plans are made when shapes or what is trained are met first, and kept.
 
     ``means``: dtype in which chains keep the means of derivatives; None: as they are summed.
@@ -29,7 +29,9 @@ class Program:
     def __init__(self, module: nn.Module, captured: Capture, means: torch.dtype | None = None) -> None:
         self.module, self.captured, self.means = module, captured, means
         self.modules = dict(module.named_modules(remove_duplicate=False))
-        self.regions = {id(part): _PartRunner(self, part) for part in captured.order if isinstance(part, Part)}
+        self.regions = {
+            id(part): _RegionInterpreter(self, part) for part in captured.order if isinstance(part, CapturedRegion)
+        }
         self.release = self._release()
         self.shapes: dict[Any, Shape | None] = {}
 
@@ -38,7 +40,7 @@ class Program:
         env: dict[fx.Node, Any] = {}
         given = iter(arguments)
         for what, gone in zip(self.captured.order, self.release, strict=True):
-            if isinstance(what, Part):
+            if isinstance(what, CapturedRegion):
                 self.regions[id(what)].run(env)
             elif what in self.captured.numbers:
                 env[what] = self.number(what, env)
@@ -136,7 +138,7 @@ class Program:
         """By position in the order, the steps whose results are not read afterwards."""
         last: dict[fx.Node, int] = {}
         for k, what in enumerate(self.captured.order):
-            if isinstance(what, Part):
+            if isinstance(what, CapturedRegion):
                 for node in what.nodes:
                     last[node] = k
                 # A step outside may read a value through one that hands it on, which a region runs plainly.
@@ -156,11 +158,11 @@ class Program:
         return [tuple(nodes) for nodes in gone]
 
 
-class _PartRunner:
+class _RegionInterpreter:
     """One region: what it does for each set of shapes and trained tensors."""
 
-    def __init__(self, program: Program, part: Part) -> None:
-        self.program, self.part = program, part
+    def __init__(self, whole: Interpreter, part: CapturedRegion) -> None:
+        self.whole, self.part = whole, part
         self.known: dict[Any, tuple[Layout, list[Unit]] | None] = {}
         self.last: tuple[Layout, list[tuple[Plan, int]]] | None = None
         self.sizes: dict[fx.Node, Any] = {}  # in the last run, of maps inside and outside of the region
@@ -170,7 +172,7 @@ class _PartRunner:
         """Compute the region's values from its entries in ``env``."""
         part = self.part
         entries = [env[node] for node in part.nodes[: part.region.entries]]
-        tensors = [self.program.attribute(path) for path in part.tensors]
+        tensors = [self.whole.attribute(path) for path in part.tensors]
         self.sizes = {node: env[node] for node in self._sized}
         numbers = fx.node.map_arg(part.numbers, self.sizes.__getitem__)
         inside = part.nodes[part.region.entries :]
@@ -179,7 +181,7 @@ class _PartRunner:
             self.last = None
             for node in inside:
                 if node not in env:
-                    self.program.compute(node, env)
+                    self.whole.compute(node, env)
             return
         layout, units = found
         chains: list[tuple[Plan, int]] = []
@@ -191,7 +193,7 @@ class _PartRunner:
                 chains.append((unit, getattr(results[0].grad_fn, "kept_bytes", 0)))
                 env.update({part.nodes[v]: result for v, result in zip(unit.exits, results, strict=True)})
             else:
-                self.program.compute(unit, env)
+                self.whole.compute(unit, env)
             for node in gone:
                 env.pop(node, None)
 
@@ -221,7 +223,7 @@ class _PartRunner:
         units: list[tuple[Plan | fx.Node, set[fx.Node]]] = []
         for ops in layout.units:
             if isinstance(ops, tuple):
-                plan = make_plan(region, layout.situation, ops, self.program.means)
+                plan = make_plan(region, layout.situation, ops, self.whole.means)
                 units.append((plan, {nodes[v] for v in plan.entries}))
             else:
                 units.append((nodes[region.result(ops)], {nodes[v] for v in region.ops[ops].inputs}))

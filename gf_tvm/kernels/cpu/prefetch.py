@@ -20,7 +20,7 @@ from . import simd
 
 
 @dataclass(frozen=True)
-class Region:
+class PrefetchRange:
     """Memory to be fetched: ``channels``, each in ``pieces`` of ``size`` neighbouring elements.
 
     ``channel_stride`` and ``piece_stride`` are the distances of their beginnings, ``element_bytes`` is the size of one
@@ -77,7 +77,7 @@ class Ahead:
         then: what the next one reads.
     """
 
-    def __init__(self, steps: int, cycles: float, spacing: int, now: Region | None, then: Region) -> None:
+    def __init__(self, steps: int, cycles: float, spacing: int, now: PrefetchRange | None, then: PrefetchRange) -> None:
         self._now, self._then = now, then
         self._first = now.lines if now is not None else 0
         self.pace = max(1, steps // (self._first + then.lines), round(spacing / cycles))
@@ -89,7 +89,7 @@ class Ahead:
         """A block's products begin.
 
         Args:
-            now, then: where in their buffers the regions begin.
+            now, then: where in their buffers the ranges begin.
             is_last: whether no block follows.
         """
         self._starts = T.bind(now), T.bind(then)
@@ -117,8 +117,8 @@ class Ahead:
         return tirx.floordiv(line - self._first, self._then.channel_lines) - 1
 
     @staticmethod
-    def _ask(region: Region, start: Any, line: Any) -> None:
-        simd.prefetch(region.buffer, start + region.offset(line))
+    def _ask(memory: PrefetchRange, start: Any, line: Any) -> None:
+        simd.prefetch(memory.buffer, start + memory.offset(line))
 
 
 def _int(value: int) -> Any:
