@@ -16,8 +16,8 @@ from gf_tvm.tuning import loop, search
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Process
-from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.measuring.worker import Worker, service
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
@@ -92,7 +92,7 @@ class TimedBuilders(Builders):
 class TimedMeasurer(Measurer):
     """Measures on this machine; ``built`` has seconds of all builders together."""
 
-    def __init__(self, options: Options, built: Counter[str]) -> None:
+    def __init__(self, options: MeasureOptions, built: Counter[str]) -> None:
         super().__init__(options)
         self._built = built
 
@@ -120,7 +120,7 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     """
     task, built, clock = WorkloadTask(workload, "host"), Counter[str](), Clock()
     marks: dict[str, float] = {}
-    options = Options(threads=threads, builders=threads)
+    options = MeasureOptions(threads=threads, builders=threads)
     kept = Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm
 
     def call(self: Process, task: Task | None, request: str, timeout: float, /, **arguments: Any) -> Any:

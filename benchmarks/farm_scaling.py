@@ -23,9 +23,9 @@ from _stand_in import KEY
 
 from gf_tvm.machine.cpu import usable_cores
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import TICK, CandidateFailed
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.remote import FarmMeasurer
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
 COUNTS = (1, 2, 4, 8)
@@ -66,7 +66,7 @@ class CopyingBuilders(Builders):
 class Farm(FarmMeasurer):
     """The tuner's measurer without its builders."""
 
-    def __init__(self, options: Options, farm: FarmOptions, library: Path) -> None:
+    def __init__(self, options: MeasureOptions, farm: FarmOptions, library: Path) -> None:
         super().__init__(options, farm, "stand-in")
         self._library = library
 
@@ -120,7 +120,7 @@ def measure(count: int, seconds: float, each: int, library: Path) -> float:
     """Trials a minute with so many boards, from the moment on at which all are at work."""
     with stand_ins(count, seconds) as tracker:
         farm = FarmOptions(tracker.address, KEY, drift=None)
-        with Farm(Options(builders=usable_cores()), farm, library) as measurer:
+        with Farm(MeasureOptions(builders=usable_cores()), farm, library) as measurer:
             measurer.trials(0, of_each=1)
             done, took = measurer.trials(each * count)
             return 60 * done / took
@@ -134,7 +134,7 @@ def build(count: int, library: Path) -> float:
     cores = usable_cores()
     found = {candidate.id: candidate for candidate in (Candidate.of_config(TASK.space.sample(rng)) for _ in range(999))}
     candidates = list(found.values())[: cores + count]
-    with Measurer(Options(builders=cores)) as measurer:
+    with Measurer(MeasureOptions(builders=cores)) as measurer:
         for part in (candidates[:cores], candidates[cores:]):  # the first ones start the processes
             begun = time.monotonic()
             for _, path, failure in measurer.build(TASK, part):

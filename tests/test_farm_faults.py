@@ -35,15 +35,15 @@ from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import Record, log_path, read_log
 from gf_tvm.tuning.loop import Event, Summary, tune_tasks
 from gf_tvm.tuning.measuring import remote
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
+from gf_tvm.tuning.measuring.remote import FarmMeasurer
 from gf_tvm.tuning.task import TuningError
 
 Farm = tuple[TrackerProcess, list[NativeBoard]]
 pytestmark = pytest.mark.timeout(900)  # a busy machine takes its time, and the tests wait for what must happen
 HOST = get_profile("host").name
 # One candidate hangs, and no other may exceed the limit, however busy the machine is.
-QUICK = Options(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=20.0)
+QUICK = MeasureOptions(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,8 @@ sys.path.insert(0, sys.argv[1])
 from test_farm_faults import HOST, QUICK
 from farm_helpers import TreacherousTask, small_workload
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.options import FarmOptions
+from gf_tvm.tuning.measuring.remote import FarmMeasurer
 host, port = sys.argv[3].rsplit(":", 1)
 farm = FarmOptions((host, int(port)), "here", drift=None)
 task = TreacherousTask(small_workload(), HOST)

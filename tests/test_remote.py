@@ -23,9 +23,10 @@ from gf_tvm.tuning.log import LogMismatch, log_path, read_log
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring import remote, worker
 from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions, reference_task
-from gf_tvm.tuning.measuring.runner import Options, Result
+from gf_tvm.tuning.measuring.remote import FarmMeasurer, reference_task
+from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.task import Candidate, WorkloadTask
 
 HOST = get_profile("host").name
@@ -67,7 +68,7 @@ class Farm:
     def __init__(self, clock: list[float], **options: Any) -> None:
         self.clock = clock
         self.measurer = FarmMeasurer(
-            Options(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
+            MeasureOptions(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
         )
         self.measurer._reference_path = self.measurer._reference_library = Path("reference.so")
 
@@ -479,7 +480,7 @@ def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
 class FakeMeasurer(Measurer):
     """Gives up what the test says, and measures the rest in no time."""
 
-    def __init__(self, options: Options, given_up: int = 0) -> None:
+    def __init__(self, options: MeasureOptions, given_up: int = 0) -> None:
         super().__init__(options)
         self._given_up = given_up
 
@@ -506,7 +507,7 @@ class FakeMeasurer(Measurer):
         pass
 
 
-def tune(logs: Path, options: Options, given_up: int = 0, trials: int = 6) -> list[str]:
+def tune(logs: Path, options: MeasureOptions, given_up: int = 0, trials: int = 6) -> list[str]:
     """Tune the toy; returns the notes."""
     notes: list[str] = []
     tune_tasks(
@@ -521,7 +522,7 @@ def tune(logs: Path, options: Options, given_up: int = 0, trials: int = 6) -> li
 
 
 def test_what_was_given_up_is_not_logged_and_does_not_count(tmp_path: Path) -> None:
-    notes = tune(tmp_path, Options(), given_up=2)
+    notes = tune(tmp_path, MeasureOptions(), given_up=2)
     assert "2 candidates were given up: boards were lost with them" in notes
     records = [r for r in read_log(log_path(tmp_path, "toy-device", "toy")).records if r.kind == "trial"]
     assert len({record.id for record in records}) == len(records) == 6
@@ -532,11 +533,11 @@ def test_what_was_given_up_is_not_logged_and_does_not_count(tmp_path: Path) -> N
 @pytest.mark.parametrize("first", [True, False])
 def test_cold_and_warm_do_not_share_a_log(tmp_path: Path, first: bool) -> None:
     names = ("warm", "cold")
-    tune(tmp_path, Options(cold=first), trials=2)
+    tune(tmp_path, MeasureOptions(cold=first), trials=2)
     with pytest.raises(LogMismatch, match=f"measured with cache {names[first]}, now {names[not first]}"):
-        tune(tmp_path, Options(cold=not first), trials=4)
-    tune(tmp_path, Options(cold=first), trials=4)
-    assert Options(cold=first).to_dict()["cache"] == names[first]
+        tune(tmp_path, MeasureOptions(cold=not first), trials=4)
+    tune(tmp_path, MeasureOptions(cold=first), trials=4)
+    assert MeasureOptions(cold=first).to_dict()["cache"] == names[first]
 
 
 # -------------------------------------------------------------------------------------------------------- cold caches

@@ -34,13 +34,14 @@ from gf_tvm.tuning.log import LogFolder, Record, find_best, identity_of, log_pat
 from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
 from gf_tvm.tuning.measuring import worker
 from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import Process, answer
-from gf_tvm.tuning.measuring.runner import Options, Result
+from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 
 TESTS = str(Path(__file__).parent)
-FAST = Options(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
+FAST = MeasureOptions(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
 
 
 def config(i: int = 1, j: int = 1, act: str = "none") -> Candidate:
@@ -57,7 +58,7 @@ def trials_of(path: Path) -> list[Record]:
 def limit(measurer: Measurer, seconds: float) -> None:
     """Set how long a build and a call may take from now on."""
     measurer.options = replace(measurer.options, build_timeout=seconds, run_timeout=seconds)
-    measurer._runner.options = measurer.options
+    measurer._measuring.options = measurer.options
 
 
 def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
@@ -156,8 +157,8 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measuring.runner import Options
-options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
+from gf_tvm.tuning.measuring.options import MeasureOptions
+options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
 tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
 """
 
@@ -186,7 +187,7 @@ def test_a_killed_run_loses_no_finished_trial_and_the_next_repeats_none(
     before = before[: before.rfind(b"\n") + 1]
 
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
+    options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
     summary = tune_tasks([ToyTask()], logs=tmp_path, trials=14, batch=4, options=options)
     assert path.read_bytes().startswith(before)
     trials = trials_of(path)

@@ -39,7 +39,8 @@ from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import log_path, read_log
 from gf_tvm.tuning.loop import Event, tune_tasks
 from gf_tvm.tuning.measuring import remote
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.options import FarmOptions
+from gf_tvm.tuning.measuring.remote import FarmMeasurer
 
 TESTS = str(Path(__file__).parent)
 TUNED = small_workload()

@@ -68,7 +68,7 @@ class Service(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """How to serve.
 
     Args:
@@ -80,7 +80,7 @@ class Options:
         idle_seconds: a session whose client does nothing for so long is ended.
         device: profile that the board was said to be; "" if nothing was said.
         gpu: with which it measures (:func:`gf_tvm.machine.gpu.check_device`); None for none.
-        service: ``module:attribute`` of a callable (:class:`Context`) -> :class:`Service`; its module may have a
+        service: ``module:attribute`` of a callable (:class:`SessionContext`) -> :class:`Service`; its module may have a
             function ``preload`` that is called once, before any session. "" serves TVM's functions only.
         until_stdin_closes: end with standard input, and so with the ssh connection that started this.
     """
@@ -94,7 +94,7 @@ class Options:
     idle_seconds: float = 900.0
     device: str = ""
     gpu: GpuInfo | None = None
-    service: str = "gf_tvm.tuning.measuring.session:Session"
+    service: str = "gf_tvm.tuning.measuring.board_service:BoardService"
     until_stdin_closes: bool = False
 
 
@@ -138,7 +138,7 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Context:
+class SessionContext:
     """What a session's service is told."""
 
     name: str
@@ -181,7 +181,7 @@ class Server:
         FarmError: the address cannot be bound.
     """
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, options: ServerOptions, say: Callable[[str], None]) -> None:
         self.options = options
         self._say = say
         self._counters = Counters()
@@ -334,7 +334,7 @@ class Server:
     def _start_session(self, connection: socket.socket, client: str, timeout: float | None) -> None:
         folder = Path(tempfile.mkdtemp(prefix=_WORK))
         options = self.options
-        context = Context(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
+        context = SessionContext(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
         self._counters.working = False
         sys.stdout.flush()
         sys.stderr.flush()
@@ -491,7 +491,7 @@ class Server:
 # ------------------------------------------------------------------------------------------------ the session's process
 
 
-def run_session(connection: socket.socket, context: Context, service: str, parent: int) -> None:
+def run_session(connection: socket.socket, context: SessionContext, service: str, parent: int) -> None:
     """Serve one client and end this process; called in the forked child."""
     code = 1
     try:
@@ -525,7 +525,7 @@ def run_session(connection: socket.socket, context: Context, service: str, paren
         os._exit(code)
 
 
-def _register(context: Context, name: str) -> Service | None:
+def _register(context: SessionContext, name: str) -> Service | None:
     """Register what TVM's clients call, and the service."""
     import tvm_ffi
 

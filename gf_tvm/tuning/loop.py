@@ -17,7 +17,8 @@ from ..errors import DeviceError, LogError
 from .log import SPACES, LogFolder, LogWriter, Record, best_record, trials_of
 from .log import seeds as find_seeds
 from .measuring.measurer import Measurer
-from .measuring.runner import Options, Result
+from .measuring.options import MeasureOptions
+from .measuring.result import Result
 from .search import ConfigSearch, MetaScheduleSearch, Search
 from .task import Candidate, Config, Task, TuningError, WorkloadTask
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ..core.workload import Workload
     from ..machine.gpu import GpuInfo
     from ..machine.profiles import DeviceProfile
-    from .measuring.remote import FarmOptions
+    from .measuring.options import FarmOptions
 
 #: Of what ``gf-tvm tune --json`` writes; another number where a reader would misunderstand it.
 SCHEMA = "gf_tvm.tune/1"
@@ -75,7 +76,7 @@ class Event:
     message: str = ""
 
 
-Progress = Callable[[Event], None]
+EventCallback = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def tune(
     seed: int = 0,
     seed_logs: Sequence[str | os.PathLike[str]] = (),
     farm: FarmOptions | None = None,
-    progress: Progress | None = None,
+    progress: EventCallback | None = None,
 ) -> Summary:
     """Find fast schedules for workloads on this machine or on a farm of boards, and log every trial.
 
@@ -192,7 +193,7 @@ def tune(
         threads = profile.threads or 1
     workloads = list(dict.fromkeys(workloads))
     tasks = [WorkloadTask(workload, profile.name) for workload in workloads]
-    options = Options(threads=threads, builders=usable_cores(), cold=cold)
+    options = MeasureOptions(threads=threads, builders=usable_cores(), cold=cold)
     if farm is None:
         measurer = Measurer(options, gpu)
     else:
@@ -247,11 +248,11 @@ def tune_tasks(
     early_stop: int | None = None,
     space: str = "ours",
     seed: int = 0,
-    options: Options,
+    options: MeasureOptions,
     batch: int | None = None,
     measurer: Measurer | None = None,
     seed_logs: Sequence[str | os.PathLike[str]] = (),
-    progress: Progress | None = None,
+    progress: EventCallback | None = None,
 ) -> Summary:
     """:func:`tune` for any tasks of one device; the arguments are the same, but for:
 
@@ -297,7 +298,7 @@ def _cuda_compiler() -> dict[str, Any]:
 
 
 def _check_arguments(
-    trials: int, minutes: float | None, early_stop: int | None, space: str, options: Options, batch: int | None
+    trials: int, minutes: float | None, early_stop: int | None, space: str, options: MeasureOptions, batch: int | None
 ) -> None:
     counts = {"trials": trials, "early_stop": early_stop, "threads": options.threads, "batch": batch}
     for name, value in counts.items():
@@ -335,7 +336,7 @@ class _Plan:
     space: str
     seed: int
     batch: int
-    progress: Progress
+    progress: EventCallback
     missing: list[int]  # trials to make, of each workload
     end: float | None  # on the monotonic clock
     seed_logs: Sequence[str | os.PathLike[str]]

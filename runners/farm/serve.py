@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...errors import FarmError
     from ...farm.protocol import show
-    from ...farm.server import Options, Server
+    from ...farm.server import Server, ServerOptions
     from ...machine.gpu import check_device, describe
 
     check_bind(args)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
-    options = Options(
+    options = ServerOptions(
         key=args.key,
         name=args.name or socket.gethostname(),
         tracker=tracker,

@@ -52,7 +52,7 @@ class Link:
         self._session["tvm.rpc.server.upload"](name, bytearray(path.read_bytes()))
 
     def call(self, request: str) -> str:
-        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.session`."""
+        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`."""
         from ...farm.server import REQUEST
 
         answer = self._session[REQUEST](request)

@@ -2,7 +2,7 @@
 
 All candidates of a batch are built first, in as many processes as there are cores; then they run, one after another,
 in one process with nothing beside it. What goes wrong is either the candidate's doing, and becomes its
-:class:`~gf_tvm.tuning.measuring.runner.Result`, or the machine's, and raises :class:`~gf_tvm.tuning.task.TuningError`:
+:class:`~gf_tvm.tuning.measuring.result.Result`, or the machine's, and raises :class:`~gf_tvm.tuning.task.TuningError`:
 a full disk must not make a schedule look slow.
 """
 
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..task import Candidate, Task, TuningError
+from .measuring_process import MeasuringProcess
+from .options import MeasureOptions
 from .process import TICK, CandidateFailed, Ended, Process
-from .runner import Options, Result, Runner
+from .result import Result
 
 if TYPE_CHECKING:
     from ...machine.gpu import GpuInfo
@@ -33,9 +35,9 @@ _SCRATCH = "gf_tvm-tune-"
 _SCRATCH_GRACE = 3600.0  # seconds
 
 #: Proposes up to so many candidates; none if no more are wanted now.
-Source = Callable[[int], Sequence[Candidate]]
+CandidateSource = Callable[[int], Sequence[Candidate]]
 #: Tells what goes on: "build" and a line that the next one replaces, or "note" and a line that stays.
-Say = Callable[[str, str], None]
+Notify = Callable[[str, str], None]
 
 
 class Scratch:
@@ -202,17 +204,17 @@ class Measurer:
         TuningError: no room for the candidates' libraries.
     """
 
-    def __init__(self, options: Options, gpu: GpuInfo | None = None) -> None:
+    def __init__(self, options: MeasureOptions, gpu: GpuInfo | None = None) -> None:
         self.options = options
         self._gpu = gpu
         self._scratch = Scratch()
         self._builders: Builders
-        self._runner: Runner
+        self._measuring: MeasuringProcess
 
     def __enter__(self) -> Measurer:
         self._scratch.__enter__()
         self._builders = Builders(self.options.builders, self._scratch.folder)
-        self._runner = Runner(self.options, self._scratch.folder)
+        self._measuring = MeasuringProcess(self.options, self._scratch.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,7 +223,7 @@ class Measurer:
     def close(self) -> None:
         """End all workers and remove what they made; harmless when repeated."""
         self._builders.close()
-        self._runner.end()
+        self._measuring.end()
         self._scratch.close()
 
     @property
@@ -279,7 +281,7 @@ class Measurer:
         self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
     ) -> Iterator[tuple[int, Any, CandidateFailed | None]]:
         """Make requests of all builders; yields (index of the job, value, failure)."""
-        self._runner.start()
+        self._measuring.start()
         for index, job in enumerate(jobs):
             self._builders.submit(index, task, name, self.options.build_timeout, **job)
         try:
@@ -296,10 +298,10 @@ class Measurer:
     def measure(
         self,
         task: Task,
-        source: Source,
+        source: CandidateSource,
         best: Callable[[], float | None],
         over: Callable[[], bool],
-        say: Say,
+        say: Notify,
     ) -> Generator[tuple[Candidate, Result | None], None, None]:
         """Build and run what ``source`` proposes, until it proposes nothing more.
 
@@ -308,7 +310,7 @@ class Measurer:
             source: of candidates; asked again when those that it gave are measured.
             best: seconds of the fastest so far.
             over: whether to stop in the midst of what was proposed; what is not measured then is not yielded.
-            say: see :data:`Say`.
+            say: see :data:`Notify`.
 
         Yields:
             (candidate, result); a result of None says that the candidate is given up, for reasons that are not its
@@ -340,14 +342,14 @@ class Measurer:
                     self.discard(library)
 
     def run(self, task: Task, library: Path, best: float | None = None) -> Result:
-        """See :meth:`Runner.run <gf_tvm.tuning.measuring.runner.Runner.run>`."""
-        return self._runner.run(task, library, best)
+        """See :meth:`MeasuringProcess.run <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.run>`."""
+        return self._measuring.run(task, library, best)
 
     def compare(
         self, task: Task, libraries: Mapping[str, Path], seed: int, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, Result]:
-        """See :meth:`Runner.compare <gf_tvm.tuning.measuring.runner.Runner.compare>`."""
-        return self._runner.compare(task, libraries, seed, progress)
+        """See :meth:`MeasuringProcess.compare <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.compare>`."""
+        return self._measuring.compare(task, libraries, seed, progress)
 
 
 #: More than any source gives at a time.

@@ -26,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FarmError
-from ...farm.protocol import Address, TrackerConnection, TrackerLost, show
+from ...farm.protocol import TrackerConnection, TrackerLost, show
 from ...farm.tracker import Board, boards_of, check_key
 from ..task import Candidate, Task, TuningError, WorkloadTask
-from .measurer import Measurer, Say, Source, failed_build
+from .board_service import gpu_of, task_values
+from .measurer import CandidateSource, Measurer, Notify, failed_build
+from .measuring_process import COMPARE_SECONDS, PREPARE_SECONDS
+from .options import FarmOptions, MeasureOptions
 from .process import TICK, CandidateFailed, Ended, Process
-from .runner import COMPARE_SECONDS, PREPARE_SECONDS, Options, Result
-from .session import gpu_of, task_values
+from .result import Result
 
 #: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
 BuiltSource = Callable[[], Sequence[tuple[Task, Candidate, Path]]]
@@ -58,40 +60,6 @@ _STRIKES = 3
 _LOSSES = 4
 # Trials on a board between two runs of the reference kernel.
 _REFERENCE_TRIALS = 24
-
-
-@dataclass(frozen=True)
-class FarmOptions:
-    """Where the boards are and how they are treated.
-
-    Args:
-        tracker: its address.
-        key: the kind of board.
-        boards: use at most so many at once.
-        hot_celsius: a trial that ends hotter is repeated when the board has cooled down by 10 degrees.
-        cool_minutes: a board that has not cooled down in this time is put aside.
-        drift: a board whose reference kernel takes so much longer than at first, or than on the other boards in the
-            middle, is put aside (0.2: 20 %). None does without; boards under emulation always do.
-        aside_seconds: for so long.
-        patience_minutes: end the run if no board is at work for so long.
-    """
-
-    tracker: Address
-    key: str
-    boards: int | None = None
-    hot_celsius: float = 80.0
-    cool_minutes: float = 10.0
-    drift: float | None = 0.2
-    aside_seconds: float = 300.0
-    patience_minutes: float = 30.0
-
-    def __post_init__(self) -> None:
-        limits = {"boards": self.boards, "drift": self.drift, "hot_celsius": self.hot_celsius}
-        limits |= {"cool_minutes": self.cool_minutes, "aside_seconds": self.aside_seconds}
-        limits |= {"patience_minutes": self.patience_minutes}
-        for name, value in limits.items():
-            if value is not None and not 0 < value < math.inf:
-                raise FarmError(f"{name} must be more than 0, got {value}")
 
 
 def reference_task(device: str) -> WorkloadTask:
@@ -173,7 +141,7 @@ class FarmMeasurer(Measurer):
 
     def __init__(
         self,
-        options: Options,
+        options: MeasureOptions,
         farm: FarmOptions,
         description: str,
         reference: WorkloadTask | None = None,
@@ -284,10 +252,10 @@ class FarmMeasurer(Measurer):
     def measure(
         self,
         task: Task,
-        source: Source,
+        source: CandidateSource,
         best: Callable[[], float | None],
         over: Callable[[], bool],
-        say: Say,
+        say: Notify,
     ) -> Generator[tuple[Candidate, Result | None], None, None]:
         """See :meth:`Measurer.measure`; candidates are yielded as they are done, in any order."""
         task_values(task)
@@ -311,7 +279,7 @@ class FarmMeasurer(Measurer):
             self._abandon()
 
     def measure_built(
-        self, source: BuiltSource, wake: Connection, over: Callable[[], bool], say: Say
+        self, source: BuiltSource, wake: Connection, over: Callable[[], bool], say: Notify
     ) -> Generator[tuple[Candidate, Result | None], None, None]:
         """Measure libraries that were built elsewhere, and which stay.
 
@@ -319,7 +287,7 @@ class FarmMeasurer(Measurer):
             source: gives those that have come in.
             wake: is ready to be read when there are more, or when it is over.
             over: whether to stop.
-            say: see :data:`~gf_tvm.tuning.measuring.measurer.Say`.
+            say: see :data:`~gf_tvm.tuning.measuring.measurer.Notify`.
 
         Yields:
             See :meth:`measure`.

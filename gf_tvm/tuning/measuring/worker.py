@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,11 +170,6 @@ class Worker:
             cache = last_level_cache_bytes() or _UNKNOWN_CACHE
             self._sweep = torch.zeros(2 * max(cache, _LEAST_CACHE) // 4, dtype=torch.float32)
         self._sweep.add_(1)
-
-
-def median(runs: Sequence[float]) -> float:
-    """The score of a trial."""
-    return statistics.median(runs)
 
 
 def guard_value(dtype: torch.dtype) -> float:

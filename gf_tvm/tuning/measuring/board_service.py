@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ...farm.server import Context, versions
+from ...farm.server import SessionContext, versions
 from ..task import ArgumentsTask, Task, TuningError, WorkloadTask
+from .measuring_process import MeasuringProcess
+from .options import MeasureOptions
 from .process import describe
-from .runner import Options, Result, Runner
+from .result import Result
 
 
 def preload() -> None:
@@ -28,18 +30,18 @@ def preload() -> None:
     from ...core import verify, workload  # noqa: F401
 
 
-class Session:
+class BoardService:
     """See the module; one instance for each session.
 
     Args:
         context: of the server.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: SessionContext) -> None:
         self._context = context
-        self._runner: Runner | None = None
+        self._measuring: MeasuringProcess | None = None
         # Of its own, so that the other keeps its inputs and their reference result.
-        self._reference: Runner | None = None
+        self._reference: MeasuringProcess | None = None
         self._tasks: dict[str, Task] = {}
 
     def handle(self, request: str) -> str:
@@ -60,10 +62,10 @@ class Session:
 
     def close(self) -> None:
         """End what runs candidates."""
-        for runner in (self._runner, self._reference):
-            if runner is not None:
-                runner.end()
-        self._runner, self._reference = None, None
+        for process in (self._measuring, self._reference):
+            if process is not None:
+                process.end()
+        self._measuring, self._reference = None, None
 
     # -------------------------------------------------------------------------------------------------- the operations
 
@@ -71,10 +73,10 @@ class Session:
         """Take the options of measuring; tell what this board is."""
         self.close()
         cores = len(os.sched_getaffinity(0))
-        wanted = Options(**options)
+        wanted = MeasureOptions(**options)
         if self._context.emulated:  # whose times mean nothing, and which has the cores of the machine that emulates
-            wanted = Options(**{**options, "threads": min(wanted.threads, cores)})
-        self._runner, self._reference = self._new_runner(wanted), self._new_runner(wanted)
+            wanted = MeasureOptions(**{**options, "threads": min(wanted.threads, cores)})
+        self._measuring, self._reference = self._new_process(wanted), self._new_process(wanted)
         return {
             "name": self._context.name,
             "cores": cores,
@@ -85,8 +87,8 @@ class Session:
             "sensors": self.do_sense(),
         }
 
-    def _new_runner(self, options: Options) -> Runner:
-        return Runner(options, self._context.folder, fork=True)
+    def _new_process(self, options: MeasureOptions) -> MeasuringProcess:
+        return MeasuringProcess(options, self._context.folder, fork=True)
 
     def do_sense(self) -> dict[str, Any]:
         """Clock, temperature and throttling."""
@@ -95,14 +97,14 @@ class Session:
     def do_prepare(self, task: dict[str, Any], seed: int) -> float:
         """Make the inputs and the reference; returns the seconds that took."""
         begun = time.monotonic()
-        self._get_runner().prepare(self._task(task), seed)
+        self._measuring_process().prepare(self._task(task), seed)
         return time.monotonic() - begun
 
     def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
         """Check and time an uploaded library: a candidate, or the ``reference`` kernel."""
         path = self._context.folder / file
-        runner = self._get_runner() if self._reference is None or not reference else self._reference
-        result = runner.run(self._task(task), path, best)
+        process = self._measuring_process() if self._reference is None or not reference else self._reference
+        result = process.run(self._task(task), path, best)
         if not reference:
             self._count(result)
         path.unlink(missing_ok=True)
@@ -111,7 +113,7 @@ class Session:
     def do_compare(self, task: dict[str, Any], files: dict[str, str], seed: int) -> dict[str, Any]:
         """Check and time uploaded libraries in turns."""
         paths = {name: self._context.folder / file for name, file in files.items()}
-        results = self._get_runner().compare(self._task(task), paths, seed)
+        results = self._measuring_process().compare(self._task(task), paths, seed)
         for name, path in paths.items():
             self._count(results[name])
             path.unlink(missing_ok=True)
@@ -124,13 +126,13 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
-    def _get_runner(self) -> Runner:
-        if self._runner is None:
+    def _measuring_process(self) -> MeasuringProcess:
+        if self._measuring is None:
             raise ValueError("hello must come first")
-        return self._runner
+        return self._measuring
 
     def _task(self, values: dict[str, Any]) -> Task:
-        """The task that a request is about; the same object each time, since a runner keeps its inputs by it."""
+        """The task that a request is about; the same object each time, by which a process keeps its inputs."""
         text = json.dumps(values, sort_keys=True)
         if text not in self._tasks:
             if "arguments" in values:
@@ -167,7 +169,7 @@ def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, 
 
 
 def task_values(task: Task) -> dict[str, Any]:
-    """What :class:`Session` needs to know of a task. Raises TuningError for one that a board cannot measure."""
+    """What :class:`BoardService` needs to know of a task. Raises TuningError for one that a board cannot measure."""
     if isinstance(task, ArgumentsTask):
         return {"arguments": task.arguments}
     if not isinstance(task, WorkloadTask):
