@@ -25,11 +25,11 @@ class StandIn(BoardService):
         super().__init__(context)
         self._seconds = float(os.environ["STAND_IN_SECONDS"])
 
-    def do_prepare(self, task: dict[str, Any], seed: int) -> float:
+    def prepare(self, task: dict[str, Any], seed: int) -> float:
         """Nothing to prepare."""
         return 0.0
 
-    def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
+    def run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
         """Take the time of a trial."""
         path = self._context.folder / file
         if not path.stat().st_size:
@@ -37,7 +37,7 @@ class StandIn(BoardService):
         time.sleep(self._seconds)
         path.unlink()
         self._count(result := Result("ok", (1e-3,), 0.0))
-        return {"result": asdict(result), "sensors": self.do_sense()}
+        return {"result": asdict(result), "sensors": self.sense()}
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     # tvm_ffi would import PyTorch, of which eight servers would need much memory and no function.
     sys.modules["torch"] = None  # type: ignore[assignment]
     host, _, port = address.rpartition(":")
-    options = ServerOptions(KEY, name, (host, int(port)), service="_stand_in:StandIn", until_stdin_closes=True)
+    options = ServerOptions(KEY, name, (host, int(port)), service=StandIn, until_stdin_closes=True)
     server = Server(options, lambda line: None)
     server.load()
     server.run()

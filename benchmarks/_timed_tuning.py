@@ -18,11 +18,9 @@ from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
 from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Process
-from gf_tvm.tuning.measuring.worker import Worker, service
+from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.measuring.worker import Worker
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
-
-#: A builder's requests, for :class:`~gf_tvm.tuning.measuring.process.Process`.
-SERVICE = f"{__name__}:timed_service"
 
 
 class Clock:
@@ -66,8 +64,8 @@ class TimedWorker(Worker):
 
 
 def timed_service(task: Task | None) -> Any:
-    """See :func:`gf_tvm.tuning.measuring.worker.service`."""
-    return service(None) if task is None else TimedWorker(task)
+    """See :func:`gf_tvm.tuning.measuring.service.worker_for`."""
+    return worker_for(None) if task is None else TimedWorker(task)
 
 
 class TimedBuilders(Builders):
@@ -78,7 +76,7 @@ class TimedBuilders(Builders):
         self._seconds = seconds
 
     def _new(self) -> Process:
-        return Process("building", 1, self._folder, serves=SERVICE)
+        return Process("building", 1, self._folder, timed_service)
 
     def collect(self) -> list[tuple[Hashable, Any, CandidateFailed | None]]:
         """See :meth:`Builders.collect`."""
@@ -123,9 +121,9 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     options = MeasureOptions(threads=threads, builders=threads)
     kept = Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm
 
-    def call(self: Process, task: Task | None, request: str, timeout: float, /, **arguments: Any) -> Any:
+    def call(self: Process, task: Task | None, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> Any:
         self.start()
-        name = REQUESTS[request] if "confirm" not in marks else "final comparison"
+        name = REQUESTS[request.__name__] if "confirm" not in marks else "final comparison"
         return clock.around(name, kept[0])(self, task, request, timeout, **arguments)
 
     def confirm(self: Any) -> None:

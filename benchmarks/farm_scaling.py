@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,14 @@ class CopyingBuilders(Builders):
         self._answers: deque[Hashable] = deque()
 
     def submit(
-        self, key: Hashable, task: Task, name: str, timeout: float, first: bool = False, /, **arguments: Any
+        self,
+        key: Hashable,
+        task: Task,
+        request: Callable[..., Any],
+        timeout: float,
+        first: bool = False,
+        /,
+        **arguments: Any,
     ) -> None:
         shutil.copyfile(self._library, arguments["path"])
         self._answers.append(key)

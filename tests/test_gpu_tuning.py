@@ -25,12 +25,14 @@ from gf_tvm.runners.cli import main
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
 from gf_tvm.tuning.measuring import gpu_worker
-from gf_tvm.tuning.measuring.board_service import BoardService, task_values
+from gf_tvm.tuning.measuring.board_service import BoardService
 from gf_tvm.tuning.measuring.gpu_worker import GpuWorker
 from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.messages import task_values
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.remote import FarmMeasurer
-from gf_tvm.tuning.measuring.worker import Worker, service
+from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.measuring.worker import Worker
 from gf_tvm.tuning.task import TuningError, WorkloadTask
 
 OPTIONS = MeasureOptions(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
@@ -51,7 +53,7 @@ def built(act: str, folder: Path) -> Path:
 
 
 def prepared(seed: int = 0) -> GpuWorker:
-    worker = service(GpuToyTask())
+    worker = worker_for(GpuToyTask())
     assert isinstance(worker, GpuWorker)
     worker.prepare(seed)
     return worker
@@ -199,7 +201,7 @@ def no_compiler(*_: object) -> NoReturn:
 def test_workers_of_cpus_stay_what_they_are() -> None:
     from toy_task import ToyTask
 
-    assert type(service(ToyTask())) is Worker
+    assert type(worker_for(ToyTask())) is Worker
     assert not ToyTask().gpu
     assert (ToyTask().suffix, GpuToyTask().suffix) == (".so", ".zip")
 

@@ -47,9 +47,10 @@ class FakeProcess:
         self.ended = False
         self.connection = SimpleNamespace(poll=lambda seconds: False)
 
-    def send(self, task: object, request: str, timeout: float, /, **arguments: Any) -> None:
+    def send(self, task: object, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> None:
         assert timeout > 0
-        self.sent.append((request, json.loads(arguments["request"]) if request == "call" else arguments))
+        name = request.__name__
+        self.sent.append((name, json.loads(arguments["request"]) if name == "call" else arguments))
 
     def receive(self) -> Any:
         answer = self.answers.popleft()

@@ -37,6 +37,7 @@ from gf_tvm.tuning.measuring.measurer import Measurer
 from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import Process, answer
 from gf_tvm.tuning.measuring.result import Result
+from gf_tvm.tuning.measuring.service import worker_for
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 
@@ -701,7 +702,7 @@ def test_the_toy_is_right() -> None:
 @pytest.mark.parametrize("role", ["building", "measuring"])
 def test_workers_may_run_on_every_core(tmp_path: Path, role: str) -> None:
     """TVM binds the threads of a process to cores unless told otherwise, and so each of several to the same."""
-    process = Process(role, 1, tmp_path)
+    process = Process(role, 1, tmp_path, worker_for)
     try:
         process.start()
         assert os.sched_getaffinity(process._process.pid) == os.sched_getaffinity(0)

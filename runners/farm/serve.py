@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if gpu is not None:
         # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    # After the checks: whoever has mistyped an option need not wait for it.
+    from ...tuning.measuring.board_service import BoardService, preload
+
     advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
     options = ServerOptions(
         key=args.key,
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         idle_seconds=args.idle_seconds,
         device=args.device or "",
         gpu=gpu,
+        service=BoardService,
+        preload=preload,
         until_stdin_closes=args.until_stdin_closes,
     )
     server = Server(options, _say)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from ...farm.server import SessionContext, versions
-from ..task import ArgumentsTask, Task, TuningError, WorkloadTask
+from ..task import Task, TuningError, WorkloadTask
 from .measuring_process import MeasuringProcess
+from .messages import Operation, gpu_of, task_of
 from .options import MeasureOptions
 from .process import describe
 from .result import Result
@@ -43,6 +44,14 @@ class BoardService:
         # Of its own, so that the other keeps its inputs and their reference result.
         self._reference: MeasuringProcess | None = None
         self._tasks: dict[str, Task] = {}
+        self._operations: dict[str, Callable[..., Any]] = {
+            Operation.HELLO.value: self.hello,
+            Operation.SENSE.value: self.sense,
+            Operation.PREPARE.value: self.prepare,
+            Operation.RUN.value: self.run,
+            Operation.COMPARE.value: self.compare,
+            Operation.REST.value: self.rest,
+        }
 
     def handle(self, request: str) -> str:
         """Answer one request: a JSON object with ``op`` and that operation's arguments."""
@@ -50,8 +59,10 @@ class BoardService:
         counters.working = True
         try:
             arguments = json.loads(request)
-            operation = getattr(self, f"do_{arguments.pop('op')}")
-            answer = {"done": operation(**arguments)}
+            name = arguments.pop("op")
+            if name not in self._operations:
+                raise ValueError(f"unknown operation {name!r}; known: {', '.join(self._operations)}")
+            answer = {"done": self._operations[name](**arguments)}
         except (TuningError, MemoryError) as error:
             answer = {"broken": str(error) or "not enough memory"}
         except Exception as error:
@@ -69,7 +80,7 @@ class BoardService:
 
     # -------------------------------------------------------------------------------------------------- the operations
 
-    def do_hello(self, options: dict[str, Any]) -> dict[str, Any]:
+    def hello(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take the options of measuring; tell what this board is."""
         self.close()
         cores = len(os.sched_getaffinity(0))
@@ -84,23 +95,23 @@ class BoardService:
             "versions": versions(),
             "gpu": self._context.gpu,
             "emulated": self._context.emulated,
-            "sensors": self.do_sense(),
+            "sensors": self.sense(),
         }
 
     def _new_process(self, options: MeasureOptions) -> MeasuringProcess:
         return MeasuringProcess(options, self._context.folder, fork=True)
 
-    def do_sense(self) -> dict[str, Any]:
+    def sense(self) -> dict[str, Any]:
         """Clock, temperature and throttling."""
         return self._context.sensors.read().to_dict()
 
-    def do_prepare(self, task: dict[str, Any], seed: int) -> float:
+    def prepare(self, task: dict[str, Any], seed: int) -> float:
         """Make the inputs and the reference; returns the seconds that took."""
         begun = time.monotonic()
         self._measuring_process().prepare(self._task(task), seed)
         return time.monotonic() - begun
 
-    def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
+    def run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
         """Check and time an uploaded library: a candidate, or the ``reference`` kernel."""
         path = self._context.folder / file
         process = self._measuring_process() if self._reference is None or not reference else self._reference
@@ -108,21 +119,21 @@ class BoardService:
         if not reference:
             self._count(result)
         path.unlink(missing_ok=True)
-        return {"result": asdict(result), "sensors": self.do_sense()}
+        return {"result": asdict(result), "sensors": self.sense()}
 
-    def do_compare(self, task: dict[str, Any], files: dict[str, str], seed: int) -> dict[str, Any]:
+    def compare(self, task: dict[str, Any], files: dict[str, str], seed: int) -> dict[str, Any]:
         """Check and time uploaded libraries in turns."""
         paths = {name: self._context.folder / file for name, file in files.items()}
         results = self._measuring_process().compare(self._task(task), paths, seed)
         for name, path in paths.items():
             self._count(results[name])
             path.unlink(missing_ok=True)
-        return {"results": {name: asdict(result) for name, result in results.items()}, "sensors": self.do_sense()}
+        return {"results": {name: asdict(result) for name, result in results.items()}, "sensors": self.sense()}
 
-    def do_rest(self, seconds: float) -> dict[str, Any]:
+    def rest(self, seconds: float) -> dict[str, Any]:
         """Do nothing for a while, to cool down; returns the sensors after it."""
         time.sleep(min(seconds, 60.0))
-        return self.do_sense()
+        return self.sense()
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 
@@ -135,43 +146,11 @@ class BoardService:
         """The task that a request is about; the same object each time, by which a process keeps its inputs."""
         text = json.dumps(values, sort_keys=True)
         if text not in self._tasks:
-            if "arguments" in values:
-                self._tasks[text] = ArgumentsTask(tuple((dtype, tuple(shape)) for dtype, shape in values["arguments"]))
-            else:
-                from ...core.workload import Workload
-
-                task = WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
-                if task.profile.gpu is not None:
-                    gpu_of(self._context.name, self._context.gpu, task.profile.gpu.arch)
-                self._tasks[text] = task
+            task = task_of(values)
+            if isinstance(task, WorkloadTask) and task.profile.gpu is not None:
+                gpu_of(self._context.name, self._context.gpu, task.profile.gpu.arch)
+            self._tasks[text] = task
         return self._tasks[text]
 
     def _count(self, result: Result) -> None:
         self._context.counters.count(failed=result.status != "ok")
-
-
-def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, Any]:
-    """The GPU with which a board measures; see :class:`gf_tvm.machine.gpu.GpuInfo`.
-
-    Args:
-        name: of the board.
-        gpu: what its server says of its GPU.
-        arch: that is needed ("sm_53").
-
-    Raises:
-        TuningError: it measures with none, or with another.
-    """
-    if gpu is None:
-        raise TuningError(f"{name} measures with no GPU: start its server with gf-tvm farm serve --device DEVICE")
-    if gpu.get("arch") != arch:
-        raise TuningError(f"{name} measures with {gpu.get('name')} ({gpu.get('arch')}), what it is sent is for {arch}")
-    return gpu
-
-
-def task_values(task: Task) -> dict[str, Any]:
-    """What :class:`BoardService` needs to know of a task. Raises TuningError for one that a board cannot measure."""
-    if isinstance(task, ArgumentsTask):
-        return {"arguments": task.arguments}
-    if not isinstance(task, WorkloadTask):
-        raise TuningError(f"{task.identity.key}: only workloads of gf_tvm can be measured on a farm")
-    return {"workload": task.workload.to_dict(), "device": task.device}

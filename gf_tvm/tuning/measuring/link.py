@@ -63,6 +63,6 @@ class Link:
         self._session = None
 
 
-def service(_: object) -> Link:
+def new_link(_: object) -> Link:
     """See :func:`gf_tvm.tuning.measuring.process.serve`."""
     return Link()

@@ -27,6 +27,8 @@ from .measuring_process import MeasuringProcess
 from .options import MeasureOptions
 from .process import TICK, CandidateFailed, Ended, Process
 from .result import Result
+from .service import worker_for
+from .worker import Worker
 
 if TYPE_CHECKING:
     from ...machine.gpu import GpuInfo
@@ -89,7 +91,7 @@ class Scratch:
 class _Request:
     key: Hashable
     task: Task
-    name: str
+    request: Callable[..., Any]
     timeout: float
     arguments: dict[str, Any]
     again: bool = field(default=False)
@@ -116,18 +118,28 @@ class Builders:
             self._processes = [self._new() for _ in range(self._count)]
 
     def _new(self) -> Process:
-        return Process("building", 1, self._folder)
+        return Process("building", 1, self._folder, worker_for)
 
     def submit(
-        self, key: Hashable, task: Task, name: str, timeout: float, first: bool = False, /, **arguments: Any
+        self,
+        key: Hashable,
+        task: Task,
+        request: Callable[..., Any],
+        timeout: float,
+        first: bool = False,
+        /,
+        **arguments: Any,
     ) -> None:
-        """Make a request; :meth:`collect` gives its answer with ``key``. ``first`` puts it before all that wait."""
+        """Make a request; :meth:`collect` gives its answer with ``key``. ``first`` puts it before all that wait.
+
+        The others are those of :meth:`Process.send <gf_tvm.tuning.measuring.process.Process.send>`.
+        """
         self.start()
-        request = _Request(key, task, name, timeout, arguments)
+        made = _Request(key, task, request, timeout, arguments)
         if first:
-            self._waiting.appendleft(request)
+            self._waiting.appendleft(made)
         else:
-            self._waiting.append(request)
+            self._waiting.append(made)
         self._fill()
 
     @property
@@ -176,7 +188,7 @@ class Builders:
                     self._processes[slot] = self._new()
                 request = self._waiting.popleft()
                 self._working[slot] = request
-                self._processes[slot].send(request.task, request.name, request.timeout, **request.arguments)
+                self._processes[slot].send(request.task, request.request, request.timeout, **request.arguments)
 
     def drop(self) -> None:
         """Forget all requests. What is being worked on is ended: its answer would be taken for the next one's."""
@@ -266,7 +278,7 @@ class Measurer:
         """
         paths = [self._scratch.new_path(task.suffix) for _ in candidates]
         jobs = [{"candidate": c, "path": path} for c, path in zip(candidates, paths, strict=True)]
-        for index, _, failure in self._map(task, "build", jobs):
+        for index, _, failure in self._map(task, Worker.build, jobs):
             if failure is None:
                 yield candidates[index], paths[index], None
             else:
@@ -278,12 +290,12 @@ class Measurer:
         library.unlink(missing_ok=True)
 
     def _map(
-        self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
+        self, task: Task, request: Callable[..., Any], jobs: Sequence[dict[str, Any]]
     ) -> Iterator[tuple[int, Any, CandidateFailed | None]]:
         """Make requests of all builders; yields (index of the job, value, failure)."""
         self._measuring.start()
         for index, job in enumerate(jobs):
-            self._builders.submit(index, task, name, self.options.build_timeout, **job)
+            self._builders.submit(index, task, request, self.options.build_timeout, **job)
         try:
             while self._builders.pending:
                 wait(self._builders.connections(), min(TICK, self._builders.seconds_left))

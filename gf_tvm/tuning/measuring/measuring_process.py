@@ -10,6 +10,8 @@ from ..task import Task, TuningError
 from .options import MeasureOptions
 from .process import CandidateFailed, Ended, Process
 from .result import Result
+from .service import worker_for
+from .worker import Worker
 
 PREPARE_SECONDS = 900.0  # inputs and the float64 reference of the largest workload, on a slow board
 COMPARE_SECONDS = 300.0  # comparing its outputs
@@ -36,7 +38,7 @@ class MeasuringProcess:
             self._process = self._new_process()
 
     def _new_process(self) -> Process:
-        return Process("measuring", self.options.threads, self._folder, fork=self._fork)
+        return Process("measuring", self.options.threads, self._folder, worker_for, fork=self._fork)
 
     def prepare(self, task: Task, seed: int) -> Process:
         """The process that measures, with the inputs and the reference of ``seed`` at hand.
@@ -48,7 +50,7 @@ class MeasuringProcess:
             self.end()
             self._process = self._new_process()
         try:
-            self._process.call(task, "prepare", PREPARE_SECONDS, seed=seed)
+            self._process.call(task, Worker.prepare, PREPARE_SECONDS, seed=seed)
         except (CandidateFailed, Ended) as error:
             raise TuningError(f"{task.identity.key}: cannot compute the reference: {error}") from None
         return self._process
@@ -71,12 +73,12 @@ class MeasuringProcess:
         for last in (False, True):
             process = self.prepare(task, seed=0)
             try:
-                process.call(task, "load", options.run_timeout, name="candidate", path=library)
+                process.call(task, Worker.load, options.run_timeout, name="candidate", path=library)
                 excess, complaint = self._check(process, task, "candidate")
                 if complaint:
                     return Result("wrong", excess=excess, message=complaint)
                 runs = process.call(
-                    *(task, "time", options.run_timeout + 2 * options.max_seconds),
+                    *(task, Worker.time, options.run_timeout + 2 * options.max_seconds),
                     name="candidate",
                     repeats=options.repeats,
                     min_seconds=options.min_seconds,
@@ -85,7 +87,7 @@ class MeasuringProcess:
                     cold=options.cold,
                     least_calls=options.least_calls,
                 )
-                process.call(task, "unload", options.run_timeout, name="candidate")
+                process.call(task, Worker.unload, options.run_timeout, name="candidate")
                 return Result("ok", tuple(runs), excess)
             except CandidateFailed as failure:
                 return _failed_run(failure)
@@ -95,8 +97,8 @@ class MeasuringProcess:
         raise AssertionError("not reached")
 
     def _check(self, process: Process, task: Task, name: str) -> tuple[float | None, str]:
-        process.call(task, "run", self.options.run_timeout, name=name)
-        excess, complaint = process.call(task, "check", COMPARE_SECONDS)
+        process.call(task, Worker.run, self.options.run_timeout, name=name)
+        excess, complaint = process.call(task, Worker.check, COMPARE_SECONDS)
         if complaint:
             # What else it has written to, nobody knows.
             self.end()
@@ -127,7 +129,7 @@ class MeasuringProcess:
             try:
                 process = self.prepare(task, seed)
                 for name in runs:
-                    process.call(task, "load", options.run_timeout, name=name, path=libraries[name])
+                    process.call(task, Worker.load, options.run_timeout, name=name, path=libraries[name])
                     excesses[name], complaint = self._check(process, task, name)
                     if complaint:
                         failed[name] = Result("wrong", excess=excesses[name], message=complaint)
@@ -136,7 +138,7 @@ class MeasuringProcess:
                     for done in range(options.rounds):
                         for name in runs:
                             runs[name] += process.call(
-                                *(task, "time", options.run_timeout + 2 * options.max_seconds),
+                                *(task, Worker.time, options.run_timeout + 2 * options.max_seconds),
                                 name=name,
                                 repeats=1,
                                 min_seconds=options.min_seconds,
@@ -146,7 +148,7 @@ class MeasuringProcess:
                         if progress is not None:
                             progress(done + 1, options.rounds)
                     for name in runs:
-                        process.call(task, "unload", options.run_timeout, name=name)
+                        process.call(task, Worker.unload, options.run_timeout, name=name)
                     good = {name: Result("ok", tuple(runs[name]), excesses[name]) for name in runs}
                     return {**failed, **good}
             except CandidateFailed as failure:

@@ -29,12 +29,14 @@ from ...errors import FarmError
 from ...farm.protocol import TrackerConnection, TrackerLost, show
 from ...farm.tracker import Board, boards_of, check_key
 from ..task import Candidate, Task, TuningError, WorkloadTask
-from .board_service import gpu_of, task_values
+from .link import Link, new_link
 from .measurer import CandidateSource, Measurer, Notify, failed_build
 from .measuring_process import COMPARE_SECONDS, PREPARE_SECONDS
+from .messages import gpu_of, task_values
 from .options import FarmOptions, MeasureOptions
 from .process import TICK, CandidateFailed, Ended, Process
 from .result import Result
+from .worker import Worker
 
 #: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
 BuiltSource = Callable[[], Sequence[tuple[Task, Candidate, Path]]]
@@ -234,7 +236,7 @@ class FarmMeasurer(Measurer):
         }
 
     def _map(
-        self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
+        self, task: Task, request: Callable[..., Any], jobs: Sequence[dict[str, Any]]
     ) -> Generator[tuple[int, Any, CandidateFailed | None], None, None]:
         """See :meth:`Measurer._map`; boards go on meanwhile."""
         asked: dict[tuple[str, int], int] = {}
@@ -242,7 +244,7 @@ class FarmMeasurer(Measurer):
             self._built += 1
             key = ("asked", self._built)
             asked[key] = index
-            self._builders.submit(key, task, name, self.options.build_timeout, True, **job)
+            self._builders.submit(key, task, request, self.options.build_timeout, True, **job)
         while asked:
             self._step()
             for key in [key for key in asked if key in self._answers]:
@@ -382,7 +384,7 @@ class FarmMeasurer(Measurer):
         path = self._scratch.new_path(task.suffix)
         self._building[self._built] = task, candidate, path
         self._builders.submit(
-            ("build", self._built), task, "build", self.options.build_timeout, candidate=candidate, path=path
+            ("build", self._built), task, Worker.build, self.options.build_timeout, candidate=candidate, path=path
         )
 
     def _step(self) -> None:
@@ -480,7 +482,7 @@ class FarmMeasurer(Measurer):
             self._reference_path = self._scratch.new_path(self._reference.suffix)
             candidate = Candidate.of_config(self._reference.space.default)
             self._builders.submit(
-                *(("reference", self._built), self._reference, "build", self.options.build_timeout),
+                *(("reference", self._built), self._reference, Worker.build, self.options.build_timeout),
                 candidate=candidate,
                 path=self._reference_path,
             )
@@ -491,9 +493,7 @@ class FarmMeasurer(Measurer):
                 idle += 1
                 if slot.process is None or not slot.process.alive:
                     self._hang_up(slot)
-                    slot.process = Process(
-                        f"link-{slot.number}", 1, self._scratch.folder, serves="gf_tvm.tuning.measuring.link:service"
-                    )
+                    slot.process = Process(f"link-{slot.number}", 1, self._scratch.folder, serves=new_link)
                     slot.state = "starting"
                 else:
                     self._connect(slot)
@@ -513,7 +513,7 @@ class FarmMeasurer(Measurer):
         assert slot.process is not None
         slot.state = "connecting"
         slot.process.send(
-            *(None, "connect", _REQUEST_SECONDS + _CONNECT_SECONDS),
+            *(None, Link.connect, _REQUEST_SECONDS + _CONNECT_SECONDS),
             tracker=self._farm.tracker,
             key=self._farm.key,
             timeout=_REQUEST_SECONDS,
@@ -522,7 +522,7 @@ class FarmMeasurer(Measurer):
     def _call(self, slot: _Slot, state: str, timeout: float, op: str, /, **arguments: Any) -> None:
         assert slot.process is not None
         slot.state = state
-        slot.process.send(None, "call", timeout, request=json.dumps({"op": op, **arguments}))
+        slot.process.send(None, Link.call, timeout, request=json.dumps({"op": op, **arguments}))
 
     def _watch(self, slot: _Slot) -> None:
         """Find out about a board that stopped in the midst of something, or while it has nothing to do."""
@@ -734,7 +734,7 @@ class FarmMeasurer(Measurer):
             slot.sent += 1
             slot.uploaded[name] = f"{slot.sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
             slot.state = "uploading"
-            slot.process.send(None, "upload", _UPLOAD_SECONDS, path=path, name=slot.uploaded[name])
+            slot.process.send(None, Link.upload, _UPLOAD_SECONDS, path=path, name=slot.uploaded[name])
             return
         options = self.options
         # The board itself ends a candidate that takes too long and says so; this is for a board that does not.

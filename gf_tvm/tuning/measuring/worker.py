@@ -206,14 +206,3 @@ class Greeter:
         import tvm_ffi
 
         return {"pid": os.getpid(), "threads": int(tvm_ffi.get_global_func("runtime.NumThreads")())}
-
-
-def service(task: Task | None) -> Worker | Greeter:
-    """The requests that a worker answers; see :func:`gf_tvm.tuning.measuring.process.serve`."""
-    if task is None:
-        return Greeter()
-    if task.gpu:
-        from .gpu_worker import GpuWorker
-
-        return GpuWorker(task)
-    return Worker(task)
