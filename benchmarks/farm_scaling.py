@@ -22,10 +22,10 @@ from _bench import SMALL, Tracker, conditions, keep, new_parser, say, show, spre
 from _stand_in import KEY
 
 from gf_tvm.machine.cpu import usable_cores
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import TICK, CandidateFailed
-from gf_tvm.tuning.measuring.remote import FarmMeasurer
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
 COUNTS = (1, 2, 4, 8)
@@ -85,12 +85,12 @@ class Farm(FarmMeasurer):
     def trials(self, least: int, of_each: int = 0) -> tuple[int, float]:
         """Measure until there are ``least`` trials, and ``of_each`` of every board. Returns how many, and seconds."""
         proposed = done = 0
-        before = dict.fromkeys(self._known, 0) | {name: board.trials for name, board in self._known.items()}
+        before = self.trials_by_board
 
         def source(room: int) -> Sequence[Candidate]:
             nonlocal proposed
-            counts = [board.trials - before.get(name, 0) for name, board in self._known.items()]
-            complete = len(counts) >= len(self._listed) and min(counts, default=0) >= of_each
+            counts = [trials - before.get(name, 0) for name, trials in self.trials_by_board.items()]
+            complete = len(counts) >= len(self._tracker.listed) and min(counts, default=0) >= of_each
             count = room if not complete else max(0, min(room, least - proposed))
             proposed += count
             return [Candidate("ours", f"{proposed}-{number}", {}) for number in range(count)]

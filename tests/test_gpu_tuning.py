@@ -26,11 +26,11 @@ from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
 from gf_tvm.tuning.measuring import gpu_worker
 from gf_tvm.tuning.measuring.board_service import BoardService
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.gpu_worker import GpuWorker
 from gf_tvm.tuning.measuring.measurer import Measurer
 from gf_tvm.tuning.measuring.messages import task_values
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
-from gf_tvm.tuning.measuring.remote import FarmMeasurer
 from gf_tvm.tuning.measuring.service import worker_for
 from gf_tvm.tuning.measuring.worker import Worker
 from gf_tvm.tuning.task import TuningError, WorkloadTask

@@ -38,9 +38,10 @@ from gf_tvm.shapes import model_cases, workloads_of
 from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import log_path, read_log
 from gf_tvm.tuning.loop import Event, tune_tasks
-from gf_tvm.tuning.measuring import remote
+from gf_tvm.tuning.measuring import board
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.options import FarmOptions
-from gf_tvm.tuning.measuring.remote import FarmMeasurer
+from gf_tvm.tuning.measuring.reference import reference_task
 
 TESTS = str(Path(__file__).parent)
 TUNED = small_workload()
@@ -73,7 +74,7 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
     task = TreacherousTask(TUNED, "rpi4")
     events: list[Event] = []
     farm = FarmOptions(tracker.address, "rpi4")
-    measurer = FarmMeasurer(QUICK, farm, "virtual Pi", remote.reference_task("rpi4"))
+    measurer = FarmMeasurer(QUICK, farm, "virtual Pi", reference_task("rpi4"))
 
     def strangers_and_losses() -> None:
         for data in BABBLE:
@@ -98,7 +99,7 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
         at_trial(20, power_cut),
     )
     patient = pytest.MonkeyPatch()
-    patient.setattr(remote, "_SILENT_SECONDS", 20.0)
+    patient.setattr(board, "_SILENT_SECONDS", 20.0)
     patient.setattr(loop, "ConfigSearch", suggesting(task.examples))
     begun = time.monotonic()
     try:

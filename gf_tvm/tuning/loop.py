@@ -197,7 +197,8 @@ def tune(
     if farm is None:
         measurer = Measurer(options, gpu)
     else:
-        from .measuring.remote import FarmMeasurer, reference_task
+        from .measuring.farm_measurer import FarmMeasurer
+        from .measuring.reference import reference_task
 
         arch = "" if profile.gpu is None else profile.gpu.arch
         measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name), arch)

@@ -32,8 +32,8 @@ from tvm.s_tir.meta_schedule.runner import EvaluatorConfig, PyRunner, PyRunnerFu
 from ...errors import FarmError, GfTvmError
 from ...farm.tracker import check_key
 from ..task import ArgumentsTask, Candidate, Task
+from .farm_measurer import FarmMeasurer
 from .options import FarmOptions, MeasureOptions
-from .remote import FarmMeasurer
 from .result import Result
 
 #: Types of arguments that can be filled and passed.
