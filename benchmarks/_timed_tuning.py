@@ -20,6 +20,7 @@ from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Process
 from gf_tvm.tuning.measuring.service import worker_for
 from gf_tvm.tuning.measuring.worker import Worker
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
 
@@ -119,7 +120,7 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     task, built, clock = WorkloadTask(workload, "host"), Counter[str](), Clock()
     marks: dict[str, float] = {}
     options = MeasureOptions(threads=threads, builders=threads)
-    kept = Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm
+    kept = Process.call, Process.start, search.ConfigSearch.propose, loop.TaskRun.confirm
 
     def call(self: Process, task: Task | None, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> Any:
         self.start()
@@ -133,19 +134,18 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     Process.call = call  # type: ignore[method-assign]
     Process.start = clock.around("start the processes", kept[1])  # type: ignore[method-assign]
     search.ConfigSearch.propose = clock.around("propose (cost model)", kept[2])  # type: ignore[method-assign]
-    loop._TaskRun._confirm = confirm  # type: ignore[method-assign]
+    loop.TaskRun.confirm = confirm  # type: ignore[method-assign]
     begin, busy = time.monotonic(), cpu_seconds()
     try:
         summary = tune_tasks(
             [task],
+            SearchOptions(trials=trials, seed=seed),
             logs=logs,
-            trials=trials,
-            seed=seed,
             options=options,
             measurer=TimedMeasurer(options, built),
         )
     finally:
-        Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm = kept  # type: ignore[method-assign]
+        Process.call, Process.start, search.ConfigSearch.propose, loop.TaskRun.confirm = kept  # type: ignore[method-assign]
     (done,) = summary.tasks
     seconds = marks["confirm"] - begin
     builds = {name: value / options.builders for name, value in built.items()}

@@ -38,6 +38,7 @@ from gf_tvm.tuning.measuring import board, tracker_watch
 from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.reference import reference_task
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import TuningError
 
 Farm = tuple[TrackerProcess, list[NativeBoard]]
@@ -85,7 +86,9 @@ def tune_here(
         events.append(event)
         on_event(event)
 
-    summary = tune_tasks([task], logs=logs, trials=trials, options=QUICK, measurer=measurer, progress=progress)
+    summary = tune_tasks(
+        [task], SearchOptions(trials=trials), logs=logs, options=QUICK, measurer=measurer, progress=progress
+    )
     records = read_log(log_path(logs, HOST, task.identity.key), task.identity).records
     check_trials(task, records, trials)
     return summary, records, events
@@ -181,10 +184,12 @@ from farm_helpers import TreacherousTask, small_workload
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.options import FarmOptions
+from gf_tvm.tuning.options import SearchOptions
 host, port = sys.argv[3].rsplit(":", 1)
 farm = FarmOptions((host, int(port)), "here", drift=None)
 task = TreacherousTask(small_workload(), HOST)
-tune_tasks([task], logs=sys.argv[2], trials=20, options=QUICK, measurer=FarmMeasurer(QUICK, farm, "test board"))
+search = SearchOptions(trials=20)
+tune_tasks([task], search, logs=sys.argv[2], options=QUICK, measurer=FarmMeasurer(QUICK, farm, "test board"))
 """
 
 
@@ -301,7 +306,7 @@ def test_the_reference_kernel_is_built_and_measured_beside_the_candidates(farm: 
     """As a run with the default options does; a machine that is busy with tests needs a generous limit."""
     task = TreacherousTask(small_workload(), HOST)
     measurer = FarmMeasurer(QUICK, farm_of(farm[0], drift=1000.0), "test board", reference_task(HOST))
-    tune_tasks([task], logs=tmp_path, trials=8, options=QUICK, measurer=measurer)
+    tune_tasks([task], SearchOptions(trials=8), logs=tmp_path, options=QUICK, measurer=measurer)
     records = read_log(log_path(tmp_path, HOST, task.identity.key), task.identity).records
     check_trials(task, records, 8)
     measured = {record.board["name"] for record in records if record.board}

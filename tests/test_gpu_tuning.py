@@ -33,6 +33,7 @@ from gf_tvm.tuning.measuring.messages import task_values
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.service import worker_for
 from gf_tvm.tuning.measuring.worker import Worker
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import TuningError, WorkloadTask
 
 OPTIONS = MeasureOptions(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
@@ -358,7 +359,7 @@ def test_tuning_on_a_board_with_a_gpu(
             options = replace(OPTIONS, final=1)
             measurer = FarmMeasurer(options, farm, profile.description, None, "sm_53")
             trials = len(task.acts)
-            tune_tasks([task], logs=tmp_path / "logs", trials=trials, options=options, measurer=measurer)
+            tune_tasks([task], SearchOptions(trials=trials), logs=tmp_path / "logs", options=options, measurer=measurer)
             # The server tells once the session is over.
             assert wait_until(lambda: tracker.wait_for(1)[0].info["state"] == "free")
             served = tracker.wait_for(1)[0].info

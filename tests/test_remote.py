@@ -31,6 +31,7 @@ from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
 from gf_tvm.tuning.measuring.reference import reference_task
 from gf_tvm.tuning.measuring.result import Result
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import Candidate, WorkloadTask
 
 HOST = get_profile("host").name
@@ -520,8 +521,8 @@ def tune(logs: Path, options: MeasureOptions, given_up: int = 0, trials: int = 6
     notes: list[str] = []
     tune_tasks(
         [ToyTask()],
+        SearchOptions(trials=trials),
         logs=logs,
-        trials=trials,
         options=options,
         measurer=FakeMeasurer(options, given_up),
         progress=lambda event: notes.append(event.message) if event.kind == "note" else None,

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import Process, answer
 from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 
@@ -119,7 +120,7 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     # Both of its points do well in the search; the final comparison finds one of them wrong.
     task = ToyTask(acts=("none", "right for trials only"), tiles=(2,))
     events: list[Event] = []
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=FAST, batch=4, progress=events.append)
+    summary = tune_tasks([task], SearchOptions(trials=20, batch=4), logs=tmp_path, options=FAST, progress=events.append)
     path = log_path(tmp_path, "toy-device", "toy")
     records = read_log(path, task.identity).records
     trials = [r for r in records if r.kind == "trial"]
@@ -148,7 +149,7 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     assert kinds.count("compare") == 2
     # Nothing is left to do: nothing is measured, no worker is started, the log stays as it is.
     before = path.read_bytes()
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=replace(FAST, builders=0), batch=4)
+    summary = tune_tasks([task], SearchOptions(trials=20, batch=4), logs=tmp_path, options=replace(FAST, builders=0))
     assert summary.tasks[0] == replace(result, measured=0)
     assert path.read_bytes() == before
 
@@ -159,8 +160,9 @@ sys.path.insert(0, sys.argv[2])
 from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring.options import MeasureOptions
+from gf_tvm.tuning.options import SearchOptions
 options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
-tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
+tune_tasks([ToyTask()], SearchOptions(trials=14, batch=4), logs=sys.argv[1], options=options)
 """
 
 
@@ -189,7 +191,7 @@ def test_a_killed_run_loses_no_finished_trial_and_the_next_repeats_none(
 
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
-    summary = tune_tasks([ToyTask()], logs=tmp_path, trials=14, batch=4, options=options)
+    summary = tune_tasks([ToyTask()], SearchOptions(trials=14, batch=4), logs=tmp_path, options=options)
     assert path.read_bytes().startswith(before)
     trials = trials_of(path)
     assert trials[: len(finished)] == finished
@@ -376,7 +378,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurer]:
 
 
 def run(tmp_path: Path, tasks: Sequence[Task] = (), **arguments: Any) -> Summary:
-    return tune_tasks(tasks or [ToyTask()], **{"logs": tmp_path, "options": FAST, "batch": 4, **arguments})
+    names = {field.name for field in fields(SearchOptions)}
+    search = SearchOptions(**{"batch": 4, **{name: arguments.pop(name) for name in names & set(arguments)}})
+    return tune_tasks(tasks or [ToyTask()], search, **{"logs": tmp_path, "options": FAST, **arguments})
 
 
 def test_trials_count_over_all_runs(tmp_path: Path, fake: type[FakeMeasurer]) -> None:

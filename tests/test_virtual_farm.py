@@ -42,6 +42,7 @@ from gf_tvm.tuning.measuring import board
 from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.options import FarmOptions
 from gf_tvm.tuning.measuring.reference import reference_task
+from gf_tvm.tuning.options import SearchOptions
 
 TESTS = str(Path(__file__).parent)
 TUNED = small_workload()
@@ -103,7 +104,9 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
     patient.setattr(loop, "ConfigSearch", suggesting(task.examples))
     begun = time.monotonic()
     try:
-        summary = tune_tasks([task], logs=folder, trials=30, options=QUICK, measurer=measurer, progress=progress)
+        summary = tune_tasks(
+            [task], SearchOptions(trials=30), logs=folder, options=QUICK, measurer=measurer, progress=progress
+        )
     finally:
         patient.undo()
     assert time.monotonic() - begun > 90
