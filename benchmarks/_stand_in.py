@@ -11,25 +11,25 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from gf_tvm.farm.server import Context, Options, Server
-from gf_tvm.tuning.measuring.runner import Result
-from gf_tvm.tuning.measuring.session import Session
+from gf_tvm.farm.server import Server, ServerOptions, SessionContext
+from gf_tvm.tuning.measuring.board_service import BoardService
+from gf_tvm.tuning.measuring.result import Result
 
 KEY = "stand-in"
 
 
-class StandIn(Session):
+class StandIn(BoardService):
     """Trials take as long as $STAND_IN_SECONDS says and are all the same."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: SessionContext) -> None:
         super().__init__(context)
         self._seconds = float(os.environ["STAND_IN_SECONDS"])
 
-    def do_prepare(self, task: dict[str, Any], seed: int) -> float:
+    def prepare(self, task: dict[str, Any], seed: int) -> float:
         """Nothing to prepare."""
         return 0.0
 
-    def do_run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
+    def run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
         """Take the time of a trial."""
         path = self._context.folder / file
         if not path.stat().st_size:
@@ -37,7 +37,7 @@ class StandIn(Session):
         time.sleep(self._seconds)
         path.unlink()
         self._count(result := Result("ok", (1e-3,), 0.0))
-        return {"result": asdict(result), "sensors": self.do_sense()}
+        return {"result": asdict(result), "sensors": self.sense()}
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     # tvm_ffi would import PyTorch, of which eight servers would need much memory and no function.
     sys.modules["torch"] = None  # type: ignore[assignment]
     host, _, port = address.rpartition(":")
-    options = Options(KEY, name, (host, int(port)), service="_stand_in:StandIn", until_stdin_closes=True)
+    options = ServerOptions(KEY, name, (host, int(port)), service=StandIn, until_stdin_closes=True)
     server = Server(options, lambda line: None)
     server.load()
     server.run()

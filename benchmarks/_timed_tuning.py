@@ -16,13 +16,12 @@ from gf_tvm.tuning import loop, search
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Process
-from gf_tvm.tuning.measuring.runner import Options
-from gf_tvm.tuning.measuring.worker import Worker, service
+from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.measuring.worker import Worker
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
-
-#: A builder's requests, for :class:`~gf_tvm.tuning.measuring.process.Process`.
-SERVICE = f"{__name__}:timed_service"
 
 
 class Clock:
@@ -66,8 +65,8 @@ class TimedWorker(Worker):
 
 
 def timed_service(task: Task | None) -> Any:
-    """See :func:`gf_tvm.tuning.measuring.worker.service`."""
-    return service(None) if task is None else TimedWorker(task)
+    """See :func:`gf_tvm.tuning.measuring.service.worker_for`."""
+    return worker_for(None) if task is None else TimedWorker(task)
 
 
 class TimedBuilders(Builders):
@@ -78,7 +77,7 @@ class TimedBuilders(Builders):
         self._seconds = seconds
 
     def _new(self) -> Process:
-        return Process("building", 1, self._folder, serves=SERVICE)
+        return Process("building", 1, self._folder, timed_service)
 
     def collect(self) -> list[tuple[Hashable, Any, CandidateFailed | None]]:
         """See :meth:`Builders.collect`."""
@@ -92,7 +91,7 @@ class TimedBuilders(Builders):
 class TimedMeasurer(Measurer):
     """Measures on this machine; ``built`` has seconds of all builders together."""
 
-    def __init__(self, options: Options, built: Counter[str]) -> None:
+    def __init__(self, options: MeasureOptions, built: Counter[str]) -> None:
         super().__init__(options)
         self._built = built
 
@@ -120,12 +119,12 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     """
     task, built, clock = WorkloadTask(workload, "host"), Counter[str](), Clock()
     marks: dict[str, float] = {}
-    options = Options(threads=threads, builders=threads)
-    kept = Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm
+    options = MeasureOptions(threads=threads, builders=threads)
+    kept = Process.call, Process.start, search.ConfigSearch.propose, loop.TaskRun.confirm
 
-    def call(self: Process, task: Task | None, request: str, timeout: float, /, **arguments: Any) -> Any:
+    def call(self: Process, task: Task | None, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> Any:
         self.start()
-        name = REQUESTS[request] if "confirm" not in marks else "final comparison"
+        name = REQUESTS[request.__name__] if "confirm" not in marks else "final comparison"
         return clock.around(name, kept[0])(self, task, request, timeout, **arguments)
 
     def confirm(self: Any) -> None:
@@ -135,19 +134,18 @@ def run_ours(workload: Workload, trials: int, threads: int, logs: Path, seed: in
     Process.call = call  # type: ignore[method-assign]
     Process.start = clock.around("start the processes", kept[1])  # type: ignore[method-assign]
     search.ConfigSearch.propose = clock.around("propose (cost model)", kept[2])  # type: ignore[method-assign]
-    loop._TaskRun._confirm = confirm  # type: ignore[method-assign]
+    loop.TaskRun.confirm = confirm  # type: ignore[method-assign]
     begin, busy = time.monotonic(), cpu_seconds()
     try:
         summary = tune_tasks(
             [task],
+            SearchOptions(trials=trials, seed=seed),
             logs=logs,
-            trials=trials,
-            seed=seed,
             options=options,
             measurer=TimedMeasurer(options, built),
         )
     finally:
-        Process.call, Process.start, search.ConfigSearch.propose, loop._TaskRun._confirm = kept  # type: ignore[method-assign]
+        Process.call, Process.start, search.ConfigSearch.propose, loop.TaskRun.confirm = kept  # type: ignore[method-assign]
     (done,) = summary.tasks
     seconds = marks["confirm"] - begin
     builds = {name: value / options.builders for name, value in built.items()}

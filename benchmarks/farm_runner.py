@@ -26,8 +26,7 @@ from gf_tvm.farm.virtual import VirtualPi, prepare_root
 from gf_tvm.machine.cpu import usable_cores
 from gf_tvm.tuning.measuring.measurer import Measurer
 from gf_tvm.tuning.measuring.ms_runner import FarmRunner
-from gf_tvm.tuning.measuring.remote import FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.task import Candidate, WorkloadTask
 
 KEY = "rpi4"
@@ -41,7 +40,7 @@ def build(count: int, folder: Path) -> list[Path]:
     rng = random.Random(0)
     found = {candidate.id: candidate for candidate in (Candidate.of_config(task.space.sample(rng)) for _ in range(999))}
     paths = []
-    with Measurer(Options(builders=usable_cores())) as measurer:
+    with Measurer(MeasureOptions(builders=usable_cores())) as measurer:
         for _, path, failure in measurer.build(task, list(found.values())[:count]):
             if path is None:
                 raise RuntimeError(f"a candidate does not build: {failure}")
@@ -125,7 +124,7 @@ def main() -> None:
             return rate
 
         def ours() -> float:
-            runner = FarmRunner(farm, Options(threads=THREADS), config, say)
+            runner = FarmRunner(farm, MeasureOptions(threads=THREADS), config, say)
             with contextlib.closing(runner):
                 measure(runner, paths[: 2 * args.boards])  # connects to all boards
                 return measure(runner, paths)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from _bench import SMALL, Tracker, conditions, keep, new_parser, say, show, spre
 from _stand_in import KEY
 
 from gf_tvm.machine.cpu import usable_cores
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.measurer import Builders, Measurer
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import TICK, CandidateFailed
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
 from gf_tvm.tuning.task import Candidate, Task, WorkloadTask
 
 COUNTS = (1, 2, 4, 8)
@@ -41,7 +41,14 @@ class CopyingBuilders(Builders):
         self._answers: deque[Hashable] = deque()
 
     def submit(
-        self, key: Hashable, task: Task, name: str, timeout: float, first: bool = False, /, **arguments: Any
+        self,
+        key: Hashable,
+        task: Task,
+        request: Callable[..., Any],
+        timeout: float,
+        first: bool = False,
+        /,
+        **arguments: Any,
     ) -> None:
         shutil.copyfile(self._library, arguments["path"])
         self._answers.append(key)
@@ -66,7 +73,7 @@ class CopyingBuilders(Builders):
 class Farm(FarmMeasurer):
     """The tuner's measurer without its builders."""
 
-    def __init__(self, options: Options, farm: FarmOptions, library: Path) -> None:
+    def __init__(self, options: MeasureOptions, farm: FarmOptions, library: Path) -> None:
         super().__init__(options, farm, "stand-in")
         self._library = library
 
@@ -78,12 +85,12 @@ class Farm(FarmMeasurer):
     def trials(self, least: int, of_each: int = 0) -> tuple[int, float]:
         """Measure until there are ``least`` trials, and ``of_each`` of every board. Returns how many, and seconds."""
         proposed = done = 0
-        before = dict.fromkeys(self._known, 0) | {name: board.trials for name, board in self._known.items()}
+        before = self.trials_by_board
 
         def source(room: int) -> Sequence[Candidate]:
             nonlocal proposed
-            counts = [board.trials - before.get(name, 0) for name, board in self._known.items()]
-            complete = len(counts) >= len(self._listed) and min(counts, default=0) >= of_each
+            counts = [trials - before.get(name, 0) for name, trials in self.trials_by_board.items()]
+            complete = len(counts) >= len(self._tracker.listed) and min(counts, default=0) >= of_each
             count = room if not complete else max(0, min(room, least - proposed))
             proposed += count
             return [Candidate("ours", f"{proposed}-{number}", {}) for number in range(count)]
@@ -120,7 +127,7 @@ def measure(count: int, seconds: float, each: int, library: Path) -> float:
     """Trials a minute with so many boards, from the moment on at which all are at work."""
     with stand_ins(count, seconds) as tracker:
         farm = FarmOptions(tracker.address, KEY, drift=None)
-        with Farm(Options(builders=usable_cores()), farm, library) as measurer:
+        with Farm(MeasureOptions(builders=usable_cores()), farm, library) as measurer:
             measurer.trials(0, of_each=1)
             done, took = measurer.trials(each * count)
             return 60 * done / took
@@ -134,7 +141,7 @@ def build(count: int, library: Path) -> float:
     cores = usable_cores()
     found = {candidate.id: candidate for candidate in (Candidate.of_config(TASK.space.sample(rng)) for _ in range(999))}
     candidates = list(found.values())[: cores + count]
-    with Measurer(Options(builders=cores)) as measurer:
+    with Measurer(MeasureOptions(builders=cores)) as measurer:
         for part in (candidates[:cores], candidates[cores:]):  # the first ones start the processes
             begun = time.monotonic()
             for _, path, failure in measurer.build(TASK, part):

@@ -19,7 +19,7 @@ from .farm._arguments import add_tracker_arguments, environment_tracker, tracker
 if TYPE_CHECKING:
     from ..core.workload import Workload
     from ..tuning import Event, Summary
-    from ..tuning.measuring.remote import FarmOptions
+    from ..tuning.measuring.options import FarmOptions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -155,7 +155,7 @@ def _farm_options(args: argparse.Namespace) -> FarmOptions | None:
     if args.tracker is None or (here and args.tracker == environment_tracker()):
         return None
     from ..errors import FarmError
-    from ..tuning.measuring.remote import FarmOptions
+    from ..tuning.measuring.options import FarmOptions
 
     if args.key is None:
         raise FarmError("--tracker needs --key KEY, the kind of board; gf-tvm farm status lists the keys")

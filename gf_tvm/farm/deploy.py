@@ -59,7 +59,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Board:
+class SshBoard:
     """A board that was looked at: what :func:`gf_tvm.farm._remote.probe` says of it."""
 
     ssh: Ssh
@@ -107,7 +107,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def connect(ssh: Ssh, name: str, python: str = "python3", folder: str = FOLDER) -> Board:
+def connect(ssh: Ssh, name: str, python: str = "python3", folder: str = FOLDER) -> SshBoard:
     """Look at a board.
 
     Raises:
@@ -118,7 +118,7 @@ def connect(ssh: Ssh, name: str, python: str = "python3", folder: str = FOLDER) 
     if not folder or folder.startswith(("~", "-")):
         raise FarmError(f"--folder must be a folder on the board, got {folder!r}")
     try:
-        return Board(ssh, name, python, ssh.ask(python, "probe", folder))
+        return SshBoard(ssh, name, python, ssh.ask(python, "probe", folder))
     except SshError as error:
         text = str(error)
         if error.code in (126, 127):
@@ -136,7 +136,7 @@ def _needs_python() -> str:
     )
 
 
-def check_board(board: Board) -> None:
+def check_board(board: SshBoard) -> None:
     """Raise FarmError if gf_tvm cannot be installed there."""
     facts, target = board.facts, board.ssh.target
     python = tuple(int(number) for number in re.findall(r"\d+", facts["python"])[:2])
@@ -222,13 +222,13 @@ def _base_requirements() -> list[str]:
     return [text.partition(";")[0].strip() for text in found if "extra ==" not in text]
 
 
-def stamp_of(board: Board, package: Package) -> str:
+def stamp_of(board: SshBoard, package: Package) -> str:
     """What the stamp file of a finished installation holds."""
     return f"{package.digest}-{board.facts['python']}"
 
 
 def install(
-    board: Board,
+    board: SshBoard,
     package: Package,
     say: Say,
     on_sent: Callable[[int, int], None] | None = None,
@@ -308,7 +308,7 @@ def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _step(
-    board: Board,
+    board: SshBoard,
     what: str,
     remote: str,
     archive: _Archive | None = None,
@@ -365,7 +365,7 @@ class Tunnel:
     """
 
     def __init__(
-        self, board: Board, key: str, tracker: Address, port: int, say: Say, token: str, device: str | None = None
+        self, board: SshBoard, key: str, tracker: Address, port: int, say: Say, token: str, device: str | None = None
     ) -> None:
         self._board, self._key, self._tracker, self._port, self._say = board, key, tracker, port, say
         self._device = device

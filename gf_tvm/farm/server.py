@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,47 +55,6 @@ _GRACE_SECONDS = 3.0
 _RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
 _PR_SET_PDEATHSIG = 1
 _WORK = "gf_tvm-board-"
-
-
-class Service(Protocol):
-    """What a session does besides TVM's own functions; made in the session's process."""
-
-    def handle(self, request: str) -> str:
-        """Answer one request."""
-
-    def close(self) -> None:
-        """The client is gone."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to serve.
-
-    Args:
-        key: the kind of board.
-        name: of this board.
-        tracker: where to register; None serves clients that know the key.
-        host, port: to bind; port 0 takes a free one.
-        advertise: where clients reach this server, if not at the address the tracker sees and the bound port.
-        idle_seconds: a session whose client does nothing for so long is ended.
-        device: profile that the board was said to be; "" if nothing was said.
-        gpu: with which it measures (:func:`gf_tvm.machine.gpu.check_device`); None for none.
-        service: ``module:attribute`` of a callable (:class:`Context`) -> :class:`Service`; its module may have a
-            function ``preload`` that is called once, before any session. "" serves TVM's functions only.
-        until_stdin_closes: end with standard input, and so with the ssh connection that started this.
-    """
-
-    key: str
-    name: str
-    tracker: Address | None = None
-    host: str = "127.0.0.1"
-    port: int = 0
-    advertise: Address | None = None
-    idle_seconds: float = 900.0
-    device: str = ""
-    gpu: GpuInfo | None = None
-    service: str = "gf_tvm.tuning.measuring.session:Session"
-    until_stdin_closes: bool = False
 
 
 class Counters:
@@ -138,7 +97,7 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Context:
+class SessionContext:
     """What a session's service is told."""
 
     name: str
@@ -147,6 +106,52 @@ class Context:
     sensors: Sensors
     emulated: bool
     gpu: GpuInfo | None = None
+
+
+class Service(Protocol):
+    """What a session does besides TVM's own functions; made in the session's process."""
+
+    def handle(self, request: str) -> str:
+        """Answer one request."""
+
+    def close(self) -> None:
+        """The client is gone."""
+
+
+#: Makes a session's service, in the session's process; a class will do. None: TVM's functions only.
+ServiceMaker = Callable[[SessionContext], Service] | None
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to serve.
+
+    Args:
+        key: the kind of board.
+        name: of this board.
+        tracker: where to register; None serves clients that know the key.
+        host, port: to bind; port 0 takes a free one.
+        advertise: where clients reach this server, if not at the address the tracker sees and the bound port.
+        idle_seconds: a session whose client does nothing for so long is ended.
+        device: profile that the board was said to be; "" if nothing was said.
+        gpu: with which it measures (:func:`gf_tvm.machine.gpu.check_device`); None for none.
+        service: makes what a session answers besides; None serves TVM's functions only.
+        preload: called once, before any session, to import what the sessions' service needs.
+        until_stdin_closes: end with standard input, and so with the ssh connection that started this.
+    """
+
+    key: str
+    name: str
+    tracker: Address | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise: Address | None = None
+    idle_seconds: float = 900.0
+    device: str = ""
+    gpu: GpuInfo | None = None
+    service: ServiceMaker = None
+    preload: Callable[[], None] | None = None
+    until_stdin_closes: bool = False
 
 
 @dataclass
@@ -181,7 +186,7 @@ class Server:
         FarmError: the address cannot be bound.
     """
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, options: ServerOptions, say: Callable[[str], None]) -> None:
         self.options = options
         self._say = say
         self._counters = Counters()
@@ -223,10 +228,8 @@ class Server:
     def load(self) -> None:
         """Import what every session needs, before the first is forked: on a board that takes ten seconds."""
         start_extras()
-        if self.options.service:
-            preload = getattr(import_module(self.options.service.partition(":")[0]), "preload", None)
-            if preload is not None:
-                preload()
+        if self.options.preload is not None:
+            self.options.preload()
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -334,7 +337,7 @@ class Server:
     def _start_session(self, connection: socket.socket, client: str, timeout: float | None) -> None:
         folder = Path(tempfile.mkdtemp(prefix=_WORK))
         options = self.options
-        context = Context(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
+        context = SessionContext(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
         self._counters.working = False
         sys.stdout.flush()
         sys.stderr.flush()
@@ -491,7 +494,7 @@ class Server:
 # ------------------------------------------------------------------------------------------------ the session's process
 
 
-def run_session(connection: socket.socket, context: Context, service: str, parent: int) -> None:
+def run_session(connection: socket.socket, context: SessionContext, make_service: ServiceMaker, parent: int) -> None:
     """Serve one client and end this process; called in the forked child."""
     code = 1
     try:
@@ -511,7 +514,7 @@ def run_session(connection: socket.socket, context: Context, service: str, paren
         os.closerange(3, handle)
         os.closerange(handle + 1, 1 << 12)
         os.chdir(context.folder)
-        served = _register(context, service)
+        served = _register(context, make_service)
         import tvm_ffi
 
         tvm_ffi.get_global_func("rpc.ServerLoop")(handle)
@@ -525,7 +528,7 @@ def run_session(connection: socket.socket, context: Context, service: str, paren
         os._exit(code)
 
 
-def _register(context: Context, name: str) -> Service | None:
+def _register(context: SessionContext, make_service: ServiceMaker) -> Service | None:
     """Register what TVM's clients call, and the service."""
     import tvm_ffi
 
@@ -541,10 +544,9 @@ def _register(context: Context, name: str) -> Service | None:
 
     tvm_ffi.register_global_func("tvm.rpc.server.workpath", path, override=True)
     tvm_ffi.register_global_func("tvm.rpc.server.load_module", load_module, override=True)
-    if not name:
+    if make_service is None:
         return None
-    module, _, attribute = name.partition(":")
-    service: Service = getattr(import_module(module), attribute)(context)
+    service = make_service(context)
     tvm_ffi.register_global_func(REQUEST, service.handle, override=True)
     return service
 

@@ -113,7 +113,7 @@ exec '{qemu}' -cpu {cpu} -L "$root" "$root/usr/bin/python3" "$@"
 _PASSED = ("USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TERM")
 
 #: Called with the number of the step that begins, how many there are, and what it does.
-ProgressFunction = Callable[[int, int, str], None]
+ProgressCallback = Callable[[int, int, str], None]
 
 
 # ----------------------------------------------------------------------------------------------------------- the root
@@ -136,7 +136,7 @@ def missing_packages() -> list[str]:
 
 
 def prepare_root(
-    folder: Path | None = None, extras: Sequence[str] = (), progress: ProgressFunction | None = None
+    folder: Path | None = None, extras: Sequence[str] = (), progress: ProgressCallback | None = None
 ) -> Path:
     """Make a root in ``folder``, unless there is one, put the present code of gf_tvm into it, and return its path.
 
@@ -200,7 +200,7 @@ def _known(wheels: list[str]) -> set[str]:
     return set(wheels) & set(_WHEELS).union(*EXTRAS.values())
 
 
-def _make_root(folder: Path, wheels: set[str], progress: ProgressFunction | None) -> Path:
+def _make_root(folder: Path, wheels: set[str], progress: ProgressCallback | None) -> Path:
     """Make a root beside what is there, rename it into place, and remove what is there."""
     texts = ("Debian's packages", "wheels of PyTorch and TVM", "bytecode", "first start")
 
@@ -354,7 +354,7 @@ def _replace(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, progress: ProgressFunction | None) -> Iterator[None]:
+def _locked(folder: Path, progress: ProgressCallback | None) -> Iterator[None]:
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,27 +1,48 @@
 """Choosing schedules: search over the spaces of :mod:`gf_tvm.schedules`, measurement, and the tuning log.
 
-Each module builds on those before it:
+Names are imported on first use: a board's processes measure without loading the search. Each module builds on those
+before it:
 
-========  =============================================================================================
-log       the files of measured trials; needs neither TVM nor PyTorch
-merge     puts logs of several farms together, and says what logs have; needs neither of the two as well
-task      what is tuned: definition, space, arguments and reference of one workload
+============  =========================================================================================
+log           the files of measured trials
+merge         puts logs of several farms together, and says what logs have
+task          what is tuned: definition, space, arguments and reference of one workload
+measuring     a package of its own: builds and measures candidates, here or on a farm of boards
+cost_model    how fast a candidate of a space of ours is likely to be: xgboost's trees on its knobs
 metaschedule  imports TVM's MetaSchedule
-worker    what the processes that build and run candidates do
-process   starts such processes, asks them with a deadline, ends them
-runner    runs candidates in one and turns what becomes of them into results; here or on a board
-measure   builds on this machine, and measures here too
-session   what a board does for the tuner
-link      the host's process for one board
-remote    builds on this machine and measures on a farm of boards
-ms_runner  MetaSchedule's own tools on a farm
-search    proposes candidates, ranked by MetaSchedule's XGBoost cost model
-loop      all of these, over and over: :func:`gf_tvm.tune`
-========  =============================================================================================
+search        proposes candidates of a space of ours, ranked by the cost model, or MetaSchedule's
+options       how much to search, where, and when to stop
+loop          all of these, over and over: :func:`gf_tvm.tune`
+============  =========================================================================================
+
+``log`` and ``merge`` need neither TVM nor PyTorch. ``measuring`` imports nothing from here but ``task`` and ``log``.
 """
 
-from .log import Record, find_best, shipped_logs
-from .loop import Event, Summary, TaskSummary, tune
-from .task import TuningError
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
+
+if TYPE_CHECKING:
+    from .log import Record as Record
+    from .log import find_best as find_best
+    from .log import shipped_logs as shipped_logs
+    from .loop import Event as Event
+    from .loop import Summary as Summary
+    from .loop import TaskSummary as TaskSummary
+    from .loop import tune as tune
+    from .task import TuningError as TuningError
+
+_HOMES = {
+    "Event": "loop",
+    "Record": "log",
+    "Summary": "loop",
+    "TaskSummary": "loop",
+    "TuningError": "task",
+    "find_best": "log",
+    "shipped_logs": "log",
+    "tune": "loop",
+}
 
 __all__ = ["Event", "Record", "Summary", "TaskSummary", "TuningError", "find_best", "shipped_logs", "tune"]
+
+__getattr__, __dir__ = attach(__name__, _HOMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .measuring.runner import Result
+from .measuring.result import Result
 from .task import import_tool
 
 #: A few hundred trials at most times a dozen features: shallow trees, and not many, or they learn the noise.

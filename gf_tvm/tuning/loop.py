@@ -17,7 +17,9 @@ from ..errors import DeviceError, LogError
 from .log import SPACES, LogFolder, LogWriter, Record, best_record, trials_of
 from .log import seeds as find_seeds
 from .measuring.measurer import Measurer
-from .measuring.runner import Options, Result
+from .measuring.options import MeasureOptions
+from .measuring.result import Result
+from .options import SearchOptions
 from .search import ConfigSearch, MetaScheduleSearch, Search
 from .task import Candidate, Config, Task, TuningError, WorkloadTask
 
@@ -25,14 +27,11 @@ if TYPE_CHECKING:
     from ..core.workload import Workload
     from ..machine.gpu import GpuInfo
     from ..machine.profiles import DeviceProfile
-    from .measuring.remote import FarmOptions
+    from .measuring.options import FarmOptions
 
 #: Of what ``gf-tvm tune --json`` writes; another number where a reader would misunderstand it.
 SCHEMA = "gf_tvm.tune/1"
 
-#: Candidates that are proposed, built and measured together, by kind of space. Ours learns from each batch at no cost
-#: to speak of; MetaSchedule's takes seconds to propose.
-BATCH = {"ours": 8, "metaschedule": 16}
 # An improvement by less is noise and does not put early stopping off.
 _IMPROVEMENT = 0.01
 # Configurations of other logs that are tried first, per workload.
@@ -75,7 +74,7 @@ class Event:
     message: str = ""
 
 
-Progress = Callable[[Event], None]
+EventCallback = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def tune(
     seed: int = 0,
     seed_logs: Sequence[str | os.PathLike[str]] = (),
     farm: FarmOptions | None = None,
-    progress: Progress | None = None,
+    progress: EventCallback | None = None,
 ) -> Summary:
     """Find fast schedules for workloads on this machine or on a farm of boards, and log every trial.
 
@@ -192,27 +191,17 @@ def tune(
         threads = profile.threads or 1
     workloads = list(dict.fromkeys(workloads))
     tasks = [WorkloadTask(workload, profile.name) for workload in workloads]
-    options = Options(threads=threads, builders=usable_cores(), cold=cold)
+    options = MeasureOptions(threads=threads, builders=usable_cores(), cold=cold)
     if farm is None:
         measurer = Measurer(options, gpu)
     else:
-        from .measuring.remote import FarmMeasurer, reference_task
+        from .measuring.farm_measurer import FarmMeasurer
+        from .measuring.reference import reference_task
 
         arch = "" if profile.gpu is None else profile.gpu.arch
         measurer = FarmMeasurer(options, farm, profile.description, reference_task(profile.name), arch)
-    return tune_tasks(
-        tasks,
-        logs=logs,
-        trials=trials,
-        minutes=minutes,
-        early_stop=early_stop,
-        space=space,
-        seed=seed,
-        options=options,
-        measurer=measurer,
-        seed_logs=seed_logs,
-        progress=progress,
-    )
+    search = SearchOptions(trials, minutes, early_stop, space, seed, seed_logs)
+    return tune_tasks(tasks, search, logs=logs, options=options, measurer=measurer, progress=progress)
 
 
 def _find_device(profile: DeviceProfile) -> GpuInfo | None:
@@ -240,28 +229,30 @@ def _find_device(profile: DeviceProfile) -> GpuInfo | None:
 
 def tune_tasks(
     tasks: Sequence[Task],
+    search: SearchOptions,
     *,
     logs: str | os.PathLike[str],
-    trials: int = 64,
-    minutes: float | None = None,
-    early_stop: int | None = None,
-    space: str = "ours",
-    seed: int = 0,
-    options: Options,
-    batch: int | None = None,
+    options: MeasureOptions,
     measurer: Measurer | None = None,
-    seed_logs: Sequence[str | os.PathLike[str]] = (),
-    progress: Progress | None = None,
+    progress: EventCallback | None = None,
 ) -> Summary:
-    """:func:`tune` for any tasks of one device; the arguments are the same, but for:
+    """:func:`tune` for any tasks of one device.
 
     Args:
+        tasks: what to tune, in this order.
+        search: how much to search, where, and when to stop.
+        logs: folder of logs.
         options: how to measure.
-        batch: candidates of one round; default: :data:`BATCH`.
         measurer: what measures; default: this machine.
+        progress: called with every :class:`Event`.
+
+    Returns:
+        What came of it; see :func:`tune`.
+
+    Raises:
+        FarmError, LogError, TuningError: as :func:`tune`.
     """
-    _check_arguments(trials, minutes, early_stop, space, options, batch)
-    batch = batch or BATCH[space]
+    search.check(options.threads)
     if not tasks:
         raise TuningError("nothing to tune: no workloads were given")
     started = time.monotonic()
@@ -271,17 +262,17 @@ def tune_tasks(
         made = {**provenance(), **compiler, **measurer.made}
         # All logs are looked at before the first trial: one that does not fit is found now and not in an hour.
         found = [folder.peek(task.identity, made) for task in tasks]
-        missing = [max(0, trials - len(trials_of(log.records if log else [], space))) for log in found]
-        end = None if minutes is None else started + 60 * minutes
+        missing = [max(0, search.trials - len(trials_of(log.records if log else [], search.space))) for log in found]
+        end = None if search.minutes is None else started + 60 * search.minutes
         say = progress or (lambda event: None)
-        plan = _Plan(measurer, trials, early_stop, space, seed, batch, say, missing, end, seed_logs)
+        state = _RunState(measurer, search, say, missing, end)
         summaries = []
         for index, task in enumerate(tasks):
             with folder.open(task.identity, made) as log:
                 # The time that is left belongs in equal parts to the workloads that have trials to make.
                 waiting = 1 + sum(bool(n) for n in missing[index + 1 :])
                 now = time.monotonic()
-                summaries.append(_TaskRun(plan, task, log, index, end and now + (end - now) / waiting).run())
+                summaries.append(TaskRun(state, task, log, index, end and now + (end - now) / waiting).run())
         report = measurer.report
     return Summary(device, str(Path(logs)), time.monotonic() - started, made, tuple(summaries), report)
 
@@ -294,19 +285,6 @@ def _cuda_compiler() -> dict[str, Any]:
         return {"cuda": ".".join(map(str, nvrtc.version()))}
     except NoCompilerError as error:
         raise TuningError(f"this machine cannot compile for GPUs: {error}") from None
-
-
-def _check_arguments(
-    trials: int, minutes: float | None, early_stop: int | None, space: str, options: Options, batch: int | None
-) -> None:
-    counts = {"trials": trials, "early_stop": early_stop, "threads": options.threads, "batch": batch}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise TuningError(f"{name} must be at least 1, got {value}")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise TuningError(f"minutes must be more than 0, got {minutes}")
-    if space not in SPACES:
-        raise TuningError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
 
 
 def provenance() -> dict[str, Any]:
@@ -326,19 +304,14 @@ def provenance() -> dict[str, Any]:
 
 
 @dataclass
-class _Plan:
-    """What all workloads of a run share."""
+class _RunState:
+    """What all workloads of a run share, and how far it is."""
 
     measurer: Measurer
-    trials: int
-    early_stop: int | None
-    space: str
-    seed: int
-    batch: int
-    progress: Progress
+    search: SearchOptions
+    progress: EventCallback
     missing: list[int]  # trials to make, of each workload
     end: float | None  # on the monotonic clock
-    seed_logs: Sequence[str | os.PathLike[str]]
     spent: float = 0.0
     measured: int = 0
 
@@ -348,16 +321,17 @@ class _Plan:
         return self.spent / self.measured if self.measured else 2.0
 
 
-class _TaskRun:
+class TaskRun:
     """Tuning of one workload, from what its log has to a confirmed winner."""
 
-    def __init__(self, plan: _Plan, task: Task, log: LogWriter, index: int, end: float | None) -> None:
-        self.plan = plan
+    def __init__(self, state: _RunState, task: Task, log: LogWriter, index: int, end: float | None) -> None:
+        self.state = state
+        self.options = state.search
         self.task = task
         self.log = log
         self.index = index
         self.end = end  # of this workload, on the monotonic clock
-        self.trials = trials_of(log.records, plan.space)
+        self.trials = trials_of(log.records, self.options.space)
         self.measured = 0
         self.default = Candidate.of_config(task.space.default)  # of ours; a search of MetaSchedule's has none
         self.search: Search | None = None
@@ -372,19 +346,19 @@ class _TaskRun:
         stopped = self._reason_to_stop() or self._search_and_measure()
         if stopped == "exhausted":
             self._say("note", message=f"the space is exhausted after {len(self.trials)} trials")
-        self.plan.missing[self.index] = 0
-        self._confirm()
+        self.state.missing[self.index] = 0
+        self.confirm()
         self._say("done")
         return self._summary(stopped)
 
     # ----------------------------------------------------------------------------------------------------- when to stop
 
     def _reason_to_stop(self) -> str:
-        if len(self.trials) >= self.plan.trials:
+        if len(self.trials) >= self.options.trials:
             return "trials"
         if self.end is not None and self._time_left() <= 0:
             return "time"
-        if self.plan.early_stop is not None and self._trials_since_improvement() >= self.plan.early_stop:
+        if self.options.early_stop is not None and self._trials_since_improvement() >= self.options.early_stop:
             return "early stop"
         return ""
 
@@ -392,14 +366,16 @@ class _TaskRun:
         """Seconds for further trials: what is left but for the final comparison."""
         if self.end is None:
             return math.inf
-        final = self.plan.seconds_per_trial * (self.plan.measurer.options.final + 1)
+        final = self.state.seconds_per_trial * (self.state.measurer.options.final + 1)
         return self.end - time.monotonic() - final
 
     def _batch_size(self) -> int:
-        affordable = self._time_left() / self.plan.seconds_per_trial
+        affordable = self._time_left() / self.state.seconds_per_trial
         # A small one first: there is something to show soon, and the time that a trial takes is known.
-        batch = self.plan.batch if self.trials else min(self.plan.batch, 2 * self.plan.measurer.parallel)
-        return max(1, int(min(batch, self.plan.trials - len(self.trials), affordable)))
+        batch = self.options.batch_size
+        if not self.trials:
+            batch = min(batch, 2 * self.state.measurer.parallel)
+        return max(1, int(min(batch, self.options.trials - len(self.trials), affordable)))
 
     def _trials_since_improvement(self) -> int:
         best, since = math.inf, 0
@@ -414,15 +390,16 @@ class _TaskRun:
     def _get_search(self) -> Search:
         """The search, made when it turns out to be needed: it has to replay what the log knows."""
         if self.search is None:
-            plan = self.plan
+            state = self.state
             # Another seed in each run, so that a continued search does not propose what the first one has.
-            seed = zlib.crc32(f"{plan.seed} {self.task.identity.key} {len(self.log.records)}".encode())
-            if plan.space == "ours":
+            seed = zlib.crc32(f"{self.options.seed} {self.task.identity.key} {len(self.log.records)}".encode())
+            if self.options.space == "ours":
                 self.search = ConfigSearch(self.task, seed)
             else:
-                self.search = MetaScheduleSearch(self.task, plan.measurer.options.threads, seed, plan.batch)
-            if plan.seed_logs:
-                configs, reasons = find_seeds(self.task.identity, self.task.space, plan.seed_logs, _SEEDS)
+                threads = state.measurer.options.threads
+                self.search = MetaScheduleSearch(self.task, threads, seed, self.options.batch_size)
+            if self.options.seed_logs:
+                configs, reasons = find_seeds(self.task.identity, self.task.space, self.options.seed_logs, _SEEDS)
                 self.search.suggest(configs)
                 for reason in reasons:
                     self._say("note", message=reason)
@@ -434,7 +411,7 @@ class _TaskRun:
 
     def _search_and_measure(self) -> str:
         """Measure what the search proposes until there is a reason to stop, which is returned."""
-        plan = self.plan
+        state = self.state
         out: dict[str, Candidate] = {}  # proposed and not yet measured
         measured: list[tuple[Candidate, Result]] = []  # and not yet learned
         given_up = 0
@@ -442,7 +419,7 @@ class _TaskRun:
 
         def source(count: int) -> list[Candidate]:
             nonlocal exhausted
-            count = min(count, self._batch_size(), plan.trials - len(self.trials) - len(out))
+            count = min(count, self._batch_size(), self.options.trials - len(self.trials) - len(out))
             if count < 1 or self._reason_to_stop():
                 return []
             search = self._get_search()
@@ -460,17 +437,17 @@ class _TaskRun:
         def say(kind: str, line: str) -> None:
             self._say(kind, message=line)
 
-        results = plan.measurer.measure(self.task, source, self._best_seconds, over, say)
+        results = state.measurer.measure(self.task, source, self._best_seconds, over, say)
         try:
             for candidate, result in results:
                 del out[candidate.id]
                 now = time.monotonic()
-                plan.spent += now - begun
+                state.spent += now - begun
                 begun = now
                 if result is None:
                     given_up += 1
                     continue
-                plan.measured += 1
+                state.measured += 1
                 measured.append((candidate, result))
                 self._log_trial(candidate, result)
         finally:
@@ -497,12 +474,12 @@ class _TaskRun:
         self.log.append(record)
         self.trials.append(record)
         self.measured += 1
-        self.plan.missing[self.index] = max(0, self.plan.trials - len(self.trials))
+        self.state.missing[self.index] = max(0, self.options.trials - len(self.trials))
         self._say("trial", status=result.status, seconds=result.seconds, message=result.message)
 
     # -------------------------------------------------------------------------------------------- the final comparison
 
-    def _confirm(self) -> None:
+    def confirm(self) -> None:
         """Check the fastest trials on other inputs and measure them and the default in turns; log who wins."""
         kinds = [record.kind for record in reversed(self.log.records)]
         if "trial" not in kinds or ("winner" in kinds and kinds.index("winner") < kinds.index("trial")):
@@ -513,7 +490,7 @@ class _TaskRun:
                 if results[name].status != "ok":
                     self.log.append(_record("rejected", candidate, results[name]))
                     self._say("note", message=f"{candidate.id} is rejected: {results[name].message}")
-            self.trials = trials_of(self.log.records, self.plan.space)
+            self.trials = trials_of(self.log.records, self.options.space)
             good = {name: result.seconds for name, result in results.items() if result.seconds is not None}
             if good:
                 winner = min(good, key=lambda name: good[name])
@@ -525,14 +502,14 @@ class _TaskRun:
         """The fastest trials that were not rejected, of all spaces, and the default if it ran."""
         good = [r for space in SPACES for r in trials_of(self.log.records, space) if r.seconds is not None]
         good.sort(key=lambda record: record.seconds or math.inf)
-        count = self.plan.measurer.options.final
+        count = self.state.measurer.options.final
         chosen = [r for i, r in enumerate(good) if i < count or r.id == self.default.id]
         return {_name(candidate): candidate for candidate in map(Candidate.of_record, chosen)}
 
     def _compare(self, entries: dict[str, Candidate]) -> dict[str, Result]:
         libraries: dict[str, Path] = {}
         results: dict[str, Result] = {}
-        for candidate, library, failure in self.plan.measurer.build(self.task, list(entries.values())):
+        for candidate, library, failure in self.state.measurer.build(self.task, list(entries.values())):
             if library is not None:
                 libraries[_name(candidate)] = library
             elif failure is not None:
@@ -543,9 +520,9 @@ class _TaskRun:
 
         # Inputs that no trial has seen; trials use seed 0.
         seed = len(self.log.records)
-        results.update(self.plan.measurer.compare(self.task, libraries, seed, round_made))
+        results.update(self.state.measurer.compare(self.task, libraries, seed, round_made))
         for library in libraries.values():
-            self.plan.measurer.discard(library)
+            self.state.measurer.discard(library)
         return results
 
     # -------------------------------------------------------------------------------------------------------- reporting
@@ -557,18 +534,19 @@ class _TaskRun:
         return next((r.seconds for r in self.log.records if r.kind == "trial" and r.id == self.default.id), None)
 
     def _say(self, kind: str, status: str = "", seconds: float | None = None, message: str = "") -> None:
-        plan = self.plan
+        state = self.state
+        wanted = self.options.trials
         best, default = self._best_seconds(), self._default_seconds()
         if kind == "done" and (record := best_record(self.log.records)) is not None and record.confirmed:
             best, default = record.seconds, record.default_seconds
-        left = sum(plan.missing) * plan.seconds_per_trial
-        plan.progress(
+        left = sum(state.missing) * state.seconds_per_trial
+        state.progress(
             Event(
-                *(kind, self.task.identity.key, self.index + 1, len(plan.missing), len(self.trials), plan.trials),
+                *(kind, self.task.identity.key, self.index + 1, len(state.missing), len(self.trials), wanted),
                 *(status, seconds, best, default),
-                left=left if plan.end is None else max(0.0, min(left, plan.end - time.monotonic())),
-                rate=60 * plan.measured / plan.spent if plan.measured else None,
-                boards=plan.measurer.boards,
+                left=left if state.end is None else max(0.0, min(left, state.end - time.monotonic())),
+                rate=60 * state.measured / state.spent if state.measured else None,
+                boards=state.measurer.boards,
                 message=message,
             )
         )

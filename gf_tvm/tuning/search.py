@@ -12,9 +12,9 @@ from typing import Any
 from .cost_model import CostModel
 from .log import Record, config_id, fits_space
 from .measuring.process import describe
-from .measuring.runner import Result
+from .measuring.result import Result
 from .metaschedule import metaschedule, tune_context
-from .task import Candidate, Config, Space, Task, TuningError
+from .task import Candidate, Config, SearchSpace, Task, TuningError
 
 #: Trials before the cost model is asked.
 WARM_UP = 8
@@ -70,7 +70,7 @@ class ConfigSearch(Search):
     """
 
     def __init__(self, task: Task, seed: int = 0, model: bool = True) -> None:
-        self._space: Space = task.space
+        self._space: SearchSpace = task.space
         self._rng = random.Random(seed)
         self._known: set[str] = set()
         self._times: list[tuple[float, Config]] = []

@@ -37,7 +37,7 @@ def import_tool(name: str) -> Any:
         raise TuningError(f"tuning needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
 
 
-class Space(Protocol):
+class SearchSpace(Protocol):
     """A space of schedules, as :func:`gf_tvm.schedules.get_space` gives it."""
 
     @property
@@ -91,7 +91,7 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def space(self) -> Space:
+    def space(self) -> SearchSpace:
         """The space to search."""
 
     @property
@@ -188,7 +188,7 @@ class WorkloadTask(Task):
         return identity_of(self.workload, self.profile)
 
     @cached_property
-    def space(self) -> Space:
+    def space(self) -> SearchSpace:
         """The space to search."""
         from ..schedules import get_space
 
@@ -274,7 +274,7 @@ class ArgumentsTask(Task):
         return Identity("", "", key, {}, "")
 
     @property
-    def space(self) -> Space:
+    def space(self) -> SearchSpace:
         """Unknown."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ from .._output import LINE_INTERVAL
 from ._arguments import add_ssh_arguments, add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
-    from ...farm.deploy import Board, Package
+    from ...farm.deploy import Package, SshBoard
     from ...farm.ssh import Ssh
 
 
@@ -133,9 +133,9 @@ def _names(targets: list[str], name: str | None) -> list[str]:
 
 def _install_all(
     targets: dict[str, Ssh], args: argparse.Namespace, stop: threading.Event
-) -> tuple[dict[str, Board], dict[str, str]]:
+) -> tuple[dict[str, SshBoard], dict[str, str]]:
     """Install on all boards at once; returns those that are ready, and why the others are not."""
-    boards: dict[str, Board] = {}
+    boards: dict[str, SshBoard] = {}
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
         packages = _Packages(Path(folder), args.wheels)
@@ -175,7 +175,7 @@ class _Packages:
             return self._made[system]
 
 
-def _install_one(name: str, ssh: Ssh, args: argparse.Namespace, packages: _Packages) -> Board:
+def _install_one(name: str, ssh: Ssh, args: argparse.Namespace, packages: _Packages) -> SshBoard:
     from ...farm.deploy import check_board, connect, install
 
     say = _sayer(name)

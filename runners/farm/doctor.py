@@ -87,7 +87,7 @@ def _local(
 
 
 def _remote(args: argparse.Namespace, progress: Callable[[int, int], None]) -> Iterator[Check]:
-    from ...farm._doctor_ssh import remote_checks
+    from ...farm.doctor_ssh import remote_checks
     from ...farm.ssh import Ssh
 
     return remote_checks(Ssh(args.board, args.ssh_option), args.python, args.folder, args.library, progress)

@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ...errors import FarmError
     from ...farm.protocol import show
-    from ...farm.server import Options, Server
+    from ...farm.server import Server, ServerOptions
     from ...machine.gpu import check_device, describe
 
     check_bind(args)
@@ -62,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
     if gpu is not None:
         # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    # After the checks: whoever has mistyped an option need not wait for it.
+    from ...tuning.measuring.board_service import BoardService, preload
+
     advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
-    options = Options(
+    options = ServerOptions(
         key=args.key,
         name=args.name or socket.gethostname(),
         tracker=tracker,
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         idle_seconds=args.idle_seconds,
         device=args.device or "",
         gpu=gpu,
+        service=BoardService,
+        preload=preload,
         until_stdin_closes=args.until_stdin_closes,
     )
     server = Server(options, _say)

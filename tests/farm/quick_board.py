@@ -6,21 +6,21 @@ goes to gf-tvm.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 from gf_tvm.farm import server
-from gf_tvm.farm.server import Context
+from gf_tvm.farm.server import SessionContext
 
 
 class Obedient:
     """A service that does what it is told."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: SessionContext) -> None:
         self._context = context
 
     def handle(self, request: str) -> str:
@@ -43,7 +43,12 @@ def main() -> int:
     for name, value in json.loads(sys.argv[1]).items():
         assert hasattr(server, name)
         setattr(server, name, value)
-    server.Options = functools.partial(server.Options, service="quick_board:Obedient")  # type: ignore[assignment, misc]
+    made = server.ServerOptions
+
+    def options(**given: Any) -> server.ServerOptions:
+        return made(**{**given, "service": Obedient, "preload": None})
+
+    server.ServerOptions = options  # type: ignore[assignment, misc]
     from gf_tvm.runners import cli
 
     return cli.main(sys.argv[2:])

@@ -23,7 +23,7 @@ from toy_task import wait_until
 
 from gf_tvm.errors import FarmError
 from gf_tvm.farm import _remote, tracker
-from gf_tvm.farm.deploy import Board, check_board, connect, make_package
+from gf_tvm.farm.deploy import SshBoard, check_board, connect, make_package
 from gf_tvm.farm.doctor import FAILED, OK
 from gf_tvm.farm.ssh import Ssh, SshError, explain
 from gf_tvm.runners.cli import main
@@ -238,8 +238,8 @@ PI = {
 
 
 def test_a_pi_is_fit() -> None:
-    check_board(Board(Ssh("pi@a"), "a", "python3", dict(PI)))
-    check_board(Board(Ssh("pi@a"), "a", "python3", {**PI, "venv": True, "venv_module": False, "free": 1}))
+    check_board(SshBoard(Ssh("pi@a"), "a", "python3", dict(PI)))
+    check_board(SshBoard(Ssh("pi@a"), "a", "python3", {**PI, "venv": True, "venv_module": False, "free": 1}))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_pi_is_fit() -> None:
 )
 def test_an_unfit_board_is_refused_with_the_reason(change: dict[str, Any], part: str) -> None:
     with pytest.raises(FarmError, match=f"pi@a: .*{re.escape(part)}"):
-        check_board(Board(Ssh("pi@a"), "a", "python3", {**PI, **change}))
+        check_board(SshBoard(Ssh("pi@a"), "a", "python3", {**PI, **change}))
 
 
 def test_a_package_pins_what_must_agree_and_what_would_bring_cuda(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_package_pins_what_must_agree_and_what_would_bring_cuda(tmp_path: Path
 
 
 def test_a_jetson_nano_gets_the_last_pytorch_that_its_c_library_runs(tmp_path: Path) -> None:
-    nano = Board(Ssh("pi@a"), "a", "python3", {**PI, "libc_version": "2.27"})
+    nano = SshBoard(Ssh("pi@a"), "a", "python3", {**PI, "libc_version": "2.27"})
     check_board(nano)
     package = make_package(tmp_path, nano.system)
     assert package.machine == "aarch64"
@@ -286,7 +286,7 @@ def test_a_jetson_nano_gets_the_last_pytorch_that_its_c_library_runs(tmp_path: P
     assert {"torch", "numpy"} <= set(package.requirements)
     assert not any(text.startswith("torch-c-dlpack-ext") or "extra" in text for text in package.requirements)
     assert any(text.startswith("apache-tvm==") for text in package.requirements)
-    newer = make_package(tmp_path, Board(Ssh("pi@a"), "a", "python3", dict(PI)).system)
+    newer = make_package(tmp_path, SshBoard(Ssh("pi@a"), "a", "python3", dict(PI)).system)
     assert newer.own_requirements
     assert newer.digest != package.digest
 

@@ -23,7 +23,7 @@ import pytest
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 from gf_tvm.errors import FarmError
-from gf_tvm.farm import _doctor_ssh, doctor, tracker
+from gf_tvm.farm import doctor, doctor_ssh, tracker
 from gf_tvm.farm.doctor import FAILED, OK, UNKNOWN, WARNING, Check, compare_versions, guarded, in_child, verify_library
 from gf_tvm.machine.sensors import Sensors
 from gf_tvm.runners.cli import main
@@ -333,12 +333,12 @@ def test_what_is_sent_to_boards_is_python_3_7(name: str) -> None:
 
 
 def test_the_doctor_runs_where_nothing_is_installed(tmp_path: Path) -> None:
-    script = _doctor_ssh._doctor_script(_doctor_ssh._LOOK.format(folder=str(tmp_path)))
+    script = doctor_ssh._doctor_script(doctor_ssh._LOOK.format(folder=str(tmp_path)))
     # Neither site-packages nor this checkout.
     done = subprocess.run([sys.executable, "-I", "-S", "-"], input=script, capture_output=True, check=True, cwd="/")
     lines = done.stdout.decode().splitlines()
-    assert all(line.startswith(_doctor_ssh._MESSAGE) for line in lines)
-    *checks, report = (json.loads(line[len(_doctor_ssh._MESSAGE) :]) for line in lines)
+    assert all(line.startswith(doctor_ssh._MESSAGE) for line in lines)
+    *checks, report = (json.loads(line[len(doctor_ssh._MESSAGE) :]) for line in lines)
     status = {check["name"]: check["status"] for check in checks}
     assert (status["python"], status["system"], status["packages"]) == (OK, OK, FAILED)
     assert report["kind"] == "report"
@@ -346,9 +346,9 @@ def test_the_doctor_runs_where_nothing_is_installed(tmp_path: Path) -> None:
 
 
 def test_clocks() -> None:
-    assert _doctor_ssh._clock(1000.0, 999.0, 1001.0).status == OK
+    assert doctor_ssh._clock(1000.0, 999.0, 1001.0).status == OK
     for there in (100.0, 5000.0):
-        check = _doctor_ssh._clock(there, 999.0, 1001.0)
+        check = doctor_ssh._clock(there, 999.0, 1001.0)
         assert check.status == WARNING
         assert "timedatectl" in check.advice
 
@@ -496,6 +496,6 @@ def test_a_tracker_of_the_environment_is_no_reason_to_refuse_a_board(
     quick: list[Check], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TVM_TRACKER_HOST", "127.0.0.1")
-    monkeypatch.setattr(_doctor_ssh, "remote_checks", lambda *_: iter(quick))
+    monkeypatch.setattr(doctor_ssh, "remote_checks", lambda *_: iter(quick))
     assert main(["farm", "doctor", "pi@a"]) == 0
     assert capsys.readouterr().out == "ok      python 3.11.2\n"

@@ -14,7 +14,7 @@ from farm_helpers import TrackerProcess, free_port
 
 from gf_tvm.farm.protocol import TrackerConnection
 from gf_tvm.runners.cli import main
-from gf_tvm.tuning.measuring.remote import FarmOptions
+from gf_tvm.tuning.measuring.options import FarmOptions
 
 NOWHERE = "127.0.0.1:9"
 FIELDS = {"n": 1, "ci": 8, "co": 8, "h": 6, "w": 6, "kernel": 3, "padding": 1}

@@ -18,7 +18,7 @@ from gf_tvm.schedules.space import Config, Space
 from gf_tvm.tuning import task as tuning_task
 from gf_tvm.tuning.cost_model import CostModel
 from gf_tvm.tuning.loop import _record
-from gf_tvm.tuning.measuring.runner import Result
+from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.search import ConfigSearch
 from gf_tvm.tuning.task import Candidate, TuningError
 

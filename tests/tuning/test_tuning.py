@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -35,14 +35,17 @@ from gf_tvm.tuning.log import LogFolder, Record, find_best, identity_of, log_pat
 from gf_tvm.tuning.loop import Event, Summary, tune, tune_tasks
 from gf_tvm.tuning.measuring import worker
 from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.options import MeasureOptions
 from gf_tvm.tuning.measuring.process import Process, answer
-from gf_tvm.tuning.measuring.runner import Options, Result
+from gf_tvm.tuning.measuring.result import Result
+from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.search import ConfigSearch, MetaScheduleSearch
 from gf_tvm.tuning.task import Candidate, Task, TuningError, WorkloadTask
 
 pytestmark = pytest.mark.early
 
-FAST = Options(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
+FAST = MeasureOptions(threads=2, builders=1, repeats=2, min_seconds=1e-4, max_seconds=60.0, rounds=2)
 
 
 def config(i: int = 1, j: int = 1, act: str = "none") -> Candidate:
@@ -59,7 +62,7 @@ def trials_of(path: Path) -> list[Record]:
 def limit(measurer: Measurer, seconds: float) -> None:
     """Set how long a build and a call may take from now on."""
     measurer.options = replace(measurer.options, build_timeout=seconds, run_timeout=seconds)
-    measurer._runner.options = measurer.options
+    measurer._measuring.options = measurer.options
 
 
 def test_every_way_to_fail_is_told_apart_and_hurts_nobody_else() -> None:
@@ -119,7 +122,7 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     # Both of its points do well in the search; the final comparison finds one of them wrong.
     task = ToyTask(acts=("none", "right for trials only"), tiles=(2,))
     events: list[Event] = []
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=FAST, batch=4, progress=events.append)
+    summary = tune_tasks([task], SearchOptions(trials=20, batch=4), logs=tmp_path, options=FAST, progress=events.append)
     path = log_path(tmp_path, "toy-device", "toy")
     records = read_log(path, task.identity).records
     trials = [r for r in records if r.kind == "trial"]
@@ -148,7 +151,7 @@ def test_a_run_from_start_to_end_and_once_more(tmp_path: Path) -> None:
     assert kinds.count("compare") == 2
     # Nothing is left to do: nothing is measured, no worker is started, the log stays as it is.
     before = path.read_bytes()
-    summary = tune_tasks([task], logs=tmp_path, trials=20, options=replace(FAST, builders=0), batch=4)
+    summary = tune_tasks([task], SearchOptions(trials=20, batch=4), logs=tmp_path, options=replace(FAST, builders=0))
     assert summary.tasks[0] == replace(result, measured=0)
     assert path.read_bytes() == before
 
@@ -158,9 +161,10 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from toy_task import ToyTask
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measuring.runner import Options
-options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
-tune_tasks([ToyTask()], logs=sys.argv[1], trials=14, batch=4, options=options)
+from gf_tvm.tuning.measuring.options import MeasureOptions
+from gf_tvm.tuning.options import SearchOptions
+options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
+tune_tasks([ToyTask()], SearchOptions(trials=14, batch=4), logs=sys.argv[1], options=options)
 """
 
 
@@ -188,8 +192,8 @@ def test_a_killed_run_loses_no_finished_trial_and_the_next_repeats_none(
     before = before[: before.rfind(b"\n") + 1]
 
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    options = Options(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
-    summary = tune_tasks([ToyTask()], logs=tmp_path, trials=14, batch=4, options=options)
+    options = MeasureOptions(threads=1, builders=1, repeats=2, min_seconds=1e-4, rounds=2)
+    summary = tune_tasks([ToyTask()], SearchOptions(trials=14, batch=4), logs=tmp_path, options=options)
     assert path.read_bytes().startswith(before)
     trials = trials_of(path)
     assert trials[: len(finished)] == finished
@@ -376,7 +380,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurer]:
 
 
 def run(tmp_path: Path, tasks: Sequence[Task] = (), **arguments: Any) -> Summary:
-    return tune_tasks(tasks or [ToyTask()], **{"logs": tmp_path, "options": FAST, "batch": 4, **arguments})
+    names = {field.name for field in fields(SearchOptions)}
+    search = SearchOptions(**{"batch": 4, **{name: arguments.pop(name) for name in names & set(arguments)}})
+    return tune_tasks(tasks or [ToyTask()], search, **{"logs": tmp_path, "options": FAST, **arguments})
 
 
 def test_trials_count_over_all_runs(tmp_path: Path, fake: type[FakeMeasurer]) -> None:
@@ -702,7 +708,7 @@ def test_the_toy_is_right() -> None:
 @pytest.mark.parametrize("role", ["building", "measuring"])
 def test_workers_may_run_on_every_core(tmp_path: Path, role: str) -> None:
     """TVM binds the threads of a process to cores unless told otherwise, and so each of several to the same."""
-    process = Process(role, 1, tmp_path)
+    process = Process(role, 1, tmp_path, worker_for)
     try:
         process.start()
         assert os.sched_getaffinity(process._process.pid) == os.sched_getaffinity(0)

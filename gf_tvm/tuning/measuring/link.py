@@ -52,7 +52,7 @@ class Link:
         self._session["tvm.rpc.server.upload"](name, bytearray(path.read_bytes()))
 
     def call(self, request: str) -> str:
-        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.session`."""
+        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`."""
         from ...farm.server import REQUEST
 
         answer = self._session[REQUEST](request)
@@ -63,6 +63,6 @@ class Link:
         self._session = None
 
 
-def service(_: object) -> Link:
+def new_link(_: object) -> Link:
     """See :func:`gf_tvm.tuning.measuring.process.serve`."""
     return Link()

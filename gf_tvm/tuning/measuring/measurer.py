@@ -2,7 +2,7 @@
 
 All candidates of a batch are built first, in as many processes as there are cores; then they run, one after another,
 in one process with nothing beside it. What goes wrong is either the candidate's doing, and becomes its
-:class:`~gf_tvm.tuning.measuring.runner.Result`, or the machine's, and raises :class:`~gf_tvm.tuning.task.TuningError`:
+:class:`~gf_tvm.tuning.measuring.result.Result`, or the machine's, and raises :class:`~gf_tvm.tuning.task.TuningError`:
 a full disk must not make a schedule look slow.
 """
 
@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..task import Candidate, Task, TuningError
+from .measuring_process import MeasuringProcess
+from .options import MeasureOptions
 from .process import TICK, CandidateFailed, Ended, Process
-from .runner import Options, Result, Runner
+from .result import Result
+from .service import worker_for
+from .worker import Worker
 
 if TYPE_CHECKING:
     from ...machine.gpu import GpuInfo
@@ -33,9 +37,9 @@ _SCRATCH = "gf_tvm-tune-"
 _SCRATCH_GRACE = 3600.0  # seconds
 
 #: Proposes up to so many candidates; none if no more are wanted now.
-Source = Callable[[int], Sequence[Candidate]]
+CandidateSource = Callable[[int], Sequence[Candidate]]
 #: Tells what goes on: "build" and a line that the next one replaces, or "note" and a line that stays.
-Say = Callable[[str, str], None]
+Notify = Callable[[str, str], None]
 
 
 class Scratch:
@@ -87,7 +91,7 @@ class Scratch:
 class _Request:
     key: Hashable
     task: Task
-    name: str
+    request: Callable[..., Any]
     timeout: float
     arguments: dict[str, Any]
     again: bool = field(default=False)
@@ -114,18 +118,28 @@ class Builders:
             self._processes = [self._new() for _ in range(self._count)]
 
     def _new(self) -> Process:
-        return Process("building", 1, self._folder)
+        return Process("building", 1, self._folder, worker_for)
 
     def submit(
-        self, key: Hashable, task: Task, name: str, timeout: float, first: bool = False, /, **arguments: Any
+        self,
+        key: Hashable,
+        task: Task,
+        request: Callable[..., Any],
+        timeout: float,
+        first: bool = False,
+        /,
+        **arguments: Any,
     ) -> None:
-        """Make a request; :meth:`collect` gives its answer with ``key``. ``first`` puts it before all that wait."""
+        """Make a request; :meth:`collect` gives its answer with ``key``. ``first`` puts it before all that wait.
+
+        The others are those of :meth:`Process.send <gf_tvm.tuning.measuring.process.Process.send>`.
+        """
         self.start()
-        request = _Request(key, task, name, timeout, arguments)
+        made = _Request(key, task, request, timeout, arguments)
         if first:
-            self._waiting.appendleft(request)
+            self._waiting.appendleft(made)
         else:
-            self._waiting.append(request)
+            self._waiting.append(made)
         self._fill()
 
     @property
@@ -174,7 +188,7 @@ class Builders:
                     self._processes[slot] = self._new()
                 request = self._waiting.popleft()
                 self._working[slot] = request
-                self._processes[slot].send(request.task, request.name, request.timeout, **request.arguments)
+                self._processes[slot].send(request.task, request.request, request.timeout, **request.arguments)
 
     def drop(self) -> None:
         """Forget all requests. What is being worked on is ended: its answer would be taken for the next one's."""
@@ -202,17 +216,17 @@ class Measurer:
         TuningError: no room for the candidates' libraries.
     """
 
-    def __init__(self, options: Options, gpu: GpuInfo | None = None) -> None:
+    def __init__(self, options: MeasureOptions, gpu: GpuInfo | None = None) -> None:
         self.options = options
         self._gpu = gpu
         self._scratch = Scratch()
         self._builders: Builders
-        self._runner: Runner
+        self._measuring: MeasuringProcess
 
     def __enter__(self) -> Measurer:
         self._scratch.__enter__()
         self._builders = Builders(self.options.builders, self._scratch.folder)
-        self._runner = Runner(self.options, self._scratch.folder)
+        self._measuring = MeasuringProcess(self.options, self._scratch.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,7 +235,7 @@ class Measurer:
     def close(self) -> None:
         """End all workers and remove what they made; harmless when repeated."""
         self._builders.close()
-        self._runner.end()
+        self._measuring.end()
         self._scratch.close()
 
     @property
@@ -264,7 +278,7 @@ class Measurer:
         """
         paths = [self._scratch.new_path(task.suffix) for _ in candidates]
         jobs = [{"candidate": c, "path": path} for c, path in zip(candidates, paths, strict=True)]
-        for index, _, failure in self._map(task, "build", jobs):
+        for index, _, failure in self._map(task, Worker.build, jobs):
             if failure is None:
                 yield candidates[index], paths[index], None
             else:
@@ -276,12 +290,12 @@ class Measurer:
         library.unlink(missing_ok=True)
 
     def _map(
-        self, task: Task, name: str, jobs: Sequence[dict[str, Any]]
+        self, task: Task, request: Callable[..., Any], jobs: Sequence[dict[str, Any]]
     ) -> Iterator[tuple[int, Any, CandidateFailed | None]]:
         """Make requests of all builders; yields (index of the job, value, failure)."""
-        self._runner.start()
+        self._measuring.start()
         for index, job in enumerate(jobs):
-            self._builders.submit(index, task, name, self.options.build_timeout, **job)
+            self._builders.submit(index, task, request, self.options.build_timeout, **job)
         try:
             while self._builders.pending:
                 wait(self._builders.connections(), min(TICK, self._builders.seconds_left))
@@ -296,10 +310,10 @@ class Measurer:
     def measure(
         self,
         task: Task,
-        source: Source,
+        source: CandidateSource,
         best: Callable[[], float | None],
         over: Callable[[], bool],
-        say: Say,
+        say: Notify,
     ) -> Generator[tuple[Candidate, Result | None], None, None]:
         """Build and run what ``source`` proposes, until it proposes nothing more.
 
@@ -308,7 +322,7 @@ class Measurer:
             source: of candidates; asked again when those that it gave are measured.
             best: seconds of the fastest so far.
             over: whether to stop in the midst of what was proposed; what is not measured then is not yielded.
-            say: see :data:`Say`.
+            say: see :data:`Notify`.
 
         Yields:
             (candidate, result); a result of None says that the candidate is given up, for reasons that are not its
@@ -340,14 +354,14 @@ class Measurer:
                     self.discard(library)
 
     def run(self, task: Task, library: Path, best: float | None = None) -> Result:
-        """See :meth:`Runner.run <gf_tvm.tuning.measuring.runner.Runner.run>`."""
-        return self._runner.run(task, library, best)
+        """See :meth:`MeasuringProcess.run <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.run>`."""
+        return self._measuring.run(task, library, best)
 
     def compare(
         self, task: Task, libraries: Mapping[str, Path], seed: int, progress: Callable[[int, int], None] | None = None
     ) -> dict[str, Result]:
-        """See :meth:`Runner.compare <gf_tvm.tuning.measuring.runner.Runner.compare>`."""
-        return self._runner.compare(task, libraries, seed, progress)
+        """See :meth:`MeasuringProcess.compare <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.compare>`."""
+        return self._measuring.compare(task, libraries, seed, progress)
 
 
 #: More than any source gives at a time.

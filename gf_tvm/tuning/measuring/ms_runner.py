@@ -3,7 +3,7 @@
 ::
 
     farm = FarmOptions(("127.0.0.1", 9190), "rpi4")
-    with contextlib.closing(FarmRunner(farm, Options(threads=4))) as runner:
+    with contextlib.closing(FarmRunner(farm, MeasureOptions(threads=4))) as runner:
         ms.tune_tir(module, target, folder, 256, builder=farm_builder("rpi4"), runner=runner)
 
 What a candidate computes is not compared with anything, since MetaSchedule tells its runners no more than the types of
@@ -32,8 +32,9 @@ from tvm.s_tir.meta_schedule.runner import EvaluatorConfig, PyRunner, PyRunnerFu
 from ...errors import FarmError, GfTvmError
 from ...farm.tracker import check_key
 from ..task import ArgumentsTask, Candidate, Task
-from .remote import FarmMeasurer, FarmOptions
-from .runner import Options, Result
+from .farm_measurer import FarmMeasurer
+from .options import FarmOptions, MeasureOptions
+from .result import Result
 
 #: Types of arguments that can be filled and passed.
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
@@ -45,7 +46,7 @@ _CLOSE_SECONDS = 10.0
 class _Pump:
     """The thread that measures. It is the parent of the processes that hold the boards' sessions, which end with it."""
 
-    def __init__(self, farm: FarmOptions, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, farm: FarmOptions, options: MeasureOptions, say: Callable[[str], None]) -> None:
         check_key(farm.tracker, farm.key)
         self._measurer = FarmMeasurer(options, farm, "")
         self._say = say
@@ -163,12 +164,12 @@ class FarmRunner(PyRunner):  # type: ignore[misc]
     def __init__(
         self,
         farm: FarmOptions,
-        options: Options | None = None,
+        options: MeasureOptions | None = None,
         evaluator_config: EvaluatorConfig | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__()
-        options = options or Options()
+        options = options or MeasureOptions()
         if evaluator_config is not None:
             seconds = evaluator_config.min_repeat_ms / 1000
             options = replace(

@@ -31,10 +31,13 @@ from ..task import TuningError
 if TYPE_CHECKING:
     from ..task import Task
 
+#: Makes the object whose methods a process's requests are; see :func:`serve`.
+WorkerMaker = Callable[[Any], Any]
+
 # The child gets this process's module search path before it imports anything of ours.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from gf_tvm.tuning.measuring.process import serve; serve(sys.argv[4], int(sys.argv[1]), int(sys.argv[3]))"
+    f"from {__name__} import serve_named; serve_named(sys.argv[4], int(sys.argv[1]), int(sys.argv[3]))"
 )
 _START_SECONDS = 300.0  # import of torch and TVM on a slow, busy board
 _PR_SET_PDEATHSIG = 1
@@ -86,7 +89,7 @@ class Process:
         role: for messages.
         threads: of TVM and PyTorch in it.
         folder: for its output.
-        serves: ``module:function`` that makes its service; see :func:`serve`.
+        serves: makes its service; see :func:`serve`. A function of a module: unless forked, the process imports it.
         fork: copy this process, with all that it has imported, in place of starting Python anew. For processes that
             have no threads of their own, such as a board's session: there, importing PyTorch takes ten seconds.
 
@@ -99,7 +102,7 @@ class Process:
         role: str,
         threads: int,
         folder: Path,
-        serves: str = "gf_tvm.tuning.measuring.worker:service",
+        serves: WorkerMaker,
         fork: bool = False,
     ) -> None:
         self._role = role
@@ -146,11 +149,19 @@ class Process:
             raise TuningError(f"TVM runs {found['threads']} threads where {self._threads} were asked for")
         self._started = True
 
-    def send(self, task: Task | None, request: str, timeout: float, /, **arguments: Any) -> None:
-        """Make a request; the answer comes by :meth:`receive`."""
+    def send(self, task: Task | None, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> None:
+        """Make a request; the answer comes by :meth:`receive`.
+
+        Args:
+            task: that it is about.
+            request: the method of the service's class, such as ``Worker.run``; over there, the service's own method of
+                this name is called.
+            timeout: seconds.
+            arguments: of the method, by name; they are pickled.
+        """
         self.start()
         new, self._task = task is not self._task, task
-        self._send(request, arguments, task if new else None, timeout)
+        self._send(request.__name__, arguments, task if new else None, timeout)
 
     @property
     def started(self) -> bool:
@@ -186,7 +197,7 @@ class Process:
             raise CandidateFailed("failed", value)
         return value
 
-    def call(self, task: Task | None, request: str, timeout: float, /, **arguments: Any) -> Any:
+    def call(self, task: Task | None, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> Any:
         """:meth:`send` and :meth:`receive`."""
         self.send(task, request, timeout, **arguments)
         return self.receive()
@@ -237,10 +248,13 @@ class Process:
         return self._process.returncode
 
 
-def _spawned(serves: str, theirs: socket.socket, output: Any, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _spawned(
+    serves: WorkerMaker, theirs: socket.socket, output: Any, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])
+    name = f"{serves.__module__}:{serves.__qualname__}"
     return subprocess.Popen(
-        [sys.executable, "-c", _BOOT, str(theirs.fileno()), path, str(os.getpid()), serves],
+        [sys.executable, "-c", _BOOT, str(theirs.fileno()), path, str(os.getpid()), name],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -268,7 +282,7 @@ class _Forked:
             self.returncode = os.waitstatus_to_exitcode(status)
 
 
-def _forked(serves: str, theirs: socket.socket, output: Any, environment: dict[str, str]) -> _Forked:
+def _forked(serves: WorkerMaker, theirs: socket.socket, output: Any, environment: dict[str, str]) -> _Forked:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -293,15 +307,28 @@ def _forked(serves: str, theirs: socket.socket, output: Any, environment: dict[s
 # ---------------------------------------------------------------------------------------------- in the worker's process
 
 
-def serve(serves: str, handle: int, parent: int) -> None:
+def serve_named(name: str, handle: int, parent: int) -> None:
+    """:func:`serve` in a new Python, which knows what makes the service by its name, ``module:function``."""
+    _settle(parent)  # before the import, which takes seconds
+    module, _, function = name.partition(":")
+    _answer_requests(getattr(import_module(module), function), handle)
+
+
+def serve(serves: WorkerMaker, handle: int, parent: int) -> None:
     """Serve requests on the socket ``handle`` until it closes, then end the process.
 
     Args:
-        serves: ``module:function``; the function takes a :class:`~gf_tvm.tuning.task.Task` or None, and its result's
-            methods are the requests. It is called anew for each task; the first request, "hello", has none.
+        serves: takes a :class:`~gf_tvm.tuning.task.Task` or None; its result's methods are the requests. It is called
+            anew for each task; the first request, "hello", has none.
         handle: of the socket.
         parent: the process that must stay alive.
     """
+    _settle(parent)
+    _answer_requests(serves, handle)
+
+
+def _settle(parent: int) -> None:
+    """Make this process one that ends with its parent and takes the blame for the memory it needs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went between starting this process and the line above
         os._exit(0)
@@ -310,17 +337,19 @@ def serve(serves: str, handle: int, parent: int) -> None:
     # A candidate that asks for more memory than there is must not get others killed in its place.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
-    module, _, function = serves.partition(":")
-    make = getattr(import_module(module), function)
+
+
+def _answer_requests(serves: WorkerMaker, handle: int) -> None:
     connection = Connection(handle)
-    service = make(None)
+    service = serves(None)
     while True:
         try:
             task, name, arguments = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
         if task is not None:
-            service = make(task)
+            service = serves(task)
+        # The name is that of a method which the parent has at hand; see Process.send.
         connection.send(answer(getattr(service, name), arguments))
         if task is None:  # the libraries are loaded now
             die_at_once()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,11 +172,6 @@ class Worker:
         self._sweep.add_(1)
 
 
-def median(runs: Sequence[float]) -> float:
-    """The score of a trial."""
-    return statistics.median(runs)
-
-
 def guard_value(dtype: torch.dtype) -> float:
     """What stands in the memory around an output."""
     import torch
@@ -212,14 +206,3 @@ class Greeter:
         import tvm_ffi
 
         return {"pid": os.getpid(), "threads": int(tvm_ffi.get_global_func("runtime.NumThreads")())}
-
-
-def service(task: Task | None) -> Worker | Greeter:
-    """The requests that a worker answers; see :func:`gf_tvm.tuning.measuring.process.serve`."""
-    if task is None:
-        return Greeter()
-    if task.gpu:
-        from .gpu_worker import GpuWorker
-
-        return GpuWorker(task)
-    return Worker(task)

@@ -35,9 +35,11 @@ from gf_tvm.machine.profiles import get_profile
 from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import Record, log_path, read_log
 from gf_tvm.tuning.loop import Event, Summary, tune_tasks
-from gf_tvm.tuning.measuring import remote
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring import board, tracker_watch
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
+from gf_tvm.tuning.measuring.reference import reference_task
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import TuningError
 
 Farm = tuple[TrackerProcess, list[NativeBoard]]
@@ -45,7 +47,7 @@ Farm = tuple[TrackerProcess, list[NativeBoard]]
 pytestmark = [pytest.mark.early, pytest.mark.timeout(900)]
 HOST = get_profile("host").name
 # One candidate hangs, and no other may exceed the limit, however busy the machine is.
-QUICK = Options(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=20.0)
+QUICK = MeasureOptions(threads=1, builders=2, repeats=2, min_seconds=1e-3, rounds=2, run_timeout=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,9 @@ def tune_here(
         events.append(event)
         on_event(event)
 
-    summary = tune_tasks([task], logs=logs, trials=trials, options=QUICK, measurer=measurer, progress=progress)
+    summary = tune_tasks(
+        [task], SearchOptions(trials=trials), logs=logs, options=QUICK, measurer=measurer, progress=progress
+    )
     records = read_log(log_path(logs, HOST, task.identity.key), task.identity).records
     check_trials(task, records, trials)
     return summary, records, events
@@ -141,7 +145,7 @@ def met(measurer: FarmMeasurer, *names: str) -> Callable[[], bool]:
 
 def test_everything_at_once(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that crash, hang and are wrong; strangers; a server that is killed; a board that freezes and thaws."""
-    monkeypatch.setattr(remote, "_SILENT_SECONDS", 20.0)
+    monkeypatch.setattr(board, "_SILENT_SECONDS", 20.0)
     monkeypatch.setattr(loop, "ConfigSearch", suggesting(TreacherousTask(small_workload(), HOST).examples))
     tracker, (first, second, third) = farm
 
@@ -180,11 +184,14 @@ sys.path[:0] = sys.argv[1].split(os.pathsep)
 from test_farm_faults import HOST, QUICK
 from farm_helpers import TreacherousTask, small_workload
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
+from gf_tvm.tuning.measuring.options import FarmOptions
+from gf_tvm.tuning.options import SearchOptions
 host, port = sys.argv[3].rsplit(":", 1)
 farm = FarmOptions((host, int(port)), "here", drift=None)
 task = TreacherousTask(small_workload(), HOST)
-tune_tasks([task], logs=sys.argv[2], trials=20, options=QUICK, measurer=FarmMeasurer(QUICK, farm, "test board"))
+search = SearchOptions(trials=20)
+tune_tasks([task], search, logs=sys.argv[2], options=QUICK, measurer=FarmMeasurer(QUICK, farm, "test board"))
 """
 
 
@@ -258,7 +265,7 @@ def test_a_board_that_is_not_like_the_host_is_refused(farm: Farm, tmp_path: Path
 def test_a_hot_board_cools_down_and_its_trial_is_repeated(
     farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_REST_SECONDS", 0.5)
+    monkeypatch.setattr(board, "_REST_SECONDS", 0.5)
     zone = tmp_path / "sensors" / "sys" / "class" / "thermal" / "thermal_zone0"
     zone.mkdir(parents=True)
     (zone / "type").write_text("cpu-thermal\n")
@@ -301,18 +308,18 @@ def test_no_board_for_too_long_ends_the_run(farm: Farm, tmp_path: Path) -> None:
 def test_the_reference_kernel_is_built_and_measured_beside_the_candidates(farm: Farm, tmp_path: Path) -> None:
     """As a run with the default options does; a machine that is busy with tests needs a generous limit."""
     task = TreacherousTask(small_workload(), HOST)
-    measurer = FarmMeasurer(QUICK, farm_of(farm[0], drift=1000.0), "test board", remote.reference_task(HOST))
-    tune_tasks([task], logs=tmp_path, trials=8, options=QUICK, measurer=measurer)
+    measurer = FarmMeasurer(QUICK, farm_of(farm[0], drift=1000.0), "test board", reference_task(HOST))
+    tune_tasks([task], SearchOptions(trials=8), logs=tmp_path, options=QUICK, measurer=measurer)
     records = read_log(log_path(tmp_path, HOST, task.identity.key), task.identity).records
     check_trials(task, records, 8)
     measured = {record.board["name"] for record in records if record.board}
     assert measured
-    assert all((measurer._known[name].first_reference or 0) > 0 for name in measured)
+    assert all((measurer._run.health.boards[name].first_reference or 0) > 0 for name in measured)
 
 
 def test_the_tracker_is_away_for_a_while(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boards at work go on; a server that is killed meanwhile registers when the tracker is back."""
-    monkeypatch.setattr(remote, "_SUMMARY_SECONDS", 1.0)  # so that the run sees both before it ends
+    monkeypatch.setattr(tracker_watch, "_SUMMARY_SECONDS", 1.0)  # so that the run sees both before it ends
     tracker, (first, *_) = farm
     measurer = measurer_of(tracker)
     gone: list[bool] = []

@@ -17,7 +17,7 @@ from toy_task import N, wait_until
 
 from gf_cuda import CompileError, DriverError, NoCompilerError, ProgramError, compile_source
 from gf_tvm.errors import DeviceError, FarmError
-from gf_tvm.farm.server import Context, Counters
+from gf_tvm.farm.server import Counters, SessionContext
 from gf_tvm.machine.gpu import GpuInfo, check_device
 from gf_tvm.machine.profiles import get_profile
 from gf_tvm.machine.sensors import Sensors
@@ -25,15 +25,18 @@ from gf_tvm.runners.cli import main
 from gf_tvm.tuning.log import read_log
 from gf_tvm.tuning.loop import tune, tune_tasks
 from gf_tvm.tuning.measuring import gpu_worker
+from gf_tvm.tuning.measuring.board_service import BoardService
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
 from gf_tvm.tuning.measuring.gpu_worker import GpuWorker
 from gf_tvm.tuning.measuring.measurer import Measurer
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
-from gf_tvm.tuning.measuring.session import Session, task_values
-from gf_tvm.tuning.measuring.worker import Worker, service
+from gf_tvm.tuning.measuring.messages import task_values
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
+from gf_tvm.tuning.measuring.service import worker_for
+from gf_tvm.tuning.measuring.worker import Worker
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import TuningError, WorkloadTask
 
-OPTIONS = Options(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
+OPTIONS = MeasureOptions(repeats=2, min_seconds=0.0005, max_seconds=0.1, run_timeout=20.0, final=2, rounds=2)
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def built(act: str, folder: Path) -> Path:
 
 
 def prepared(seed: int = 0) -> GpuWorker:
-    worker = service(GpuToyTask())
+    worker = worker_for(GpuToyTask())
     assert isinstance(worker, GpuWorker)
     worker.prepare(seed)
     return worker
@@ -199,7 +202,7 @@ def no_compiler(*_: object) -> NoReturn:
 def test_workers_of_cpus_stay_what_they_are() -> None:
     from toy_task import ToyTask
 
-    assert type(service(ToyTask())) is Worker
+    assert type(worker_for(ToyTask())) is Worker
     assert not ToyTask().gpu
     assert (ToyTask().suffix, GpuToyTask().suffix) == (".so", ".zip")
 
@@ -220,8 +223,8 @@ def test_what_the_driver_refuses_is_a_failure_in_its_words(
     with Measurer(OPTIONS) as measurer:
         # The first process finds all faults, one after another: its fourth allocation is the scratch memory's.
         monkeypatch.setenv("GF_CUDA_FAULT", "cuMemAlloc_v2:4:2,cuLaunchKernel:1:701,cuStreamSynchronize:2:719")
-        measurer._runner.start()
-        process = measurer._runner._process
+        measurer._measuring.start()
+        process = measurer._measuring._process
         assert process is not None
         process.start()
         monkeypatch.delenv("GF_CUDA_FAULT")
@@ -322,7 +325,7 @@ def test_a_server_starts_on_what_it_was_said_to_be(
     ],
 )
 def test_a_board_without_the_gpu_says_so(tmp_path: Path, found: GpuInfo | None, words: str) -> None:
-    session = Session(Context("b", tmp_path, Counters(), Sensors(tmp_path), True, found))
+    session = BoardService(SessionContext("b", tmp_path, Counters(), Sensors(tmp_path), True, found))
     task = task_values(WorkloadTask(small_workload(), "jetson-nano"))
     assert json.loads(session.handle(json.dumps({"op": "hello", "options": asdict(OPTIONS)})))["done"]["gpu"] == found
     for request in ({"op": "prepare", "seed": 0}, {"op": "run", "file": "1.zip", "best": None}):
@@ -356,7 +359,7 @@ def test_tuning_on_a_board_with_a_gpu(
             options = replace(OPTIONS, final=1)
             measurer = FarmMeasurer(options, farm, profile.description, None, "sm_53")
             trials = len(task.acts)
-            tune_tasks([task], logs=tmp_path / "logs", trials=trials, options=options, measurer=measurer)
+            tune_tasks([task], SearchOptions(trials=trials), logs=tmp_path / "logs", options=options, measurer=measurer)
             # The server tells once the session is over.
             assert wait_until(lambda: tracker.wait_for(1)[0].info["state"] == "free")
             served = tracker.wait_for(1)[0].info

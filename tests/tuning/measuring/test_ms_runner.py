@@ -16,15 +16,14 @@ from gf_tvm.codegen.compile import compile_module, export, find_linker
 from gf_tvm.core.verify import argument_specs
 from gf_tvm.errors import FarmError
 from gf_tvm.machine.profiles import get_profile
-from gf_tvm.tuning.measuring.remote import FarmOptions
-from gf_tvm.tuning.measuring.runner import Options
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.worker import Worker
 from gf_tvm.tuning.task import ArgumentsTask, Candidate, WorkloadTask
 
 pytest.importorskip("tvm.s_tir.meta_schedule")
 
 # Only the one that hangs may exceed this, however busy the machine is.
-OPTIONS = Options(max_seconds=60.0, run_timeout=20.0)
+OPTIONS = MeasureOptions(max_seconds=60.0, run_timeout=20.0)
 
 
 @pytest.fixture(scope="module")

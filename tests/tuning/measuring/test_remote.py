@@ -21,11 +21,17 @@ from gf_tvm.farm.tracker import Board
 from gf_tvm.machine.profiles import get_profile
 from gf_tvm.tuning.log import LogMismatch, log_path, read_log
 from gf_tvm.tuning.loop import tune_tasks
-from gf_tvm.tuning.measuring import remote, worker
+from gf_tvm.tuning.measuring import board, board_link, farm_measurer, health, worker
+from gf_tvm.tuning.measuring.board import BoardSession
+from gf_tvm.tuning.measuring.board_link import State
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
+from gf_tvm.tuning.measuring.jobs import Job
 from gf_tvm.tuning.measuring.measurer import Measurer
+from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions, reference_task
-from gf_tvm.tuning.measuring.runner import Options, Result
+from gf_tvm.tuning.measuring.reference import reference_task
+from gf_tvm.tuning.measuring.result import Result
+from gf_tvm.tuning.options import SearchOptions
 from gf_tvm.tuning.task import Candidate, WorkloadTask
 
 HOST = get_profile("host").name
@@ -46,9 +52,10 @@ class FakeProcess:
         self.ended = False
         self.connection = SimpleNamespace(poll=lambda seconds: False)
 
-    def send(self, task: object, request: str, timeout: float, /, **arguments: Any) -> None:
+    def send(self, task: object, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> None:
         assert timeout > 0
-        self.sent.append((request, json.loads(arguments["request"]) if request == "call" else arguments))
+        name = request.__name__
+        self.sent.append((name, json.loads(arguments["request"]) if name == "call" else arguments))
 
     def receive(self) -> Any:
         answer = self.answers.popleft()
@@ -67,51 +74,53 @@ class Farm:
     def __init__(self, clock: list[float], **options: Any) -> None:
         self.clock = clock
         self.measurer = FarmMeasurer(
-            Options(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
+            MeasureOptions(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
         )
-        self.measurer._reference_path = self.measurer._reference_library = Path("reference.so")
+        self.run, self.jobs = self.measurer._run, self.measurer._run.jobs
+        assert self.run.reference is not None
+        self.run.reference.path = self.run.reference.library = Path("reference.so")
 
-    def board(self, name: str, **info: Any) -> remote._Slot:
+    def board(self, name: str, **info: Any) -> BoardSession:
         """A board that the tracker has given."""
-        slot = remote._Slot(len(self.measurer._slots))
-        self.measurer._slots.append(slot)
+        slot = BoardSession(len(self.measurer._sessions), self.run)
+        self.measurer._sessions.append(slot)
         return self.greet(slot, name, **info)
 
-    def greet(self, slot: remote._Slot, name: str, **info: Any) -> remote._Slot:
+    def greet(self, slot: BoardSession, name: str, **info: Any) -> BoardSession:
         slot.process = FakeProcess()  # type: ignore[assignment]
-        slot.state = "connecting"
+        slot.state = State.CONNECTING
         self.answer(slot, f"{name}:9000", plain=True)
-        assert slot.state == "greeting"
+        assert slot.state == State.GREETING
         told = {"name": name, "cores": 4, "threads": 1, "versions": versions(), "emulated": False, "sensors": COOL}
         self.answer(slot, {**told, **info})
         return slot
 
-    def answer(self, slot: remote._Slot, value: Any, plain: bool = False) -> None:
+    def answer(self, slot: BoardSession, value: Any, plain: bool = False) -> None:
         """The board answers the request that it works on."""
         process: Any = slot.process
         process.answers.append(value if plain else json.dumps({"done": value}))
-        self.measurer._take_answer(slot)
+        slot.take_answer()
 
-    def job(self, number: int = 1) -> remote._Job:
-        made = remote._Job(TASK, {"candidate": Path(f"/nonexistent/{number}.so")}, Candidate.of_config({"i": number}))
-        self.measurer._jobs.append(made)
+    def job(self, number: int = 1) -> Job:
+        made = Job(TASK, {"candidate": Path(f"/nonexistent/{number}.so")}, Candidate.of_config({"i": number}))
+        self.jobs.waiting.append(made)
         return made
 
-    def start(self, slot: remote._Slot) -> None:
+    def start(self, slot: BoardSession) -> None:
         """Give the board work, up to the point where it runs."""
-        assert slot.state == "free"
-        self.measurer._give_work(slot)
-        if slot.state == "preparing":
+        assert slot.state == State.FREE
+        slot.give_work()
+        if slot.state == State.PREPARING:
             self.answer(slot, 0.5)
-        assert slot.state == "uploading"
+        assert slot.state == State.UPLOADING
         self.answer(slot, None, plain=True)
-        assert slot.state == "running"
+        assert slot.state == State.RUNNING
 
-    def end_run(self, slot: remote._Slot, seconds: float | None, sensors: dict[str, Any] = COOL) -> None:
+    def end_run(self, slot: BoardSession, seconds: float | None, sensors: dict[str, Any] = COOL) -> None:
         result = Result("crash") if seconds is None else Result("ok", (seconds,), 0.0)
         self.answer(slot, {"result": asdict(result), "sensors": sensors})
 
-    def refer(self, slot: remote._Slot, seconds: float | None) -> None:
+    def refer(self, slot: BoardSession, seconds: float | None) -> None:
         """The board runs the reference kernel."""
         slot.reference_due = 0
         self.start(slot)
@@ -119,7 +128,7 @@ class Farm:
         assert slot.job.task is REFERENCE
         self.end_run(slot, seconds)
 
-    def work(self, slot: remote._Slot, sensors: dict[str, Any] = COOL) -> None:
+    def work(self, slot: BoardSession, sensors: dict[str, Any] = COOL) -> None:
         """One candidate on a board that is not due for the reference."""
         slot.reference_due = max(slot.reference_due, 1)
         self.job()
@@ -127,23 +136,24 @@ class Farm:
         self.end_run(slot, 1e-3, sensors)
 
     def troubles(self, name: str) -> dict[str, int]:
-        return dict(self.measurer._known[name].troubles)
+        return dict(self.run.health.boards[name].troubles)
 
     def notes(self) -> str:
-        found = "\n".join(self.measurer._notes)
-        self.measurer._notes.clear()
+        found = "\n".join(self.run.notes)
+        self.run.notes.clear()
         return found
 
     def after(self, seconds: float) -> None:
         self.clock[0] += seconds
-        for slot in self.measurer._slots:
-            self.measurer._watch(slot)
+        for slot in self.measurer._sessions:
+            slot.watch(self.measurer._tracker.last_sign(slot.name))
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Farm]:
     clock = [1000.0]
-    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (board, farm_measurer, health):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     return lambda **options: Farm(clock, **options)
 
 
@@ -166,21 +176,21 @@ def test_the_reference_is_measured_first_and_now_and_then(farm: Farm) -> None:
         kinds.append(slot.job.task is REFERENCE)
         farm.end_run(slot, 1e-3)
     assert [i for i, reference in enumerate(kinds) if reference] == [0, 25, 50]
-    assert farm.measurer._known["a"].trials == 49
+    assert farm.run.health.boards["a"].trials == 49
 
 
 def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: Farm) -> None:
     slot = farm.board("a")
     for seconds in (1e-3, 1.19e-3, 0.5e-3):
         farm.refer(slot, seconds)
-        assert slot.state == "free"
+        assert slot.state == State.FREE
     farm.refer(slot, 1.3e-3)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert "a is put aside for 300 s: its reference kernel takes 30 % longer than usual" in farm.notes()
     farm.after(299)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     farm.after(2)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
     assert farm.notes() == "a is tried again"
     # The reference comes before any candidate; still slow, it goes aside again, and with a good one it is back.
     farm.job()
@@ -188,10 +198,10 @@ def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: Farm) -> N
     assert slot.job is not None
     assert slot.job.task is REFERENCE
     farm.end_run(slot, 1.3e-3)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     farm.after(301)
     farm.refer(slot, 1e-3)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
     assert farm.troubles("a") == {"drift": 2}
 
 
@@ -199,11 +209,11 @@ def test_a_board_that_is_slower_than_the_others_is_put_aside(farm: Farm) -> None
     slots = [farm.board(name) for name in "abc"]
     for slot, seconds in zip(slots, (1e-3, 1.1e-3, 1.5e-3), strict=True):
         farm.refer(slot, seconds)
-    assert [slot.state for slot in slots] == ["free", "free", "aside"]
+    assert [slot.state for slot in slots] == [State.FREE, State.FREE, State.ASIDE]
     assert "c is put aside for 300 s: its reference kernel takes 43 % longer than usual" in farm.notes()
     # One slow board among three does not make the others look fast, nor itself the usual.
     farm.refer(slots[0], 1.05e-3)
-    assert slots[0].state == "free"
+    assert slots[0].state == State.FREE
 
 
 @pytest.mark.parametrize("options", [{"drift": None}, {"drift": 0.2}])
@@ -211,8 +221,8 @@ def test_boards_are_not_watched_for_drift_where_that_says_nothing(
     make: Callable[..., Farm], options: dict[str, Any]
 ) -> None:
     farm = make(**options)
-    farm.measurer._emulated = options["drift"] is not None
-    slot = farm.board("a", emulated=farm.measurer._emulated)
+    farm.run.emulated = options["drift"] is not None
+    slot = farm.board("a", emulated=farm.run.emulated)
     farm.job()
     farm.start(slot)
     assert slot.job is not None
@@ -222,10 +232,10 @@ def test_boards_are_not_watched_for_drift_where_that_says_nothing(
 def test_a_board_on_which_the_reference_fails_is_put_aside(farm: Farm) -> None:
     slot = farm.board("a")
     farm.refer(slot, None)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert farm.troubles("a") == {"broken": 1}
-    assert not farm.measurer._done
-    assert not farm.measurer._jobs  # the reference is no candidate that another board could take
+    assert not farm.jobs.done
+    assert not farm.jobs.waiting  # the reference is no candidate that another board could take
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -234,21 +244,21 @@ def test_a_board_on_which_the_reference_fails_is_put_aside(farm: Farm) -> None:
 def test_three_losses_in_a_row_put_a_board_aside(farm: Farm) -> None:
     slot = farm.board("a")
     for number in range(3):
-        assert slot.state == "free", number
+        assert slot.state == State.FREE, number
         process: Any = slot.process
-        farm.measurer._lose(slot, "board lost", "its process ended with SIGSEGV")
+        slot.lose("board lost", "its process ended with SIGSEGV")
         assert process.ended
-        assert slot.state == "closed"
+        assert slot.state == State.CLOSED
         assert slot.retry_at > farm.clock[0]
         farm.greet(slot, "a")
     assert "a is put aside for 300 s: lost 3 times" in farm.notes()
-    assert slot.state == "aside"
-    assert farm.measurer._connected() == 0
+    assert slot.state == State.ASIDE
+    assert farm.run.connected == 0
     farm.after(301)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
     # It starts anew: one more loss is one loss.
-    farm.measurer._lose(slot, "timeout", "running took too long")
-    assert farm.greet(slot, "a").state == "free"
+    slot.lose("timeout", "running took too long")
+    assert farm.greet(slot, "a").state == State.FREE
     assert farm.troubles("a") == {"board lost": 3, "timeout": 1}
 
 
@@ -256,19 +266,19 @@ def test_a_good_trial_forgives(farm: Farm) -> None:
     slot = farm.board("a")
     for _ in range(4):
         for _ in range(2):
-            farm.measurer._lose(slot, "board lost", "?")
+            slot.lose("board lost", "?")
             farm.greet(slot, "a")
         farm.work(slot)
-        assert slot.state == "free"
+        assert slot.state == State.FREE
     assert farm.troubles("a") == {"board lost": 8}
 
 
 def test_the_tracker_is_asked_later_each_time(farm: Farm) -> None:
-    slot = remote._Slot(0)
+    slot = BoardSession(0, farm.run)
     waits = []
     for _ in range(6):
         slot.process = FakeProcess()  # type: ignore[assignment]
-        slot.state = "connecting"
+        slot.state = State.CONNECTING
         farm.answer(slot, CandidateFailed("failed", "TrackerLost: the tracker at x cannot be reached"), plain=True)
         waits.append(slot.retry_at - farm.clock[0])
     assert waits == sorted(waits)
@@ -284,14 +294,14 @@ def test_a_candidate_that_is_lost_with_four_boards_is_given_up(farm: Farm) -> No
         (Ended(-11), CandidateFailed("timeout", "x"), CandidateFailed("failed", "RPCError: x"), Ended(1)),
         strict=True,
     ):
-        assert not farm.measurer._done
-        assert list(farm.measurer._jobs) == [job]
+        assert not farm.jobs.done
+        assert list(farm.jobs.waiting) == [job]
         slot.reference_due = 1
         farm.start(slot)
         farm.answer(slot, failure, plain=True)
     assert job.lost_on == ["a", "b", "c", "d"]
-    assert list(farm.measurer._done) == [(job.candidate, None)]
-    assert not farm.measurer._jobs
+    assert list(farm.jobs.done) == [(job.candidate, None)]
+    assert not farm.jobs.waiting
     assert f"{job.candidate and job.candidate.id} is given up: lost with a, b, c, d" in farm.notes()
     assert [farm.troubles(name) for name in "abcd"] == [{"board lost": 1}, {"timeout": 1}, *[{"board lost": 1}] * 2]
 
@@ -313,7 +323,7 @@ def test_a_lost_candidate_goes_to_another_board_first(farm: Farm) -> None:
     farm.start(first)
     assert first.job is lost
     farm.end_run(first, 2e-3)
-    done = [(candidate.config, result and result.seconds) for candidate, result in farm.measurer._done]
+    done = [(candidate.config, result and result.seconds) for candidate, result in farm.jobs.done]
     assert done == [({"i": 2}, 1e-3), ({"i": 1}, 2e-3)]
 
 
@@ -324,27 +334,27 @@ def test_a_board_that_cannot_work_keeps_its_session(farm: Farm) -> None:
     job = farm.job()
     farm.start(slot)
     farm.answer(slot, json.dumps({"broken": "not enough memory"}), plain=True)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert "a is put aside for 300 s: not enough memory" in farm.notes()
     assert farm.troubles("a") == {"broken": 1}
-    assert list(farm.measurer._jobs) == [job]
-    assert not farm.measurer._done
+    assert list(farm.jobs.waiting) == [job]
+    assert not farm.jobs.done
 
 
 def test_a_silent_board_is_lost(farm: Farm) -> None:
     slot = farm.board("a")
-    signs = farm.measurer._signs
+    signs = farm.measurer._tracker._signs
     signs["a", "a:9000"] = (1, farm.clock[0])
     farm.after(29)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
     farm.after(2)
-    assert slot.state == "closed"
+    assert slot.state == State.CLOSED
     assert farm.troubles("a") == {"board lost": 1}
     # Without a tracker there are no signs, and a board is not blamed for that.
     farm.greet(slot, "a")
     signs.clear()
     farm.after(1000)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
 
 
 # ---------------------------------------------------------------------------------------------------- which boards
@@ -361,21 +371,21 @@ def test_a_silent_board_is_lost(farm: Farm) -> None:
 )
 def test_refused(farm: Farm, info: dict[str, Any], complaint: str) -> None:
     slot = farm.board("a", **info)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert f"a is put aside for this run: {complaint}" in farm.notes()
     assert farm.troubles("a") == {"refused": 1}
     farm.after(1e6)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
 
 
 def test_other_versions_of_what_need_not_agree(farm: Farm) -> None:
-    assert farm.board("a", versions={**versions(), "torch": "1.0", "python": "3.10.1"}).state == "free"
+    assert farm.board("a", versions={**versions(), "torch": "1.0", "python": "3.10.1"}).state == State.FREE
 
 
 def test_real_boards_are_refused_among_emulated_ones(farm: Farm) -> None:
-    farm.measurer._emulated = True
-    assert farm.board("a", emulated=True).state == "free"
-    assert farm.board("b", emulated=False).state == "aside"
+    farm.run.emulated = True
+    assert farm.board("a", emulated=True).state == State.FREE
+    assert farm.board("b", emulated=False).state == State.ASIDE
     assert farm.measurer.made["emulated"] is True
 
 
@@ -384,12 +394,12 @@ def test_no_more_boards_than_asked_for(
     make: Callable[..., Farm], monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
 ) -> None:
     farm = make(boards=limit)
-    monkeypatch.setattr(remote, "Process", lambda *_, **__: FakeProcess())
+    monkeypatch.setattr(board_link, "Process", lambda *_, **__: FakeProcess())
     farm.measurer._scratch = SimpleNamespace(folder=Path("/nonexistent"))  # type: ignore[assignment]
-    farm.measurer._listed = [Board("rpi4", f"b{i}:9000", {}) for i in range(5)]
+    farm.measurer._tracker.listed = [Board("rpi4", f"b{i}:9000", {}) for i in range(5)]
     for _ in range(2):
-        farm.measurer._keep_slots(farm.clock[0])
-    assert [slot.state for slot in farm.measurer._slots] == ["starting"] * slots
+        farm.measurer._keep_sessions(farm.clock[0])
+    assert [slot.state for slot in farm.measurer._sessions] == [State.STARTING] * slots
 
 
 @pytest.mark.parametrize(
@@ -411,21 +421,21 @@ def test_a_hot_board_rests_until_it_is_cool(farm: Farm, sensors: dict[str, Any])
     job = farm.job()
     farm.start(slot)
     farm.end_run(slot, 1e-3, sensors)
-    assert slot.state == "resting"
-    assert not farm.measurer._done
-    assert list(farm.measurer._jobs) == [job]
+    assert slot.state == State.RESTING
+    assert not farm.jobs.done
+    assert list(farm.jobs.waiting) == [job]
     assert job.lost_on == []  # which is nothing against the candidate
     for celsius in (82.0, 70.0):
         farm.answer(slot, {**sensors, "celsius": celsius})
-        assert slot.state == "resting"
+        assert slot.state == State.RESTING
     process: Any = slot.process
-    assert process.sent[-1] == ("call", {"op": "rest", "seconds": remote._REST_SECONDS})
+    assert process.sent[-1] == ("call", {"op": "rest", "seconds": board._REST_SECONDS})
     farm.answer(slot, {**COOL, "celsius": 69.9})
-    assert slot.state == "free"
+    assert slot.state == State.FREE
     assert "a has cooled down" in farm.notes()
     farm.start(slot)
     farm.end_run(slot, 2e-3)
-    ((_, result),) = farm.measurer._done
+    ((_, result),) = farm.jobs.done
     assert result is not None
     assert result.seconds == 2e-3
     assert result.board == {"name": "a", "mhz": 1500.0, "celsius": 50.0, "governor": "performance"}
@@ -437,13 +447,13 @@ def test_a_board_that_stays_hot_is_put_aside(farm: Farm) -> None:
     farm.work(slot, HOT)
     farm.after(599)
     farm.answer(slot, HOT)
-    assert slot.state == "resting"
+    assert slot.state == State.RESTING
     farm.after(2)
     farm.answer(slot, HOT)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert "a is put aside for 300 s: it did not cool down: at 85 °C" in farm.notes()
     farm.after(301)
-    assert slot.state == "free"
+    assert slot.state == State.FREE
 
 
 def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: Farm) -> None:
@@ -455,9 +465,9 @@ def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: Farm) -> N
         farm.end_run(slot, 1e-3, {**COOL, "throttled": ["frequency capped"]})
         if number < 2:
             farm.answer(slot, COOL)
-    assert slot.state == "aside"
+    assert slot.state == State.ASIDE
     assert "a is put aside for 300 s: throttled 3 times: frequency capped, at 50 °C" in farm.notes()
-    assert list(farm.measurer._jobs) == [job]
+    assert list(farm.jobs.waiting) == [job]
 
 
 def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
@@ -465,8 +475,8 @@ def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
     farm.start(slot)
     farm.end_run(slot, 9e-3, HOT)
     farm.answer(slot, COOL)
-    assert farm.measurer._known["a"].first_reference is None
-    assert not farm.measurer._jobs
+    assert farm.run.health.boards["a"].first_reference is None
+    assert not farm.jobs.waiting
     farm.job()
     farm.start(slot)
     assert slot.job is not None
@@ -479,7 +489,7 @@ def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
 class FakeMeasurer(Measurer):
     """Gives up what the test says, and measures the rest in no time."""
 
-    def __init__(self, options: Options, given_up: int = 0) -> None:
+    def __init__(self, options: MeasureOptions, given_up: int = 0) -> None:
         super().__init__(options)
         self._given_up = given_up
 
@@ -506,13 +516,13 @@ class FakeMeasurer(Measurer):
         pass
 
 
-def tune(logs: Path, options: Options, given_up: int = 0, trials: int = 6) -> list[str]:
+def tune(logs: Path, options: MeasureOptions, given_up: int = 0, trials: int = 6) -> list[str]:
     """Tune the toy; returns the notes."""
     notes: list[str] = []
     tune_tasks(
         [ToyTask()],
+        SearchOptions(trials=trials),
         logs=logs,
-        trials=trials,
         options=options,
         measurer=FakeMeasurer(options, given_up),
         progress=lambda event: notes.append(event.message) if event.kind == "note" else None,
@@ -521,7 +531,7 @@ def tune(logs: Path, options: Options, given_up: int = 0, trials: int = 6) -> li
 
 
 def test_what_was_given_up_is_not_logged_and_does_not_count(tmp_path: Path) -> None:
-    notes = tune(tmp_path, Options(), given_up=2)
+    notes = tune(tmp_path, MeasureOptions(), given_up=2)
     assert "2 candidates were given up: boards were lost with them" in notes
     records = [r for r in read_log(log_path(tmp_path, "toy-device", "toy")).records if r.kind == "trial"]
     assert len({record.id for record in records}) == len(records) == 6
@@ -532,11 +542,11 @@ def test_what_was_given_up_is_not_logged_and_does_not_count(tmp_path: Path) -> N
 @pytest.mark.parametrize("first", [True, False])
 def test_cold_and_warm_do_not_share_a_log(tmp_path: Path, first: bool) -> None:
     names = ("warm", "cold")
-    tune(tmp_path, Options(cold=first), trials=2)
+    tune(tmp_path, MeasureOptions(cold=first), trials=2)
     with pytest.raises(LogMismatch, match=f"measured with cache {names[first]}, now {names[not first]}"):
-        tune(tmp_path, Options(cold=not first), trials=4)
-    tune(tmp_path, Options(cold=first), trials=4)
-    assert Options(cold=first).to_dict()["cache"] == names[first]
+        tune(tmp_path, MeasureOptions(cold=not first), trials=4)
+    tune(tmp_path, MeasureOptions(cold=first), trials=4)
+    assert MeasureOptions(cold=first).to_dict()["cache"] == names[first]
 
 
 # -------------------------------------------------------------------------------------------------------- cold caches

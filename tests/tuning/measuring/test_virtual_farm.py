@@ -39,8 +39,11 @@ from gf_tvm.shapes import model_cases, workloads_of
 from gf_tvm.tuning import loop
 from gf_tvm.tuning.log import log_path, read_log
 from gf_tvm.tuning.loop import Event, tune_tasks
-from gf_tvm.tuning.measuring import remote
-from gf_tvm.tuning.measuring.remote import FarmMeasurer, FarmOptions
+from gf_tvm.tuning.measuring import board
+from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
+from gf_tvm.tuning.measuring.options import FarmOptions
+from gf_tvm.tuning.measuring.reference import reference_task
+from gf_tvm.tuning.options import SearchOptions
 
 pytestmark = pytest.mark.early
 
@@ -74,7 +77,7 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
     task = TreacherousTask(TUNED, "rpi4")
     events: list[Event] = []
     farm = FarmOptions(tracker.address, "rpi4")
-    measurer = FarmMeasurer(QUICK, farm, "virtual Pi", remote.reference_task("rpi4"))
+    measurer = FarmMeasurer(QUICK, farm, "virtual Pi", reference_task("rpi4"))
 
     def strangers_and_losses() -> None:
         for data in BABBLE:
@@ -99,11 +102,13 @@ def logs(pis: tuple[TrackerProcess, list[VirtualPi]], folder: Path) -> Path:
         at_trial(20, power_cut),
     )
     patient = pytest.MonkeyPatch()
-    patient.setattr(remote, "_SILENT_SECONDS", 20.0)
+    patient.setattr(board, "_SILENT_SECONDS", 20.0)
     patient.setattr(loop, "ConfigSearch", suggesting(task.examples))
     begun = time.monotonic()
     try:
-        summary = tune_tasks([task], logs=folder, trials=30, options=QUICK, measurer=measurer, progress=progress)
+        summary = tune_tasks(
+            [task], SearchOptions(trials=30), logs=folder, options=QUICK, measurer=measurer, progress=progress
+        )
     finally:
         patient.undo()
     assert time.monotonic() - begun > 90

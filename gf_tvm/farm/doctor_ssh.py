@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FarmError
-from .deploy import FOLDER, INSTALL_SECONDS, Board, board_name, connect, new_token
+from .deploy import FOLDER, INSTALL_SECONDS, SshBoard, board_name, connect, new_token
 from .doctor import FAILED, OK, WARNING, Check, compare_versions, versions
 from .ssh import Ssh, SshError
 
@@ -138,7 +138,7 @@ def _clock(there: float, sent: float, received: float) -> Check:
 
 
 def _run_there(
-    board: Board,
+    board: SshBoard,
     interpreter: str,
     work: str,
     progress: Callable[[int, int], None] | None,
