@@ -26,7 +26,7 @@ class EpochRow:
         lr: learning rate of the last step.
         forward_seconds, backward_seconds, update_seconds: sums over the steps (loss counted as forward, clipping as
             update); forward_ms, backward_ms, update_ms: medians of one step.
-        kept_bytes: what the epoch's first step kept for the backward pass (see :class:`~.measure.KeptBytes`);
+        kept_bytes: what the epoch's first step kept for the backward pass (see :class:`~.step_costs.KeptBytes`);
         kept_bytes_convolutions: what the fine-tuned convolutions kept of it (0 while pretraining); in a chained run
             what the chains kept, for batch norms and activations, too, and convolutions that are in none.
     """

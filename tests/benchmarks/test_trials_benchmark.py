@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trials
 
 from gf_tvm.machine import cpu
+from gf_tvm.tuning import loop
+from gf_tvm.tuning.measuring.options import MeasureOptions
 
 pytestmark = [pytest.mark.early, pytest.mark.usefixtures("host")]
 
@@ -21,6 +24,8 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpu, "SGEMM_SIZE", 64)
+    # With caches that are emptied before each call, a measurement lasts as long as it may.
+    monkeypatch.setattr(loop, "MeasureOptions", partial(MeasureOptions, max_seconds=0.1, repeats=2, rounds=2, final=2))
     monkeypatch.setattr(trials, "keep_freed_memory", lambda: True)  # it would hold for all tests that follow
     monkeypatch.chdir(tmp_path)
 
