@@ -38,12 +38,13 @@ LAUNCHING = {"cuLaunchKernel", "cuCtxGetCurrent", "cuCtxSetCurrent"}
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Emulated]:
-    with emulated_cuda.environment() as emulated:
-        monkeypatch.setattr("gf_cuda.driver._drivers", {})
-        monkeypatch.setattr("gf_cuda.bundle._loaded", {})
-        monkeypatch.setattr("gf_tvm.bundle.library._loaded", {})
-        monkeypatch.setattr("gf_tvm.ops.dispatch._said", set())
+def gpu() -> Iterator[emulated_cuda.Emulated]:
+    # A context of its own: what a test patches by the fixture is then undone first, and the environment last.
+    with emulated_cuda.environment() as emulated, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gf_cuda.driver._drivers", {})
+        patch.setattr("gf_cuda.bundle._loaded", {})
+        patch.setattr("gf_tvm.bundle.library._loaded", {})
+        patch.setattr("gf_tvm.ops.dispatch._said", set())
         yield emulated
 
 

@@ -38,9 +38,10 @@ AT = Convolution.from_dict(GEOMETRY.to_dict())
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Emulated]:
-    with emulated_cuda.environment() as emulated:
-        afresh(monkeypatch)
+def gpu() -> Iterator[emulated_cuda.Emulated]:
+    # A context of its own: what a test patches by the fixture is then undone first, and the environment last.
+    with emulated_cuda.environment() as emulated, pytest.MonkeyPatch.context() as patch:
+        afresh(patch)
         yield emulated
 
 
