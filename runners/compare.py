@@ -118,7 +118,7 @@ def print_comparison(result: Comparison) -> None:
     )
     headers = (
         *("case", "patch", "exact", "plain", "gf_tvm", "limit", "exact /\ngf_tvm", "plain /\ngf_tvm"),
-        *("of the\nlimit", "x kept\nMB", "x~ kept\nMB", "schedule", "error"),
+        *("of the\nlimit", "x saved\nMB", "x~ saved\nMB", "schedule", "error"),
     )
     rows = [
         (
@@ -158,13 +158,13 @@ def print_chains(result: Comparison) -> None:
 
     print(
         "\nChains: medians in ms of the same operations exactly, filtered layer by layer, and chained; limit: what the "
-        "chain's backward pass must move and compute. MB kept for the backward pass, everything counted."
+        "chain's backward pass must move and compute. MB saved for backward, everything counted."
     )
     headers = (
         *("chain", "convs", "patch", "exact\nbackward", "filtered\nbackward", "chained\nbackward", "limit"),
         *("exact /\nchained", "filtered /\nchained", "limit /\nchained"),
         *("exact\nforward", "filtered\nforward", "chained\nforward"),
-        *("exact kept\nMB", "filtered kept\nMB", "chained kept\nMB", "schedule", "error"),
+        *("exact saved\nMB", "filtered saved\nMB", "chained saved\nMB", "schedule", "error"),
     )
     rows = [
         (

@@ -95,8 +95,17 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
                 f"{last['kept_bytes'] / 1e6:.2f}",
             )
         )
-    headers = ["backward", "accuracy %", "points", "backward ms a step", "speed-up"]
-    print(format_table([*headers, "kept by the convolutions (chains: by all of it) MB", "kept in all MB"], table))
+    headers = ["backward", "accuracy %", "points", "backward ms a step", "speedup"]
+    print(
+        format_table(
+            [
+                *headers,
+                "saved for backward by the convolutions (chains: by all of it) MB",
+                "saved for backward in total MB",
+            ],
+            table,
+        )
+    )
     table = [
         (
             row["name"],
@@ -109,7 +118,15 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
         )
         for row in rows
     ]
-    headers = ["convolution", "patch", "exact ms", "gf_tvm ms", "over exact", "over plain PyTorch", "schedule"]
+    headers = [
+        "convolution",
+        "patch",
+        "exact ms",
+        "gf_tvm ms",
+        "speedup over exact",
+        "speedup over plain PyTorch",
+        "schedule",
+    ]
     print()
     print(format_table(headers, table))
 
@@ -142,7 +159,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     bars = kept.bar(names, [entry["rows"][-1]["kept_bytes"] / 1e6 for entry in runs], color=colors[: len(names)])
     kept.bar_label(bars, fmt="%.2g")
     kept.margins(y=0.15)
-    kept.set_title("Kept for the backward pass, MB")
+    kept.set_title("Memory saved for backward, MB")
 
     labels = [f"{row['name']}  R{row['patch'][0]}" for row in rows]
     for shift, key, color, label in (

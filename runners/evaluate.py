@@ -165,7 +165,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         "backward ms",
         "update ms",
     ]
-    headers += ["kept kB", "by convolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
+    headers += ["saved for backward kB", "by convolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
     exact = {s.last: s.score for s in evaluation.settings if s.variant == "exact"}
     measured = any(s.energy_joules_per_step is not None for s in evaluation.settings)
     rows = []
@@ -184,7 +184,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         print("\ncosine of the filtered and the exact gradient")
         cells = [[layer.name, layer.variant, layer.cosine_weight, layer.cosine_input] for layer in evaluation.layers]
         print(format_table(["layer", "patch", "of the weight", "of the input"], cells, floats=".3f"))
-    print("\nstill kept in a step, by the type of the module that saved it:")
+    print("\nwhat remains saved for backward in a step, by the type of the module that saved it:")
     for s in evaluation.settings:
         print(f"  {s.name}: {', '.join(f'{name} {size / 1e3:.0f} kB' for name, size in s.kept_bytes_by_type.items())}")
     for s in evaluation.settings:

@@ -214,7 +214,7 @@ class _Lines:
 
 def _epoch_line(event: Event, row: EpochRow) -> str:
     name = "pretrain" if event.phase == "pretrain" else event.variant
-    kept = f"kept {_mb(row.kept_bytes)} MB"
+    kept = f"saved for backward {_mb(row.kept_bytes)} MB"
     if event.phase == "finetune":
         kept += f", {_mb(row.kept_bytes_convolutions)} by the convolutions"
     return (
@@ -234,7 +234,7 @@ def _print_summary(results: list[TrainResult]) -> None:
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points to exact", "forward ms", "backward ms", "update ms"]
-    headers += ["kept by convolutions kB", "kept in all kB", "gradients by"]
+    headers += ["saved for backward by convolutions kB", "in total kB", "gradients by"]
     rows: list[tuple[object, ...]] = []
     for result in results:
         step, last, difference = result.step_ms, result.rows[-1], None

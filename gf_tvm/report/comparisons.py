@@ -119,7 +119,7 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
     figure = exhibits.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
     axes = figure.subplots()
     exhibits.horizontal_bars(axes, labels, series, exhibits.digits)
-    axes.set_xlabel("kept of the input for the backward pass, MB")
+    axes.set_xlabel("saved of the input for backward, MB")
     figure.legend(loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
     columns = (
         *(Column("convolution"), Column("patch"), Column("exact MB", exhibits.megabytes)),
@@ -194,7 +194,7 @@ def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: exhibits.Cond
     figure = exhibits.figure(1.2 + 0.62 * len(labels))
     axes = figure.subplots()
     exhibits.horizontal_bars(axes, labels, series, exhibits.digits)
-    axes.set_xlabel("kept for the backward pass, MB")
+    axes.set_xlabel("memory saved for backward, MB")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     columns = (
         *(Column("chain"), Column("patch"), Column("exact MB", exhibits.megabytes)),

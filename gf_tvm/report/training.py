@@ -183,8 +183,11 @@ def _memory(study: Study) -> Exhibit:
     settings = study.settings
     labels = _labels(settings)
     series: dict[str, tuple[str, Sequence[float | None]]] = {
-        "kept by the trained convolutions": (exhibits.COLORS[0], [s.kept_bytes_convolutions / 1e6 for s in settings]),
-        "kept for the backward pass in all": (exhibits.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
+        "saved for backward by the trained convolutions": (
+            exhibits.COLORS[0],
+            [s.kept_bytes_convolutions / 1e6 for s in settings],
+        ),
+        "saved for backward in total": (exhibits.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
     }
     # The whole process is so much larger that it needs a scale of its own.
     peaks = [None if s.peak_bytes is None else s.peak_bytes / 1e6 for s in settings]
