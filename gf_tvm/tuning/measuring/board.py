@@ -239,15 +239,23 @@ class BoardSession(BoardLink):
     # ------------------------------------------------------------------------------------------------------------ work
 
     def give_work(self) -> None:
-        """Give a free board the next job: the reference kernel if it is due, else the first that it has not lost."""
+        """Give a free board the next job: the reference kernel if it is due, else the first that suits it."""
         reference = self._run.watched
         if reference is not None and self.reference_due <= 0:
             if reference.library is not None:  # else it is not built yet
                 self._begin(Job(reference.task, {"candidate": reference.library}, None, reference=True))
             return
-        job = self._run.jobs.take(self.name, others=self._run.connected > 1)
+        job = self._run.jobs.take(self.name, self._run.others(self))
         if job is not None:
             self._begin(job)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`give_work` would find something."""
+        reference = self._run.watched
+        if reference is not None and self.reference_due <= 0:
+            return reference.library is not None
+        return self._run.jobs.next_for(self.name, self._run.others(self)) is not None
 
     def _begin(self, job: Job) -> None:
         self.job = job

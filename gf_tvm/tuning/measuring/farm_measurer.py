@@ -313,7 +313,7 @@ class FarmMeasurer(Measurer):
         self._build_reference()
         self._keep_sessions(now)
         waited = [(session, process) for session in self._sessions if (process := session.waited_for) is not None]
-        if not self._jobs.waiting or not any(session.state is State.FREE for session in self._sessions):
+        if not any(session.state is State.FREE and session.has_work for session in self._sessions):
             connections = [process.connection for _, process in waited]
             left = [process.seconds_left for _, process in waited]
             retries = [session.retry_at - now for session in self._sessions if session.state is State.CLOSED]

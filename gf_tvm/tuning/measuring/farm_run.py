@@ -50,3 +50,7 @@ class FarmRun:
     def connected(self) -> int:
         """Boards that work or could work."""
         return sum(board.connected for board in self.boards)
+
+    def others(self, board: BoardLink) -> list[str]:
+        """Names of the boards that work or could work, but for one; "" is one that has not told its name yet."""
+        return [other.name for other in self.boards if other is not board and other.connected]

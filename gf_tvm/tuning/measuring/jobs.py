@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,14 +57,27 @@ class JobQueue:
         self.done: deque[tuple[Candidate, Result | None]] = deque()
         self.compared: dict[str, Result] | None = None
 
-    def take(self, board: str, others: bool) -> Job | None:
-        """The next job for a board: the first that it was not lost with, if there are other boards to take those."""
+    def next_for(self, board: str, others: Collection[str]) -> Job | None:
+        """The first job that suits a board; None if there is none.
+
+        A job that the board was lost with is left to the others. Where each of them was lost with it as well, or has
+        the same name, it is the board's again: else it would wait for ever, and never be given up.
+
+        Args:
+            board: its name.
+            others: names of the other boards that work or could work.
+        """
         for job in self.waiting:
-            if board in job.lost_on and others:
-                continue
-            self.waiting.remove(job)
-            return job
+            if board not in job.lost_on or all(other in job.lost_on for other in others):
+                return job
         return None
+
+    def take(self, board: str, others: Collection[str]) -> Job | None:
+        """The job of :meth:`next_for`, which waits no longer."""
+        job = self.next_for(board, others)
+        if job is not None:
+            self.waiting.remove(job)
+        return job
 
     def put_back(self, job: Job) -> None:
         """Do it again, before all others; the reference kernel is made anew when it is due."""
