@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_case_overrides_every_field_of_the_head(tmp_path: Path) -> None:
     assert [(c.name, c.dtype) for c in others] == [("own", "bfloat16")] * 2
     assert others[0].geometry == geometry
     assert others[1].geometry.patch == (3, 3)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = write(tmp_path, {**HEAD, "cases": [CASE]})
+    cases = load_cases(path)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_cases(path) == cases
 
 
 def test_patches_of_the_caller_replace_those_of_the_file(tmp_path: Path) -> None:

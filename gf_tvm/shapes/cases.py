@@ -66,7 +66,7 @@ def load_cases(path: str | os.PathLike[str], patches: Sequence[Patch] | None = N
         GeometryError: the file cannot be read or does not describe convolutions; names file, case and field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise GeometryError(f"{path}: cannot read this shapes file: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -12,6 +12,7 @@ There is one writer per folder, because two tuners on one device would spoil eac
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import itertools
@@ -268,9 +269,13 @@ def read_log(path: Path, identity: Identity | None = None) -> Log:
     if data[sound:] and sound:
         # Without its newline the last line counts only if it is whole: the cut may have fallen just before it.
         with contextlib.suppress(ValueError):
-            _decode(data[sound:])
+            _decode(data[sound:].removesuffix(b"\r"))
             lines.append(data[sound:])
             sound = len(data)
+    # Git and editors may give a text file other line ends and a byte-order mark.
+    lines = [line.removesuffix(b"\r") for line in lines]
+    if lines:
+        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
     if not lines:
         raise LogError(f"{path}: not a tuning log: {'no header in its first line' if data else 'the file is empty'}")
     found, made = _read_header(path, lines[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import pickle
 from pathlib import Path
@@ -548,6 +549,28 @@ def test_voc_lists_and_classes(tmp_path: Path) -> None:
     assert len(images) == 3
     assert images.test is not None
     assert images.test.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_voc_lists_as_other_programs_write_them(tmp_path: Path, mark: bytes, end: bytes) -> None:
+    """With a byte-order mark, other line ends, names with spaces and letters beyond ASCII."""
+    names = ["a dog", "zwölf"]
+    for name in names:
+        save_pair(tmp_path, name, MASK)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_bytes(mark + end.join(name.encode() for name in names))
+    (tmp_path / "classes.txt").write_bytes(mark + end.join([b"nothing", b"ant", "Bär".encode(), b""]))
+    images = load_images(str(tmp_path), image_size=4)
+    assert images.classes == ("nothing", "ant", "Bär")
+    assert len(images) == 2
+
+
+def test_voc_lists_in_another_encoding_are_told_by_line(tmp_path: Path) -> None:
+    save_pair(tmp_path, "a", MASK)
+    (tmp_path / "classes.txt").write_bytes(b"nothing\nant\nB\xe4r\n")
+    assert "line 3: not UTF-8" in message_of(tmp_path, image_size=4)
 
 
 def test_bad_voc(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +76,21 @@ def test_a_log_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert all(record.source == path for record in log.records)
     # A line of JSON for each, for people and for other programs.
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()[1:]] == [r.kind for r in RECORDS]
+
+
+@given(
+    ends=st.lists(st.sampled_from([b"\n", b"\r\n"]), min_size=20, max_size=20), mark=st.booleans(), cut=st.booleans()
+)
+def test_line_ends_and_a_byte_order_mark_of_other_programs(ends: list[bytes], mark: bool, cut: bool) -> None:
+    """As git's autocrlf and editors leave them; a record is added to such a log, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder))
+        lines = path.read_bytes().splitlines()
+        data = b"".join(line + end for line, end in zip(lines, itertools.cycle(ends), strict=False))
+        path.write_bytes(codecs.BOM_UTF8 * mark + (data.removesuffix(b"\n") if cut else data))
+        assert read_log(path, IDENTITY).records == RECORDS
+        write(Path(folder), [trial(100)])
+        assert read_log(path, IDENTITY).records == [*RECORDS, trial(100)]
 
 
 def test_records_are_added_to_a_log_that_is_there(tmp_path: Path) -> None:

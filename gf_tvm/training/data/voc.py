@@ -6,6 +6,7 @@ Kit", sections 3.2 and 5: a mask is a PNG of palette indices, 0 for the backgrou
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def load_voc(folder: Path, image_size: int) -> Images:
 
 def _names(folder: Path) -> tuple[list[str], set[str]]:
     """All names, sorted, and those of test images."""
-    lists = {path.stem: set(path.read_text().split()) for path in sorted((folder / LISTS).glob("*.txt"))}
+    lists = {path.stem: set(_lines(path)) for path in sorted((folder / LISTS).glob("*.txt"))}
     if not lists:
         return sorted(path.stem for path in (folder / MASKS).glob("*.png")), set()
     return sorted(set().union(*lists.values())), lists.get("val", set()) - lists.get("train", set())
@@ -93,7 +94,18 @@ def _classes(folder: Path) -> tuple[str, ...] | None:
     path = folder / "classes.txt"
     if not path.is_file():
         return None
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    return tuple(_lines(path))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte-order mark, that hold something. Raises ModelError."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        try:
+            lines.append(line.decode("utf-8").strip())
+        except UnicodeDecodeError:
+            raise ModelError(f"{str(path)!r}, line {number}: not UTF-8; save the file as UTF-8 text") from None
+    return [line for line in lines if line]
 
 
 def _opened(path: Path, pillow: Any) -> Any:
