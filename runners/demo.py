@@ -72,7 +72,7 @@ def run(out: Path) -> int:
         for name in ("compare_model.json", "compare_paper.json")
         for row in json.loads((out / name).read_text())["rows"]
     ]
-    print("\n=== What came of it")
+    print("\n=== Results")
     _print_summary(runs, rows)
     _draw(runs, rows, picture)
     print(f"\nPicture: {picture}    All results: {out}    {time.monotonic() - started:.0f} s")
@@ -95,8 +95,8 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
                 f"{last['kept_bytes'] / 1e6:.2f}",
             )
         )
-    headers = ["backward", "accuracy %", "points", "backward ms a step", "speed-up"]
-    print(format_table([*headers, "kept by the convolutions (chains: by all of it) MB", "kept in all MB"], table))
+    headers = ["backward", "accuracy %", "points vs exact", "backward ms per step", "speedup"]
+    print(format_table([*headers, "saved by convolutions or chains MB", "memory saved for backward MB"], table))
     table = [
         (
             row["name"],
@@ -109,7 +109,15 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
         )
         for row in rows
     ]
-    headers = ["convolution", "patch", "exact ms", "gf_tvm ms", "over exact", "over plain PyTorch", "schedule"]
+    headers = [
+        "convolution",
+        "patch",
+        "exact ms",
+        "gf_tvm ms",
+        "speedup over exact",
+        "speedup over plain PyTorch",
+        "schedule",
+    ]
     print()
     print(format_table(headers, table))
 
@@ -142,7 +150,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     bars = kept.bar(names, [entry["rows"][-1]["kept_bytes"] / 1e6 for entry in runs], color=colors[: len(names)])
     kept.bar_label(bars, fmt="%.2g")
     kept.margins(y=0.15)
-    kept.set_title("Kept for the backward pass, MB")
+    kept.set_title("Memory saved for backward, MB")
 
     labels = [f"{row['name']}  R{row['patch'][0]}" for row in rows]
     for shift, key, color, label in (
@@ -157,7 +165,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     speed.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     speed.set_yticks(range(len(rows)), labels)
     speed.invert_yaxis()
-    speed.set_title("Backward pass of one convolution:\ntimes as fast as the exact one")
+    speed.set_title("Backward pass of one convolution:\nspeedup over exact")
     speed.legend(loc="lower center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     for axes in (accuracy, step, kept, speed):
         axes.spines[["top", "right"]].set_visible(False)

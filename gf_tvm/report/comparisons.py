@@ -80,13 +80,13 @@ def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str],
     columns = (
         *(Column("convolution"), Column("patch"), Column("exact ms", parts.digits), Column("plain ms", parts.digits)),
         *(Column("gf_tvm ms", parts.digits), Column("limit ms", parts.digits)),
-        *(Column("exact / plain", parts.times), Column("exact / gf_tvm", parts.times), Column("schedule")),
+        *(Column("speedup of plain", parts.times), Column("speedup of gf_tvm", parts.times), Column("schedule")),
         Column("error", lambda value: f"{value:.0e}"),
     )
     return Part(
         "speedup",
         "Speed",
-        f"How many times as fast as the exact backward pass ({baselines}) gradient filtering is: with plain PyTorch "
+        f"Speedup of gradient filtering over the exact backward pass ({baselines}): with plain PyTorch "
         "operators and with gf_tvm's kernels. The mark is what the machine's bandwidth and arithmetic would allow.",
         speedup_figure(panels, narrow=True),
         Table(columns, tuple(cells)),
@@ -114,7 +114,7 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
     figure = parts.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
     axes = figure.subplots()
     parts.horizontal_bars(axes, labels, series, parts.digits)
-    axes.set_xlabel("kept of the input for the backward pass, MB")
+    axes.set_xlabel("memory saved for backward, MB")
     figure.legend(loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
     columns = (
         *(Column("convolution"), Column("patch"), Column("exact MB", parts.megabytes)),
@@ -123,8 +123,8 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
     return Part(
         "memory",
         "Memory",
-        "What autograd keeps of a convolution's input from the forward to the backward pass: all of x, or one sum per "
-        "patch. Megabytes of 1e6 bytes; the weights, which both keep, are not counted.",
+        "The part of a convolution's input that autograd saves for backward: all of x, or one sum per "
+        "patch. Megabytes of 1e6 bytes; the weights, which both save, are not counted.",
         figure,
         Table(columns, tuple(cells)),
         conditions,
@@ -161,9 +161,9 @@ def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditio
     return Part(
         "chain-speedup",
         "Speed of chains",
-        "How many times as fast as the exact one the backward pass of several convolutions, and of batch norms and "
-        "activations between them, is: filtered layer by layer, and in a chain whose gradients stay on the patch grid. "
-        "The mark is what the machine would allow a chain. The forward passes, in which a chain has more to do, are "
+        "Speedup over exact of the backward pass of several convolutions and the batch norms and activations between "
+        "them: filtered layer by layer, and in a chain whose gradients stay on the patch grid. "
+        "The mark is what the machine would allow a chain. The forward passes, in which a chain does more work, are "
         "in the table.",
         speedup_figure(panels, narrow=True, series=("filtered layer by layer", "chained")),
         Table(columns, tuple(cells)),
@@ -185,7 +185,7 @@ def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditi
     figure = parts.figure(1.2 + 0.62 * len(labels))
     axes = figure.subplots()
     parts.horizontal_bars(axes, labels, series, parts.digits)
-    axes.set_xlabel("kept for the backward pass, MB")
+    axes.set_xlabel("memory saved for backward, MB")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     columns = (
         *(Column("chain"), Column("patch"), Column("exact MB", parts.megabytes)),
@@ -199,8 +199,8 @@ def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: parts.Conditi
     return Part(
         "chain-memory",
         "Memory of chains",
-        "Everything that autograd keeps of a chain's operations from the forward to the backward pass, those of batch "
-        "norms and activations too, without parameters. Megabytes of 1e6 bytes.",
+        "All memory that autograd saves for backward in a chain's operations, including batch norms and "
+        "activations, without parameters. Megabytes of 1e6 bytes.",
         figure,
         Table(columns, tuple(cells)),
         conditions,
@@ -233,12 +233,12 @@ def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ..
         *(Column("MB moved", parts.megabytes), Column("FLOP / byte", parts.digits)),
         *(Column("plain GFLOP/s", parts.digits), Column("gf_tvm GFLOP/s", parts.digits)),
         Column("into existing outputs GFLOP/s", parts.digits),
-        Column("of the limit %", lambda value: f"{100 * value:.0f}"),
+        Column("share of the limit %", lambda value: f"{100 * value:.0f}"),
     )
     return Part(
         "roofline",
         "Roofline",
-        "Operations a second over operations per byte that has to be moved at least. No point can lie above the lines, "
+        "Operations per second over operations per byte that must be moved. No point can lie above the lines, "
         "which are the machine's copy bandwidth and its fastest matrix product, except where its data lay in caches.",
         roofline_figure(document, stacked=True),
         Table(columns, tuple(cells)),
