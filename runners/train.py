@@ -252,7 +252,7 @@ def _print_summary(results: list[TrainResult]) -> None:
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points vs exact", "forward ms", "backward ms", "update ms"]
-    headers += ["saved by\nconvolutions kB", "saved for\nbackward kB", "gradients by"]
+    headers += ["saved by convolutions kB", "saved for backward kB", "gradients by"]
     rows: list[tuple[object, ...]] = []
     for result in results:
         step, last, difference = result.step_ms, result.rows[-1], None
