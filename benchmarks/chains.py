@@ -118,7 +118,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Medians in ms, and ratios of medians."""
     headers = ("network", "chain", "patch", *(f"{v} fwd" for v in VARIANTS), *(f"{v} bwd" for v in VARIANTS))
     headers += ("limit", "filtered / chained bwd", "expected", "of chain", "step gain")
-    headers += ("kept: exact MB", "filtered", "chained")
+    headers += ("saved: exact MB", "filtered", "chained")
     headers += ("step's peak: exact MB", "filtered", "chained")
     table = []
     for row in rows:

@@ -33,13 +33,17 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     either.add_argument(
         "--model", metavar="M", help="as in gf-tvm train: resnet18, fcn_resnet18, package.module:factory"
     )
-    source.add_argument("--input", metavar="NxCxHxW", help="with --model: a training batch's shape, as 8x3x32x32")
+    source.add_argument("--input", metavar="NxCxHxW", help="with --model: shape of a training batch, such as 8x3x32x32")
     source.add_argument("--last", type=int, metavar="K", help="with --model: its last K convolutions")
     source.add_argument(
-        "--patch", metavar="R,...", help="patches, as 2,4 or 2x1,4 (default: those of the shapes; with --model: 2,4)"
+        "--patch",
+        metavar="R,...",
+        help="patches, such as 2,4 or 2x1,4 (default: those of the shapes; with --model: 2,4)",
     )
     source.add_argument(
-        "--dtype", metavar="T,...", help="storage dtypes, as float32,float16 (default: those of the shapes or model)"
+        "--dtype",
+        metavar="T,...",
+        help="storage dtypes, such as float32,float16 (default: those of the shapes or model)",
     )
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 

@@ -1,4 +1,4 @@
-"""What gf-tvm compare prints of a GPU besides: every exact backward pass, pooling, memory, energy."""
+"""What gf-tvm compare prints in addition for a GPU: every exact backward pass, pooling, memory, energy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def print_gpu(result: Comparison) -> None:
     _print_times(rows)
     _print_memory(rows, result.conditions["energy"])
     if waiting := sorted({f"{label(row)}: {name}" for row in rows for name in row.host_bound}):
-        print(f"These wait for the GPU themselves, so their times are not the GPU's alone: {', '.join(waiting)}")
+        print(f"These wait for the GPU themselves, so their times include host time: {', '.join(waiting)}")
     if result.conditions["advice"]:
         print(f"Doubtful: {result.conditions['advice']}")
 
@@ -30,8 +30,8 @@ def _print_times(rows: list[GpuRow]) -> None:
 
     ways = list(rows[0].baselines)
     print()
-    print("Exact backward pass by memory format and precision, the kernel alone, the forward pass's pooling; ms:")
-    headers = ("case", "patch", *(way.replace(" ", "\n") for way in ways), "kernel\nalone", "pooling", "its limit")
+    print("Exact backward pass by memory format and precision, the kernel alone, pooling in the forward pass; ms:")
+    headers = ("case", "patch", *(way.replace(" ", "\n") for way in ways), "kernel\nalone", "pooling", "pooling\nlimit")
     table = [
         (
             label(row),
@@ -57,7 +57,7 @@ def _print_memory(rows: list[GpuRow], meter: dict[str, Any]) -> None:
     variants = ("baseline", "reference", "gf_tvm")
     print()
     said = f"joules above idle ({meter['meter']})" if meter["meter"] else f"energy not measured ({meter['reason']})"
-    print(f"A call of exact, plain and gf_tvm: MB allocated at most; us of the host to queue it; {said}:")
+    print(f"Per call of exact, plain and gf_tvm: peak memory allocated (MB); host time to queue it (us); {said}:")
     headers = ["case", "patch", *(f"{name}\nMB" for name in ("exact", "plain", "gf_tvm"))]
     headers += [f"{name}\nhost us" for name in ("exact", "plain", "gf_tvm")]
     if meter["meter"]:

@@ -21,14 +21,14 @@ def add_parser(subparsers: Any) -> None:
         "build",
         help="compile tuned kernels into a bundle",
         description="Compile the kernels of some convolutions into a bundle, with the best schedules of the tuning "
-        "logs, or the default ones where no log has any.",
+        "logs, or the default schedules where the logs have none.",
     )
     add_case_arguments(parser)
     add_chain_argument(parser)
     parser.add_argument(
         "--train-bn-affine",
         action="store_true",
-        help="with --model and --chain: for gf-tvm train --train-bn-affine, whose chains do more",
+        help="with --model and --chain: build the chains that gf-tvm train --train-bn-affine needs",
     )
     add_logs_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--runtime",
         type=Path,
         metavar="FILE.whl|DIR",
-        help="for a GPU: also write gf_cuda's wheel, all that a board needs besides PyTorch to use the bundle",
+        help="for a GPU: also write gf_cuda's wheel, all that a board needs in addition to PyTorch",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was built as JSON")
     parser.set_defaults(run=run)

@@ -41,12 +41,12 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=5.0,
         metavar="S",
-        help="timing of each convolution and chain (default: 5), but 5 calls",
+        help="time to spend on each convolution and chain (default: 5); at least 5 calls",
     )
     parser.add_argument(
         "--energy",
         action=argparse.BooleanOptionalAction,
-        help="GPUs: measure joules a step (default: where there is a meter)",
+        help="GPUs: measure joules per step (default: where there is a meter)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (png, svg or pdf)")
@@ -114,11 +114,12 @@ def print_comparison(result: Comparison) -> None:
     copying = "copying and sgemm in the same rounds (medians; above are the best)"
     print(
         f"Backward pass, medians in ms: exact ({baseline}), filtered with plain PyTorch operators, filtered by "
-        f"gf_tvm; limit: what {'this bandwidth and this sgemm' if gpu else copying} allow."
+        f"gf_tvm; limit: roofline limit of {'this bandwidth and this sgemm' if gpu else copying}; saved: memory "
+        "saved for backward."
     )
     headers = (
-        *("case", "patch", "exact", "plain", "gf_tvm", "limit", "exact /\ngf_tvm", "plain /\ngf_tvm"),
-        *("of the\nlimit", "x saved\nMB", "x~ saved\nMB", "schedule", "error"),
+        *("case", "patch", "exact", "plain", "gf_tvm", "limit", "speedup\nover exact", "speedup\nover plain"),
+        *("share of\nlimit", "x saved\nMB", "x~ saved\nMB", "schedule", "error"),
     )
     rows = [
         (
@@ -138,8 +139,8 @@ def print_comparison(result: Comparison) -> None:
     print(format_table(headers, rows))
     for mean in result.to_dict()["geometric_means"]:
         print(
-            f"geometric mean of {mean['rows']} {_kind(mean)} rows: {mean['speedup']:.1f} times as fast "
-            f"as exact, {mean['speedup_reference']:.2f} times as fast as plain operators, "
+            f"geometric mean of {mean['rows']} {_kind(mean)} rows: speedup {mean['speedup']:.1f}x over "
+            f"exact, {mean['speedup_reference']:.2f}x over plain operators, "
             f"{mean['fraction_of_limit']:.0%} of the limit"
         )
     missing = sum(row.schedule == "torch" for row in result.rows)
@@ -157,14 +158,14 @@ def print_chains(result: Comparison) -> None:
     from ..shapes import format_patch
 
     print(
-        "\nChains: medians in ms of the same operations exactly, filtered layer by layer, and chained; limit: what the "
-        "chain's backward pass must move and compute. MB saved for backward, everything counted."
+        "\nChains: medians in ms of the same operations exactly, filtered layer by layer, and chained; limit: roofline "
+        "limit of the chain's backward pass. MB: all memory saved for backward."
     )
     headers = (
         *("chain", "convs", "patch", "exact\nbackward", "filtered\nbackward", "chained\nbackward", "limit"),
-        *("exact /\nchained", "filtered /\nchained", "limit /\nchained"),
+        *("speedup\nover exact", "speedup\nover filtered", "share of\nlimit"),
         *("exact\nforward", "filtered\nforward", "chained\nforward"),
-        *("exact saved\nMB", "filtered saved\nMB", "chained saved\nMB", "schedule", "error"),
+        *("exact\nsaved MB", "filtered\nsaved MB", "chained\nsaved MB", "schedule", "error"),
     )
     rows = [
         (

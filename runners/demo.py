@@ -72,7 +72,7 @@ def run(out: Path) -> int:
         for name in ("compare_model.json", "compare_paper.json")
         for row in json.loads((out / name).read_text())["rows"]
     ]
-    print("\n=== What came of it")
+    print("\n=== Results")
     _print_summary(runs, rows)
     _draw(runs, rows, picture)
     print(f"\nPicture: {picture}    All results: {out}    {time.monotonic() - started:.0f} s")
@@ -95,17 +95,8 @@ def _print_summary(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> No
                 f"{last['kept_bytes'] / 1e6:.2f}",
             )
         )
-    headers = ["backward", "accuracy %", "points", "backward ms a step", "speedup"]
-    print(
-        format_table(
-            [
-                *headers,
-                "saved for backward by the convolutions (chains: by all of it) MB",
-                "saved for backward in total MB",
-            ],
-            table,
-        )
-    )
+    headers = ["backward", "accuracy %", "points vs exact", "backward ms per step", "speedup"]
+    print(format_table([*headers, "saved by convolutions or chains MB", "memory saved for backward MB"], table))
     table = [
         (
             row["name"],
@@ -174,7 +165,7 @@ def _draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: Path) ->
     speed.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     speed.set_yticks(range(len(rows)), labels)
     speed.invert_yaxis()
-    speed.set_title("Backward pass of one convolution:\ntimes as fast as the exact one")
+    speed.set_title("Backward pass of one convolution:\nspeedup over exact")
     speed.legend(loc="lower center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     for axes in (accuracy, step, kept, speed):
         axes.spines[["top", "right"]].set_visible(False)

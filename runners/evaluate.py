@@ -55,15 +55,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results; resumed if used"
     )
-    limits = parser.add_argument_group("limits of what is recommended")
+    limits = parser.add_argument_group("limits for the recommendation")
     limits.add_argument(
-        "--memory-budget", metavar="SIZE", help="of what a step keeps for the backward pass, as 64MB or 1.5GiB"
+        "--memory-budget",
+        metavar="SIZE",
+        help="limit of the memory that a step saves for backward, such as 64MB or 1.5GiB",
     )
     limits.add_argument(
         "--max-accuracy-drop",
         type=float,
         metavar="POINTS",
-        help="against the exact backward pass of the same convolutions, mean over the seeds",
+        help="limit relative to the exact backward pass of the same convolutions, mean over the seeds",
     )
     protocol = parser.add_argument_group("protocol, as in gf-tvm train")
     for field in fields(TrainConfig):
@@ -71,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
             _add_setting(protocol, field)
     protocol.add_argument("--schedule", default=TrainConfig.schedule, choices=SCHEDULES, help="of the learning rate")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON to this file")
     parser.set_defaults(run=run)
 
 
@@ -160,12 +162,12 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         "setting",
         f"{evaluation.metric} %",
         "spread",
-        "points to exact",
+        "points vs exact",
         "forward ms",
         "backward ms",
         "update ms",
     ]
-    headers += ["saved for backward kB", "by convolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
+    headers += ["saved for\nbackward kB", "saved by\nconvolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
     exact = {s.last: s.score for s in evaluation.settings if s.variant == "exact"}
     measured = any(s.energy_joules_per_step is not None for s in evaluation.settings)
     rows = []
@@ -176,15 +178,15 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         row += [s.kept_bytes / 1e3, s.kept_bytes_convolutions / 1e3]
         row += [None if s.peak_bytes is None else s.peak_bytes / 1e6, s.forward_flops / 1e6, s.backward_flops / 1e6]
         rows.append([*row, s.energy_joules_per_step] if measured else row)
-    print(format_table([*headers, "J a step"] if measured else headers, rows, floats=".1f"))
+    print(format_table([*headers, "J per step"] if measured else headers, rows, floats=".1f"))
     busiest = max((s.other_cores or 0.0 for s in evaluation.settings), default=0.0)
     if busiest > 0.1:
         print(f"Doubtful times: other programs kept up to {busiest:.1f} cores busy meanwhile")
     if evaluation.layers:
-        print("\ncosine of the filtered and the exact gradient")
+        print("\ncosine between the filtered and the exact gradient")
         cells = [[layer.name, layer.variant, layer.cosine_weight, layer.cosine_input] for layer in evaluation.layers]
         print(format_table(["layer", "patch", "of the weight", "of the input"], cells, floats=".3f"))
-    print("\nwhat remains saved for backward in a step, by the type of the module that saved it:")
+    print("\nmemory saved for backward in a step, by the type of the module that saved it:")
     for s in evaluation.settings:
         print(f"  {s.name}: {', '.join(f'{name} {size / 1e3:.0f} kB' for name, size in s.kept_bytes_by_type.items())}")
     for s in evaluation.settings:

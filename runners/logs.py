@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "logs",
         help="show or merge tuning logs",
-        description="Show what tuning logs have, or merge those of several farms.",
+        description="Show the contents of tuning logs, or merge those of several farms.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 

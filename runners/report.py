@@ -12,7 +12,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="make a page with plots from results",
-        description="Make one HTML page, which needs no network and no other file, and its plots as SVG and PNG, from "
+        description="Make one self-contained HTML page, which needs no network, and its plots as SVG and PNG, from "
         "the JSON files of gf-tvm compare, tune, train and evaluate and from tuning logs. Files of several kinds, and "
         "several of one kind, may be given; what is not given is left out.",
     )
@@ -29,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from ..report.page import write_report
 
     page = write_report(args.files, args.out, args.title)
-    print(f"{page}: its plots are also SVG and PNG files beside it")
+    print(f"{page}: its plots are next to it as SVG and PNG files")
     return 0

@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         choices=CHAIN_MEANS,
         metavar="DTYPE",
         help="keep gradients on the patch grid between filtered convolutions where that is exact; with a "
-        f"dtype ({' or '.join(CHAIN_MEANS)}), keep the means of derivatives in it",
+        f"dtype ({' or '.join(CHAIN_MEANS)}), store the means of derivatives in it",
     )
     option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
     protocol = parser.add_argument_group("protocol")
@@ -78,16 +78,16 @@ def add_parser(subparsers: Any) -> None:
     protocol.add_argument(
         "--schedule", default=default["schedule"], choices=SCHEDULES, help="of the learning rate (default: %(default)s)"
     )
-    option(protocol, "--warmup-epochs", float, "X", "epochs in which the learning rate rises, also a part of one")
+    option(protocol, "--warmup-epochs", float, "X", "epochs in which the learning rate rises, may be a fraction")
     option(protocol, "--step-epochs", int, "N", "schedule step: epochs between two falls of the learning rate")
     option(protocol, "--step-factor", float, "X", "schedule step: what the learning rate is multiplied by")
     protocol.add_argument(
         "--patience",
         type=int,
         metavar="N",
-        help="stop when the test score has not risen for N epochs, and keep the best epoch's weights (default: never)",
+        help="stop when the test score has not improved for N epochs; keep the best epoch's weights (default: never)",
     )
-    option(protocol, "--min-delta", float, "X", "what counts as risen for --patience: by more than this share")
+    option(protocol, "--min-delta", float, "X", "what counts as an improvement for --patience: more than this fraction")
     protocol.add_argument(
         "--amp",
         default=default["amp"],
@@ -96,10 +96,10 @@ def add_parser(subparsers: Any) -> None:
     )
     protocol.add_argument(
         "--clip", type=float, default=default["clip"], metavar="X",
-        help="clip the norm of all gradients together; 0 for no clipping (default: %(default)s)",
+        help="clip the norm of all gradients together; 0: no clipping (default: %(default)s)",
     )  # fmt: skip
     protocol.add_argument("--flip", action="store_true", help="mirror training images at random")
-    option(protocol, "--shift", int, "PIXELS", "move training images at random by up to that many pixels")
+    option(protocol, "--shift", int, "PIXELS", "shift training images at random by up to this many pixels")
     protocol.add_argument(
         "--train-bn-affine",
         action="store_true",
@@ -233,8 +233,8 @@ def _print_summary(results: list[TrainResult]) -> None:
         f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads"
     )
     exact = next((result for result in results if result.config.patch is None), None)
-    headers = ["run", "before %", "after %", "points to exact", "forward ms", "backward ms", "update ms"]
-    headers += ["saved for backward by convolutions kB", "in total kB", "gradients by"]
+    headers = ["run", "before %", "after %", "points vs exact", "forward ms", "backward ms", "update ms"]
+    headers += ["saved by convolutions kB", "saved for backward kB", "gradients by"]
     rows: list[tuple[object, ...]] = []
     for result in results:
         step, last, difference = result.step_ms, result.rows[-1], None

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     add_chain_argument(parser)
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
     search = parser.add_argument_group("search")
-    search.add_argument("--trials", type=int, default=64, metavar="T", help="trials per kernel in all (default: 64)")
+    search.add_argument("--trials", type=int, default=64, metavar="T", help="total trials per kernel (default: 64)")
     search.add_argument("--minutes", type=float, metavar="M", help="end after this time, shared among the kernels")
     search.add_argument(
         "--early-stop", type=int, metavar="N", help="end with a kernel after N trials without an improvement"
@@ -60,18 +60,16 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="threads of kernels on CPUs (default: as many as PyTorch takes, or the board has)",
     )
-    parser.add_argument(
-        "--cold", action="store_true", help="measure with the arguments out of the caches (default: in them)"
-    )
+    parser.add_argument("--cold", action="store_true", help="measure with cold caches (default: warm)")
     farm = parser.add_argument_group("farm")
     add_tracker_arguments(farm, required=False)
-    farm.add_argument("--boards", type=int, metavar="N", help="use at most so many boards at once (default: all)")
+    farm.add_argument("--boards", type=int, metavar="N", help="use at most N boards at once (default: all)")
     farm.add_argument(
         "--drift",
         type=float,
         default=0.2,
         metavar="X",
-        help="put a board aside whose reference kernel takes X times longer than usual, 0 for never (default: 0.2)",
+        help="set a board aside whose reference kernel is slower than usual by the fraction X; 0: never (default: 0.2)",
     )
     farm.add_argument(
         "--hot", type=float, default=80.0, metavar="C", help="let boards cool down from C degrees on (default: 80)"

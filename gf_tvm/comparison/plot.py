@@ -31,7 +31,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def plot(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Draw the rows of ``comparison`` as speed-ups over the exact backward pass, one panel per patch.
+    """Draw the rows of ``comparison`` as speedups over the exact backward pass, one panel per patch.
 
     Args:
         comparison: at least one row.
@@ -92,7 +92,7 @@ def speedup_figure(
         _panel(axes, bars, (low, high), series)
         axes.set_title(name, loc="left", fontsize=10)
     all_axes[-1].set_xlim(low, high)  # all panels share it
-    all_axes[-1].set_xlabel(f"times as fast as {'exact' if narrow else 'the exact backward pass'} (logarithmic)")
+    all_axes[-1].set_xlabel(f"speedup over {'exact' if narrow else 'the exact backward pass'} (logarithmic)")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1 if narrow else 3, frameon=False)
     if title:
@@ -147,7 +147,9 @@ def _panel(axes: object, rows: Sequence[Bar], limits: tuple[float, float], serie
                 color="white" if inside and color == KERNEL_COLOR else "black",
                 fontsize=8,
             )
-    axes.scatter(limit, list(positions), marker="|", s=300, color="black", label="limit of this machine", zorder=3)
+    axes.scatter(
+        limit, list(positions), marker="|", s=300, color="black", label="roofline limit of this machine", zorder=3
+    )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

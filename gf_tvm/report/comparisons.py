@@ -85,13 +85,13 @@ def _speed(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str],
             Column("plain ms", exhibits.digits),
         ),
         *(Column("gf_tvm ms", exhibits.digits), Column("limit ms", exhibits.digits)),
-        *(Column("exact / plain", exhibits.times), Column("exact / gf_tvm", exhibits.times), Column("schedule")),
+        *(Column("speedup of plain", exhibits.times), Column("speedup of gf_tvm", exhibits.times), Column("schedule")),
         Column("error", lambda value: f"{value:.0e}"),
     )
     return Exhibit(
         "speedup",
         "Speed",
-        f"How many times as fast as the exact backward pass ({baselines}) gradient filtering is: with plain PyTorch "
+        f"Speedup of gradient filtering over the exact backward pass ({baselines}): with plain PyTorch "
         "operators and with gf_tvm's kernels. The mark is what the machine's bandwidth and arithmetic would allow.",
         speedup_figure(panels, narrow=True),
         Table(columns, tuple(cells)),
@@ -119,7 +119,7 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
     figure = exhibits.figure(1.3 + len(labels) * (0.18 + 0.17 * len(series)))
     axes = figure.subplots()
     exhibits.horizontal_bars(axes, labels, series, exhibits.digits)
-    axes.set_xlabel("saved of the input for backward, MB")
+    axes.set_xlabel("memory saved for backward, MB")
     figure.legend(loc="outside lower center", ncols=min(3, len(series)), frameon=False, fontsize=8)
     columns = (
         *(Column("convolution"), Column("patch"), Column("exact MB", exhibits.megabytes)),
@@ -128,8 +128,8 @@ def _memory(rows: Sequence[Mapping[str, Any]], conditions: tuple[tuple[str, str]
     return Exhibit(
         "memory",
         "Memory",
-        "What autograd keeps of a convolution's input from the forward to the backward pass: all of x, or one sum per "
-        "patch. Megabytes of 1e6 bytes; the weights, which both keep, are not counted.",
+        "The part of a convolution's input that autograd saves for backward: all of x, or one sum per "
+        "patch. Megabytes of 1e6 bytes; the weights, which both save, are not counted.",
         figure,
         Table(columns, tuple(cells)),
         conditions,
@@ -170,9 +170,9 @@ def _chain_speed(chains: Sequence[Mapping[str, Any]], conditions: exhibits.Condi
     return Exhibit(
         "chain-speedup",
         "Speed of chains",
-        "How many times as fast as the exact one the backward pass of several convolutions, and of batch norms and "
-        "activations between them, is: filtered layer by layer, and in a chain whose gradients stay on the patch grid. "
-        "The mark is what the machine would allow a chain. The forward passes, in which a chain has more to do, are "
+        "Speedup over exact of the backward pass of several convolutions and the batch norms and activations between "
+        "them: filtered layer by layer, and in a chain whose gradients stay on the patch grid. "
+        "The mark is what the machine would allow a chain. The forward passes, in which a chain does more work, are "
         "in the table.",
         speedup_figure(panels, narrow=True, series=("filtered layer by layer", "chained")),
         Table(columns, tuple(cells)),
@@ -208,8 +208,8 @@ def _chain_memory(chains: Sequence[Mapping[str, Any]], conditions: exhibits.Cond
     return Exhibit(
         "chain-memory",
         "Memory of chains",
-        "Everything that autograd keeps of a chain's operations from the forward to the backward pass, those of batch "
-        "norms and activations too, without parameters. Megabytes of 1e6 bytes.",
+        "All memory that autograd saves for backward in a chain's operations, including batch norms and "
+        "activations, without parameters. Megabytes of 1e6 bytes.",
         figure,
         Table(columns, tuple(cells)),
         conditions,
@@ -242,12 +242,12 @@ def _roofline(document: Mapping[str, Any], conditions: tuple[tuple[str, str], ..
         *(Column("MB moved", exhibits.megabytes), Column("FLOP / byte", exhibits.digits)),
         *(Column("plain GFLOP/s", exhibits.digits), Column("gf_tvm GFLOP/s", exhibits.digits)),
         Column("into existing outputs GFLOP/s", exhibits.digits),
-        Column("of the limit %", lambda value: f"{100 * value:.0f}"),
+        Column("share of the limit %", lambda value: f"{100 * value:.0f}"),
     )
     return Exhibit(
         "roofline",
         "Roofline",
-        "Operations a second over operations per byte that has to be moved at least. No point can lie above the lines, "
+        "Operations per second over operations per byte that must be moved. No point can lie above the lines, "
         "which are the machine's copy bandwidth and its fastest matrix product, except where its data lay in caches.",
         roofline_figure(document, stacked=True),
         Table(columns, tuple(cells)),

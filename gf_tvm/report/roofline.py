@@ -1,4 +1,4 @@
-"""The roofline of a comparison: operations a second over operations per byte, and the machine's two limits."""
+"""The roofline of a comparison: operations per second over operations per byte, and the machine's two limits."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _score(study: Study) -> Exhibit:
     columns = (
         *(Column("backward"), Column("last"), Column("seeds"), Column("mean %", exhibits.percent)),
         *(Column("lowest %", exhibits.percent), Column("highest %", exhibits.percent)),
-        Column("points to exact", lambda value: f"{100 * value:+.2f}"),
+        Column("points vs exact", lambda value: f"{100 * value:+.2f}"),
         *(Column("each seed %", exhibits.percent), Column("before fine-tuning %", exhibits.percent)),
     )
     return Exhibit(
@@ -187,7 +187,7 @@ def _memory(study: Study) -> Exhibit:
             exhibits.COLORS[0],
             [s.kept_bytes_convolutions / 1e6 for s in settings],
         ),
-        "saved for backward in total": (exhibits.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
+        "total saved for backward": (exhibits.COLORS[1], [s.kept_bytes / 1e6 for s in settings]),
     }
     # The whole process is so much larger that it needs a scale of its own.
     peaks = [None if s.peak_bytes is None else s.peak_bytes / 1e6 for s in settings]
@@ -199,21 +199,21 @@ def _memory(study: Study) -> Exhibit:
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, shown in zip(all_axes, panels, strict=True):
         exhibits.horizontal_bars(axes, labels, shown, exhibits.digits)
-        axes.set_xlabel("MB of a step" if shown is series else "MB of the process")
+        axes.set_xlabel("MB per step" if shown is series else "MB of the process")
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     columns = (
         *(Column("backward"), Column("last"), Column("convolutions MB", exhibits.megabytes)),
-        *(Column("in all MB", exhibits.megabytes), Column("peak of the process MB", exhibits.megabytes)),
+        *(Column("saved for backward MB", exhibits.megabytes), Column("peak of the process MB", exhibits.megabytes)),
     )
     rows = [(s.variant, s.last, s.kept_bytes_convolutions, s.kept_bytes, s.peak_bytes) for s in settings]
     of_chains = ""
     if any(s.variant.endswith(_CHAINED) for s in settings):
-        of_chains = " Chained convolutions keep for the batch norms and activations between them, too."
+        of_chains = " The figure of chained convolutions includes the batch norms and activations between them."
     return Exhibit(
         "training-memory",
         "Memory of a training step",
-        "Bytes of the tensors that autograd keeps from the forward to the backward pass, parameters not counted, and "
-        f"where it was measured the largest resident memory of the process.{of_chains} Megabytes of 1e6 bytes.",
+        "Memory that autograd saves for backward, parameters not counted, and, where it "
+        f"was measured, the largest resident memory of the process.{of_chains} Megabytes of 1e6 bytes.",
         figure,
         _without_empty(Table(columns, tuple(rows))),
         _conditions(study, "training-memory"),

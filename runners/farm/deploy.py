@@ -26,8 +26,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "deploy",
         help="install gf-tvm on boards over ssh and keep their servers running",
-        description="Install on each board what it needs to measure and train, start its server, and connect it with "
-        "the tracker through an ssh tunnel, again and again if need be. Runs until Ctrl-C, which ends the servers. "
+        description="Install on each board what it needs to measure and train, start its server, and connect it to "
+        "the tracker through an ssh tunnel, reconnecting when necessary. Runs until Ctrl-C, which ends the servers. "
         "The exit code is 1 if a board had to be left out, 2 if all were.",
     )
     parser.add_argument("boards", nargs="+", metavar="USER@HOST", help="a board, with a key set up for ssh")

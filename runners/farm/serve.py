@@ -17,15 +17,15 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "serve",
         help="let tuners run kernels on this board",
-        description="Register this board with a tracker and run the kernels that tuners send. It goes on after a "
-        "crashing kernel, a lost tracker or a client that hangs; SIGTERM or Ctrl-C end it. Do not run it as root.",
+        description="Register this board with a tracker and run the kernels that tuners send. It survives a "
+        "crashing kernel, a lost tracker or a client that hangs; SIGTERM or Ctrl-C ends it. Do not run it as root.",
     )
     add_tracker_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="of this board (default: the host name)")
     parser.add_argument(
         "--device",
         metavar="D",
-        help="what this board is; with a profile of a GPU (jetson-nano, sm_NN, cuda) that GPU measures, and the server "
+        help="what this board is; with a GPU profile (jetson-nano, sm_NN, cuda) that GPU measures, and the server "
         "only starts if it is there (default: the CPU measures, whatever it is)",
     )
     add_bind_arguments(parser, port=0)
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=900.0,
         metavar="S",
-        help="end a session whose client does nothing for so long (default: 900)",
+        help="end a session whose client is idle for this long (default: 900)",
     )
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end with standard input, as with an ssh connection"

@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "status",
         help="list the boards that a tracker knows",
-        description="List the boards that a tracker knows, without taking one. Servers of TVM's own tell no more than "
+        description="List the boards that a tracker knows, without taking one. TVM's own servers report only "
         "their address.",
     )
     add_tracker_arguments(parser, key=False)

@@ -38,14 +38,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prepare", action="store_true", help="only make their system, or bring it up to date")
     add_tracker_arguments(parser, required=False)
     parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="where their system is kept (default: gf_tvm/virtual-pi in the cache)"
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="where their system is stored (default: gf_tvm/virtual-pi in the cache)",
     )
     parser.add_argument(
         "--with",
         dest="extras",
         default="",
         metavar="EXTRA,...",
-        help="packages besides: train (scikit-learn), rpc (what TVM's own server needs)",
+        help="additional packages: train (scikit-learn), rpc (what TVM's own server needs)",
     )
     parser.set_defaults(run=run)
 
