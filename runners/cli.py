@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -77,6 +78,10 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
         return EXIT_ERROR
 
+    for stream in (sys.stdout, sys.stderr):
+        # A letter of a file's name that the terminal does not have is written as an escape; it ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     formatwarning = warnings.formatwarning
     warnings.formatwarning = format_warning
     try:

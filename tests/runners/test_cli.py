@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import json
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import gf_tvm
 from gf_tvm.errors import DeviceError, GfTvmError
@@ -25,6 +28,8 @@ from gf_tvm.machine.profiles import get_profile, list_profiles
 from gf_tvm.runners import _output, cli
 from gf_tvm.runners._output import OutputError, ProgressBar, check_writable, format_table, write_json
 
+#: Of terminals.
+ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 GF_TVM = [sys.executable, "-m", "gf_tvm.runners.cli"]
 
 
@@ -56,6 +61,18 @@ def raises(error: BaseException) -> Callable[[], Any]:
 
 
 # --- exit codes and messages ------------------------------------------------------------------------------------------
+
+
+@given(
+    text=st.text(max_size=20) | st.sampled_from(["Bücher/ä.json", "\udcff.json"]), encoding=st.sampled_from(ENCODINGS)
+)
+def test_what_a_terminal_cannot_show_is_escaped(text: str, encoding: str) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding)
+    with contextlib.redirect_stdout(screen):
+        assert cli.run_command("gf-tvm", lambda: print(f"<{text}>") or 0) == 0
+    shown = screen.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert shown.startswith("<")
+    assert shown.rstrip("\n").endswith(">")
 
 
 @pytest.mark.parametrize(
