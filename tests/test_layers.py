@@ -11,18 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
+from checkout import FOLDERS, ROOT
 from importlinter import api
 
 PYPROJECT = ROOT / "pyproject.toml"
-#: Folder of the checkout -> package.
-FOLDERS = {
-    "gf_cuda": "gf_cuda",
-    "gf_tvm": "gf_tvm",
-    "schedules": "gf_tvm/schedules",
-    "runners": "gf_tvm/runners",
-    "tuning_logs": "gf_tvm/tuning_logs",
-}
 #: Names in strings that import nothing: the command that boards run, a folder that goes into their wheel, and the
 #: public home of a class.
 NOT_IMPORTED = {"gf_tvm.runners.cli", "gf_tvm.runners", "gf_tvm.nn"}

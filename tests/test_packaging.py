@@ -12,18 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
+from checkout import FOLDERS, ROOT
 
 import gf_tvm
 
-#: Folder of the checkout -> package.
-FOLDERS = {
-    "gf_cuda": "gf_cuda",
-    "gf_tvm": "gf_tvm",
-    "schedules": "gf_tvm/schedules",
-    "runners": "gf_tvm/runners",
-    "tuning_logs": "gf_tvm/tuning_logs",
-}
 #: What a package is made of: code (in C, too), its type marker, data, a template, and shipped tuning logs.
 SUFFIXES = {".py", ".json", ".jsonl", ".typed", ".html", ".c"}
 #: What a board that trains with a bundle must not import.
