@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .chains.model import chain_model, check_means, unchain_model
+from .chains.capture.sites import Choice
+from .chains.model import chain_model, check_means, graphs_of, unchain_model
 from .core.geometry import Pair, Patch, as_pair
 from .errors import ModelError
 from .ops.module import FilteredConv2d as FilteredConv2d
@@ -50,15 +51,36 @@ class FilterReport:
 
 
 def filter_report(model: nn.Module) -> FilterReport:
-    """What of ``model`` is filtered at present, and what is not and why."""
+    """What of ``model`` is filtered at present, and what is not and why.
+
+    After a training step in the order in which convolutions ran; those of other modules than Conv2d are known then.
+    """
     filtered: dict[str, Pair] = {}
     left_alone: dict[str, str] = {}
+    for prefix, graph in graphs_of(model):
+        for site in graph.chosen.sites:
+            name = f"{prefix}.{site.name}" if prefix else site.name
+            if site.node in graph.chosen.filters:
+                filtered[name] = graph.chosen.filters[site.node].patch
+            elif name not in filtered:
+                left_alone[name] = graph.chosen.left_alone[site.name]
     for name, module in model.named_modules():
+        if name in filtered or name in left_alone:
+            continue
         if isinstance(module, FilteredConv2d):
             filtered[name] = module.patch
         elif isinstance(module, _ConvNd):
-            left_alone[name] = filter_obstacle(module) or "not selected"
+            left_alone[name] = _why_left_alone(module)
     return FilterReport(filtered, left_alone)
+
+
+def _why_left_alone(module: nn.Module) -> str:
+    kind = parametrize.type_before_parametrizations(module)
+    if not isinstance(module, nn.Conv2d):
+        return f"a {_kind_name(kind)} is no two-dimensional convolution"
+    if (reason := filter_obstacle(module)) is not None:
+        return reason
+    return f"a {_kind_name(kind)} is filtered when it runs, if it is selected" if runs_its_own(module) else "not selected"
 
 
 def select_layers(
@@ -105,10 +127,14 @@ def select_layers(
 
 @dataclass(frozen=True)
 class Selection:
-    """Selected convolutions by name: all of them, and why some cannot be filtered."""
+    """Selected convolutions by name: all of them, and why some cannot be filtered.
+
+    ``captured``: those whose module has a forward pass of its own, so that they are filtered where it is captured.
+    """
 
     convs: Mapping[str, nn.Conv2d]
     obstacles: Mapping[str, str]
+    captured: frozenset[str] = frozenset()
 
     @property
     def filterable(self) -> dict[str, nn.Conv2d]:
@@ -130,7 +156,8 @@ def select_filterable(model: nn.Module, last: int | None = None, layers: Layers 
         raise ModelError(f"{shown_name(name)} cannot be filtered: {reason}")
     for name, reason in obstacles.items():
         logger.warning("%s left alone: %s", shown_name(name), reason)
-    return Selection(convs, obstacles)
+    captured = frozenset(name for name, module in convs.items() if name not in obstacles and runs_its_own(module))
+    return Selection(convs, obstacles, captured)
 
 
 def filter_model(
@@ -139,27 +166,31 @@ def filter_model(
     last: int | None = None,
     layers: Layers | None = None,
     library: Library | None = None,
-    chain: bool = False,
+    chain: bool = True,
     means: torch.dtype | None = None,
 ) -> M:
     """Give convolutions of ``model`` a filtered backward pass, in place.
 
-    Modules stay the same objects and only change their class, as ``torch.nn.utils.parametrize`` does it: parameters,
-    hooks, device, dtype, training flag, ``state_dict`` keys and references from elsewhere all stay valid. Filtering a
-    filtered convolution changes its patch and library. A selected convolution that cannot be changed safely (a
-    subclass with a forward pass of its own, say) is left alone, with a warning through ``logging``;
-    :func:`filter_report` lists what is filtered and why the rest is not, :func:`unfilter_model` undoes it all.
+    The model compiles itself with PyTorch's Dynamo when it first runs with gradients, and again when something that
+    its forward pass depends on changes: shapes, settings, attributes, what is trained. Gradients stay on the patch
+    grid between filtered convolutions where that is exact, so that the backward pass neither reads nor keeps maps of
+    full size there (docs/patch_grid.md); :func:`gf_tvm.chains_of` tells these chains after a training step.
+
+    Modules stay the same objects; a plain Conv2d only changes its class, as ``torch.nn.utils.parametrize`` does it, so
+    that it is filtered wherever it runs. Convolutions of other modules (subclasses with a forward pass of their own,
+    calls of ``torch.nn.functional.conv2d``) are filtered in what Dynamo captures. Parameters, hooks, device, dtype,
+    training flag, ``state_dict`` keys and references from elsewhere all stay valid. Filtering a filtered convolution
+    changes its patch and library. :func:`filter_report` lists what is filtered and why the rest is not,
+    :func:`unfilter_model` undoes it all.
 
     Args:
         model: any module, also a Conv2d itself.
         patch: pixels of an output that share one gradient: an integer, a pair (height, width), or one per name. A
             mapping without ``last`` and ``layers`` also says which convolutions.
-        last, layers: see :func:`select_layers`.
-        library: what :func:`gf_tvm.load` returned; None for plain PyTorch operators.
-        chain: keep gradients on the patch grid between filtered convolutions (all of the model's, also those of
-            earlier calls) where that is exact, so that the backward pass neither reads nor keeps maps of full size
-            there; see docs/patch_grid.md. :func:`gf_tvm.chains_of` tells the chains after a training step. Without it
-            the model has no chains, whatever earlier calls said.
+        last: that many of the last convolutions, in the order in which they run.
+        layers: see :func:`select_layers`.
+        library: what :func:`gf_tvm.load` returned; None for kernels that are built when they are first wanted.
+        chain: without it each convolution is filtered by itself, as in the paper: same gradients, more time and memory.
         means: dtype in which chains keep the means over patches of activations' derivatives: ``torch.float16`` or
             ``torch.bfloat16``; None keeps them as they are summed (float32, for float64 float64). Rounding is at most
             5e-4 of a mean in float16 (below 6e-5: 3e-8), 4e-3 in bfloat16; means of ReLU and ReLU6 over patches of
@@ -180,10 +211,17 @@ def filter_model(
     check_means(means)
     patches = _patches(model, selection.convs, patch)
     for name, module in selection.filterable.items():
-        _become(module, FilteredConv2d)
-        module.patch, module.library = patches[name], library  # type: ignore[assignment]
-    if chain:
-        chain_model(model, means)
+        if name not in selection.captured:
+            _become(module, FilteredConv2d)
+            module.patch, module.library = patches[name], library  # type: ignore[assignment]
+    choice = Choice(
+        patch=patches if isinstance(patch, Mapping) else as_pair(patch, "patch", 1),
+        last=last,
+        names=frozenset(selection.filterable),
+        library="" if library is None else library.digest,
+    )
+    if chain or selection.captured or last is not None:
+        chain_model(model, means, choice, chain)
     else:
         unchain_model(model)
     logger.info("%s", filter_report(model))
@@ -202,17 +240,24 @@ def unfilter_model(model: M) -> M:
 
 def filter_obstacle(module: nn.Module) -> str | None:
     """Why ``module`` cannot become a FilteredConv2d; None if it can."""
-    kind = parametrize.type_before_parametrizations(module)
     if isinstance(module, LazyModuleMixin):
-        return f"a {kind.__name__} has no weight before its first forward pass"
-    if kind not in (nn.Conv2d, FilteredConv2d):
-        return f"a {kind.__name__} is not a plain Conv2d"
-    for name in ("forward", "_conv_forward"):
-        if name in vars(module):
-            return f"its {name} was replaced on the instance"
+        kind = parametrize.type_before_parametrizations(module)
+        return f"a {_kind_name(kind)} has no weight before its first forward pass"
     if not module.weight.dtype.is_floating_point:
         return f"its weight is {module.weight.dtype}"
     return None
+
+
+def runs_its_own(module: nn.Module) -> bool:
+    """Whether a Conv2d computes something else than a Conv2d does, so that its class has to stay."""
+    kind = parametrize.type_before_parametrizations(module)
+    replaced = any(name in vars(module) for name in ("forward", "_conv_forward"))
+    return kind not in (nn.Conv2d, FilteredConv2d) or replaced
+
+
+def _kind_name(kind: type) -> str:
+    """What messages call a class: with its module, where it is not PyTorch's."""
+    return kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _become(module: nn.Module, kind: type[nn.Conv2d]) -> None:

@@ -1,13 +1,12 @@
 """The part of a network that may stay on the patch grid, as a list of operations on numbered values.
 
-A :class:`Region` has values 0 .. E-1, its entries, and value E + i, the result of operation i. It holds no tensors
-and no modules: where its parameters come from is the business of :mod:`.interpreter`.
+A :class:`Region` has values 0 .. E-1, its entries, and value E + i, the result of operation i. It holds no tensors:
+where they come from is the business of :mod:`.capture`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,10 +54,6 @@ class Op:
     def shape(self, *inputs: Shape) -> Shape:
         """The result's shape. Raises Misfit."""
         return inputs[0]
-
-    def given(self, numbers: Sequence[Any]) -> Op:
-        """The same operation with what it takes from ``numbers``, which are known only when it runs."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -156,34 +151,16 @@ class Cat(Op):
 
 @dataclass(frozen=True)
 class Slice(Op):
-    """Some channels of x: ``how`` is ("slice", start, stop), ("chunk", pieces, i) or ("split", sizes, i)."""
+    """Channels ``start`` and following of x, ``width`` of them."""
 
-    how: tuple[Any, ...] = ()
-
-    def channels(self, count: int) -> tuple[int, int]:
-        """First channel and number of channels, of ``count``. Raises Misfit."""
-        kind, what, index = self.how
-        if kind == "slice":
-            start, stop, _ = slice(what, index).indices(count)
-            return start, max(stop - start, 0)
-        if kind == "chunk":
-            size = -(-count // what)
-            sizes = [min(size, count - i) for i in range(0, count, size)]
-        elif isinstance(what, int):
-            sizes = [min(what, count - i) for i in range(0, count, what)]
-        else:
-            sizes = list(what)
-        if not -len(sizes) <= index < len(sizes) or sum(sizes) != count:
-            raise Misfit("splits channels in a way that does not fit")
-        index %= len(sizes)
-        return sum(sizes[:index]), sizes[index]
+    start: int = 0
+    width: int = 1
 
     def shape(self, *inputs: Shape) -> Shape:
         n, c, h, w = inputs[0]
-        _, width = self.channels(c)
-        if width < 1:
-            raise Misfit("takes no channel")
-        return (n, width, h, w)
+        if not (0 <= self.start < self.start + self.width <= c):
+            raise Misfit("takes channels that the map does not have")
+        return (n, self.width, h, w)
 
 
 @dataclass(frozen=True)
@@ -203,23 +180,10 @@ class Drop(Op):
 
 @dataclass(frozen=True)
 class View(Op):
-    """One pixel of (n, c, 1, 1) as (n, c), if ``flat``, or back.
-
-    ``target``: the sizes that the network asks for, -1 for what is left, or None where they are these in any case.
-    ``number``: where they are only known when it runs, their position among the region's numbers.
-    """
-
-    target: tuple[int, ...] | None = None
-    number: int | None = None
-
-    def given(self, numbers: Sequence[Any]) -> Op:
-        return self if self.number is None else replace(self, target=tuple(numbers[self.number]), number=None)
+    """One pixel of (n, c, 1, 1) as (n, c), if ``flat``, or back."""
 
     def shape(self, *inputs: Shape) -> Shape:
-        wanted = inputs[0][:2] if self.flat else inputs[0]
-        target = wanted if self.target is None else self.target
-        fits = len(target) == len(wanted) and all(t in (w, -1) for t, w in zip(target, wanted, strict=True))
-        if not fits or inputs[0][2:] != (1, 1):
+        if inputs[0][2:] != (1, 1):
             raise Misfit("changes the shape of a map")
         return inputs[0]
 
@@ -230,82 +194,58 @@ class Resize(Op):
 
     Attributes:
         mode, corners: as ``torch.nn.functional.interpolate`` takes them.
-        size: the result's (height, width), or None; then ``scale`` (vertical, horizontal) is what sizes grow by.
-        number: where ``size`` is only known when it runs, its position among the region's numbers.
+        size: the result's (height, width).
     """
 
     mode: str = "nearest"
     corners: bool | None = None
-    size: Pair | None = None
-    scale: tuple[float, float] | None = None
-    number: int | None = None
-
-    def given(self, numbers: Sequence[Any]) -> Op:
-        if self.number is None:
-            return self
-        size = numbers[self.number]
-        return replace(self, size=(size, size) if isinstance(size, int) else tuple(size), number=None)
-
-    def target(self, x: Shape) -> Pair:
-        """(height, width) of the result."""
-        if self.size is not None:
-            return self.size
-        assert self.scale is not None
-        h, w = (math.floor(float(pixels) * scale) for pixels, scale in zip(x[2:], self.scale, strict=True))
-        return h, w
+    size: Pair = (1, 1)
 
     def shape(self, *inputs: Shape) -> Shape:
         x = inputs[0]
-        result: Shape = (*x[:2], *self.target(x))
-        if x[2:] != (1, 1) and not (result == x and self.size is not None):
+        result: Shape = (*x[:2], *self.size)
+        if x[2:] != (1, 1) and result != x:
             raise Misfit("cannot stay on the patch grid", result)
         return result
 
 
 @dataclass(frozen=True)
 class Outside(Op):
-    """What never stays on the patch grid, but gives a map whose shape is known from its input's.
+    """What never stays on the patch grid, and runs as it is in the network.
 
-    Such a step may lie between operations of one region, so that what is after it is seen together with what is before.
-    ``tensors``: its parameters. ``reason`` completes "<name> ...".
+    Attributes:
+        reason: completes "<name> ...".
+        result: its result's shape, where that is a map.
+        stops: whether no gradient comes back through it.
     """
 
     reason: str = ""
-    measure: Callable[[Shape], Sequence[int]] = tuple
+    result: Shape | None = None
+    stops: bool = False
 
     def shape(self, *inputs: Shape) -> Shape:
-        try:
-            found = tuple(self.measure(inputs[0]))
-        except RuntimeError:  # a map too small for it, say; the step itself will tell
-            found = ()
-        raise Misfit(self.reason, found if len(found) == 4 else None)
+        raise Misfit(self.reason, self.result)
 
 
 @dataclass(frozen=True)
 class Region:
-    """Operations that may stay on the patch grid, in the order of execution.
+    """Operations in the order of execution, of which some may stay on the patch grid.
 
     Attributes:
         entries: number of values that come from outside.
         ops: the operations.
         exits: values that are used outside, and by what (for people).
-        seen: further values of which something outside reads shape or type.
         entry_names: for people.
     """
 
     entries: int
     ops: tuple[Op, ...]
     exits: dict[int, str] = field(hash=False)
-    seen: frozenset[int] = frozenset()
     entry_names: tuple[str, ...] = ()
 
     def result(self, op: int) -> int:
         """The value that an operation computes."""
         return self.entries + op
-
-    def given(self, numbers: Sequence[Any]) -> Region:
-        """The region with what its operations take from ``numbers``."""
-        return replace(self, ops=tuple(op.given(numbers) for op in self.ops)) if numbers else self
 
     def filtered(self) -> list[tuple[Conv, int]]:
         """The filtered convolutions and the values that they compute."""
@@ -319,8 +259,14 @@ class Region:
         for i, op in enumerate(self.ops):
             inputs = [shapes[v] for v in op.inputs]
             try:
-                shapes.append(None if None in inputs else op.shape(*inputs))  # type: ignore[arg-type]
+                if None in inputs and not isinstance(op, Outside):
+                    raise Misfit("reads something that is no map")
+                shapes.append(op.shape(*inputs))  # type: ignore[arg-type]
             except Misfit as misfit:
                 misfits[i] = f"{op.name} {misfit}"
                 shapes.append(misfit.shape)
         return shapes, misfits
+
+    def with_library(self, digest: str) -> Region:
+        """The same with another library for the kernels of all convolutions."""
+        return replace(self, ops=tuple(replace(op, library=digest) if isinstance(op, Conv) else op for op in self.ops))

@@ -273,9 +273,8 @@ class _Lowering:
         elif isinstance(op, Cat):
             self._cat(i, op, terms)
         elif isinstance(op, Slice):
-            start, _ = op.channels(self.at.shape(op.inputs[0])[1])
             for term in terms:
-                self._deliver(i, op.inputs[0], replace(term, start=term.start + start))
+                self._deliver(i, op.inputs[0], replace(term, start=term.start + op.start))
         elif isinstance(op, Pool):
             self._pool(i, op, terms)
         elif isinstance(op, Resize):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .graph import Conv, Op, Region, Shape
+from .graph import Conv, Op, Outside, Region, Shape
 from .lowering import Situation, lower
 
 
@@ -22,7 +22,13 @@ class Layout:
     reasons: dict[int, str]
 
 
-def partition(region: Region, shapes: Sequence[Shape | None], needs: Sequence[bool], trained: frozenset[int]) -> Layout:
+def partition(
+    region: Region,
+    shapes: Sequence[Shape | None],
+    needs: Sequence[bool],
+    trained: frozenset[int],
+    chain: bool = True,
+) -> Layout:
     """Find the longest chains.
 
     A value's gradient either stays on patch grids or has full size. It has full size where it comes from outside of
@@ -33,9 +39,13 @@ def partition(region: Region, shapes: Sequence[Shape | None], needs: Sequence[bo
     Args:
         shapes, needs: of the entries (None: no map), and whether their gradients are needed.
         trained: the region's tensors whose gradients are needed.
+        chain: whether there are to be chains at all.
     """
     all_shapes, misfits = region.shapes(shapes)
     needed = _needed(region, needs, trained)
+    if not chain or not any(needed[value] for _, value in region.filtered()):
+        situation = Situation(all_shapes, needed, trained, {}, range(len(region.ops)), frozenset(region.exits))
+        return Layout(tuple(range(len(region.ops))), situation, {})
     plain = {i for i in range(len(region.ops)) if not needed[region.result(i)]}
     plain |= {i for i in range(len(region.ops)) if i in misfits or all_shapes[region.result(i)] is None}
     full: dict[int, str] = {}
@@ -53,8 +63,9 @@ def partition(region: Region, shapes: Sequence[Shape | None], needs: Sequence[bo
         found = {value: reason for value, reason in found.items() if value not in full}
         chains: list[set[int]] = []
         if not found:
-            chains = _connected(region, situation)
-            found = _circular(region, situation, chains)
+            levels = _levels(region, situation)
+            chains = _connected(region, situation, levels)
+            found = _torn(region, situation, levels)
         full.update(found)
         if not found:
             break
@@ -67,7 +78,8 @@ def _needed(region: Region, entries: Sequence[bool], trained: frozenset[int]) ->
     """By value, whether anything that is trained, or an entry whose gradient is needed, comes before it."""
     needed = list(entries)
     for op in region.ops:
-        needed.append(any(t in trained for t in op.tensors) or any(needed[v] for v in op.inputs))
+        before = any(t in trained for t in op.tensors) or any(needed[v] for v in op.inputs)
+        needed.append(before and not (isinstance(op, Outside) and op.stops))
     return needed
 
 
@@ -94,64 +106,66 @@ def _links(region: Region, situation: Situation, i: int) -> list[int]:
     ]  # fmt: skip
 
 
-def _connected(region: Region, situation: Situation) -> list[set[int]]:
+def _connected(region: Region, situation: Situation, levels: Sequence[int]) -> list[set[int]]:
+    """Operations of one level that are connected by links."""
     chain_of: dict[int, set[int]] = {}
     for i in range(len(region.ops)):
         if i in situation.plain:
             continue
         joined = {i}
         for v in _links(region, situation, i):
-            joined |= chain_of[v - region.entries]
+            if levels[v - region.entries] == levels[i]:
+                joined |= chain_of[v - region.entries]
         for j in joined:
             chain_of[j] = joined
     chains: dict[int, set[int]] = {id(chain): chain for chain in chain_of.values()}
     return list(chains.values())
 
 
-def _circular(region: Region, situation: Situation, chains: list[set[int]]) -> dict[int, str]:
-    """Values that a chain needs from outside before it ends, though that depends on the chain itself."""
-    number = {i: k for k, chain in enumerate(chains) for i in chain}
-    before: list[set[int]] = []  # by operation, the chains that have to run before its result is there
-    for op in region.ops:
-        found: set[int] = set()
-        for v in op.inputs:
-            if v >= region.entries:
-                source = v - region.entries
-                found |= before[source]
-                if source in number:
-                    found.add(number[source])
-        before.append(found)
+def _levels(region: Region, situation: Situation) -> list[int]:
+    """By operation, how often the way to it leaves a chain: a chain runs as one, so it has one level.
+
+    What is only read further on is done there: a shortcut's convolution with the addition.
+    """
+    levels: list[int] = []
     for i, op in enumerate(region.ops):
-        if i not in number:
-            continue
-        links = set(_links(region, situation, i))
+        links = set() if i in situation.plain else set(_links(region, situation, i))
+        before = [0]
         for v in op.inputs:
-            if v >= region.entries and v not in links:
-                source = v - region.entries
-                if number[i] in before[source] or number.get(source) == number[i]:
-                    return {region.result(i): f"{op.name} depends on the chain's own result by another way"}
-    # One chain may also wait for another that waits for it: give up a link of the first such chain.
-    waits: list[set[int]] = [set() for _ in chains]
-    for i in number:
-        for v in region.ops[i].inputs:
             if v >= region.entries:
                 source = v - region.entries
-                others = before[source] | ({number[source]} if source in number else set())
-                waits[number[i]] |= others - {number[i]}
-    for k, chain in enumerate(chains):
-        if k in _closure(waits, k):
-            for i in sorted(chain, reverse=True):
-                for v in _links(region, situation, i):
-                    return {v: f"{region.ops[i].name} is part of two chains that need each other"}
-    return {}
+                before.append(levels[source] + (source not in situation.plain and v not in links))
+        levels.append(max(before))
+    readers: dict[int, set[int]] = {i: set() for i in range(len(region.ops))}
+    for i, op in enumerate(region.ops):
+        for v in op.inputs:
+            if v >= region.entries:
+                readers[v - region.entries].add(i)
+    moved = True
+    while moved:
+        moved = False
+        for chain in _connected(region, situation, levels):
+            after = set().union(*(readers[i] for i in chain)) - chain
+            stay = any(region.result(i) in region.exits or region.result(i) in situation.full for i in chain)
+            if not after or stay or any(i in situation.plain for i in after):
+                continue
+            later = min(levels[i] for i in after)
+            if later > max(levels[i] for i in chain):
+                for i in chain:
+                    levels[i] = later
+                moved = True
+                break
+    return levels
 
 
-def _closure(waits: Sequence[set[int]], k: int) -> set[int]:
-    found: set[int] = set()
-    new = set(waits[k])
-    while new:
-        found |= new
-        new = set().union(*(waits[j] for j in new)) - found
+def _torn(region: Region, situation: Situation, levels: Sequence[int]) -> dict[int, str]:
+    """Values that are read at another level than they are computed at."""
+    found = {}
+    for i, op in enumerate(region.ops):
+        if i not in situation.plain:
+            for v in _links(region, situation, i):
+                if levels[v - region.entries] != levels[i]:
+                    found[v] = f"{op.name} reads something else as well that comes later"
     return found
 
 

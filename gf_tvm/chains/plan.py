@@ -96,7 +96,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
     made = {region.result(i) for i in ops}
     entries = tuple(dict.fromkeys(v for i in ops for v in region.ops[i].inputs if v not in made))
     used_outside = {v for j, op in enumerate(region.ops) if j not in members for v in op.inputs}
-    used_outside |= region.exits.keys() | region.seen
+    used_outside |= region.exits.keys()
     exits = tuple(region.result(i) for i in ops if region.result(i) in used_outside)
     tensors = tuple(dict.fromkeys(t for i in ops for t in region.ops[i].tensors if t is not None))
     convs = [op for i in ops if isinstance(op := region.ops[i], Conv)]

@@ -253,8 +253,7 @@ def _operation(
     if isinstance(op, Cat):
         return torch.cat(inputs, dim=1), None
     if isinstance(op, Slice):
-        start, width = op.channels(x.shape[1])
-        part = x[:, start : start + width]
+        part = x[:, op.start : op.start + op.width]
         # A view of an entry cannot leave an autograd function.
         return part.clone() if step.result in plan.exits else part, None
     if isinstance(op, View):
@@ -265,8 +264,7 @@ def _operation(
             kept[step.keep["gate"]] = noise
         return x * noise, None
     if isinstance(op, Resize):
-        n, c, h, w = x.shape
-        return F.interpolate(x, op.target((n, c, h, w)), mode=op.mode, align_corners=op.corners), None
+        return F.interpolate(x, op.size, mode=op.mode, align_corners=op.corners), None
     assert isinstance(op, Pool)
     return x.mean(dim=(2, 3), keepdim=True), None
 

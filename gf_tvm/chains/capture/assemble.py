@@ -1,0 +1,284 @@
+"""A graph again, with its chains as single steps and its other filtered convolutions as they are filtered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...core.geometry import Geometry
+from ...ops import operators
+from ...ops.functional import cast_for_convolution
+from ..graph import Conv
+from ..partition import Layout, partition
+from ..plan import Plan, make_plan
+from ..run import run_chain
+from .aten import IN_PLACE, checkpoints, placeholders, stretches, switches, value_of, without_changes
+from .recognise import Known, early_steps, shape_of
+from .regions import Stretch, as_stretch
+from .sites import Arguments, Chosen, Filter, Site, name_of
+
+_aten: Any = torch.ops.aten
+
+
+class ChainStep(nn.Module):
+    """One chain of a graph: called with its entries, then its tensors; gives its exits.
+
+    Attributes:
+        plan: what it does; another one once there is a library for it.
+        reasons: by value, why its gradient has full size.
+        kept_bytes: what its last forward pass kept for the backward pass, parameters not counted.
+    """
+
+    def __init__(self, stretch: Stretch, layout: Layout, ops: Sequence[int], means: torch.dtype | None) -> None:
+        super().__init__()
+        self.stretch, self.situation, self.reasons = stretch, layout.situation, layout.reasons
+        self.ops, self.means = tuple(ops), means
+        self.plan: Plan = make_plan(stretch.region, layout.situation, ops, means)
+        self.kept_bytes = 0
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        plan = self.plan
+        results = run_chain(plan, given[: len(plan.entries)], given[len(plan.entries) :])
+        self.kept_bytes = getattr(results[0].grad_fn, "kept_bytes", 0)
+        return results
+
+    def use(self, digest: str) -> None:
+        """Take kernels from the loaded library of this digest, from the next step on."""
+        self.plan = make_plan(self.stretch.region.with_library(digest), self.situation, self.ops, self.means)
+
+
+class ConvolutionStep(nn.Module):
+    """A convolution that is filtered by itself: called with input, weight and bias."""
+
+    def __init__(self, site: Site, chosen: Filter) -> None:
+        super().__init__()
+        assert site.arguments is not None
+        self.site, self.patch, self.digest = site, chosen.patch, chosen.library
+        a = site.arguments
+        self._settings = (a.stride, a.padding, a.dilation, a.groups)
+        self._uneven = a.uneven
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the convolution, on the shapes that it was compiled for."""
+        a = self.site.arguments
+        assert a is not None
+        n, ci, h, w = value_of(a.x).shape
+        co, _, kh, kw = value_of(a.weight).shape
+        h, w = h + self._uneven[0], w + self._uneven[1]
+        return Geometry(n, ci, co, h, w, (kh, kw), self.patch, a.stride, a.padding, a.dilation, a.groups)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, columns = self._uneven
+        if rows or columns:
+            x = F.pad(x, (0, columns, 0, rows))
+        x, weight, bias = cast_for_convolution(x, weight, bias)
+        y: Tensor = operators.conv2d(x, weight, bias, *self._settings, self.patch, self.digest, weight.requires_grad)[0]
+        return y
+
+    def use(self, digest: str) -> None:
+        """Take kernels from the loaded library of this digest, from the next step on."""
+        self.digest = digest
+
+
+class CheckpointStep(nn.Module):
+    """A part whose values are computed again in the backward pass."""
+
+    def __init__(self, body: nn.Module, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.body, self.settings = body, {"use_reentrant": False, **settings}
+
+    def forward(self, *given: Any) -> Any:
+        return checkpoint(self.body, *given, **self.settings)
+
+
+@dataclass
+class Assembled:
+    """A graph with chains in it.
+
+    Attributes:
+        module: called as the graph was.
+        chains, convolutions: its steps of these kinds, in the order of execution, those of checkpointed parts too.
+        alone: filtered convolutions that are in no chain, by name, and why.
+    """
+
+    module: fx.GraphModule
+    chains: list[ChainStep] = field(default_factory=list)
+    convolutions: list[ConvolutionStep] = field(default_factory=list)
+    alone: dict[str, str] = field(default_factory=dict)
+
+
+def assemble(
+    aten: fx.GraphModule,
+    chosen: Chosen,
+    trained: Sequence[bool],
+    chain: bool = True,
+    means: torch.dtype | None = None,
+) -> Assembled:
+    """Put a graph together.
+
+    Args:
+        aten: of :func:`.aten.to_aten`; its in-place steps are rewritten here.
+        trained: by input of the graph, whether its gradient is needed.
+        chain: whether filtered convolutions form chains.
+    """
+    return _Assembly(aten, chosen, trained, chain, means).run()
+
+
+class _Assembly:
+    def __init__(
+        self,
+        aten: fx.GraphModule,
+        chosen: Chosen,
+        trained: Sequence[bool],
+        chain: bool,
+        means: torch.dtype | None,
+    ) -> None:
+        self.aten, self.chosen, self.chain, self.means = aten, chosen, chain, means
+        self.checkpoints = set(checkpoints(aten.graph))
+        self.sites = {site.node: site for site in chosen.sites}
+        without_changes(aten.graph)
+        early = early_steps(aten.graph, chosen.sites)
+        self.known = Known(chosen.filters, self.sites, early)
+        self.needs = dict(zip(placeholders(aten.graph), trained, strict=True))
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.parts: dict[str, Any] = {}
+        self.from_chains: set[fx.Node] = set()
+        self.gradients = True
+        self.result = Assembled(aten)
+
+    def run(self) -> Assembled:
+        for node in self.aten.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self.graph.node_copy(node)
+            elif node.op == "get_attr" and node.users:
+                self.parts[str(node.target)] = getattr(self.aten, str(node.target))
+                self.env[node] = self.graph.node_copy(node)
+                self.needs[node] = False
+        for part in stretches(self.aten.graph):
+            if isinstance(part, fx.Node):
+                self._border(part)
+            else:
+                self._stretch(part)
+        output = next(iter(reversed(self.aten.graph.nodes)))
+        self.graph.output(fx.node.map_arg(output.args[0], self._new))
+        self.graph.lint()
+        self.result.module = fx.GraphModule(self.parts, self.graph, "Filtered")
+        return self.result
+
+    def _new(self, node: fx.Node) -> fx.Node:
+        source = self.known.source(node)
+        if source not in self.env:  # what only hands on to steps that ran otherwise was left out
+            self._copy(source)
+        return self.env[source]
+
+    def _copy(self, node: fx.Node) -> None:
+        new = self.graph.node_copy(node, self._new)
+        again = node.meta.get(IN_PLACE)
+        if again is not None and self.known.source(node.args[0]) not in self.from_chains:  # type: ignore[arg-type]
+            new.target = again
+        self.env[node] = new
+
+    def _call(self, kind: str, module: nn.Module, arguments: Sequence[fx.Node | None]) -> fx.Node:
+        name = f"{kind}_{len(self.parts)}"
+        self.parts[name] = module
+        return self.graph.call_module(name, tuple(None if a is None else self._new(a) for a in arguments))
+
+    def _reads_trained(self, node: fx.Node) -> bool:
+        return any(self.needs[self.known.source(i)] for i in node.all_input_nodes)
+
+    # Borders
+
+    def _border(self, node: fx.Node) -> None:
+        if node.target is torch._C._set_grad_enabled:
+            self.gradients = bool(node.args[0])
+        self.needs[node] = self.gradients and not switches(node) and self._reads_trained(node)
+        if node in self.checkpoints:
+            body, *given = node.args
+            assert isinstance(body, fx.Node)
+            flags = [isinstance(g, fx.Node) and self.needs[self.known.source(g)] for g in given]
+            inner = assemble(self.parts[str(body.target)], self.chosen, flags, self.chain, self.means)
+            self.result.chains += inner.chains
+            self.result.convolutions += inner.convolutions
+            self.result.alone |= inner.alone
+            settings = {k: v for k, v in node.kwargs.items() if k in ("use_reentrant", "preserve_rng_state")}
+            self.env[node] = self._call("checkpoint", CheckpointStep(inner.module, settings), given)  # type: ignore[arg-type]
+            return
+        self._copy(node)
+
+    # Stretches
+
+    def _stretch(self, steps: list[fx.Node]) -> None:
+        for node in steps:
+            if node in self.known.early:
+                self._copy(node)
+                self.needs[node] = self.gradients and self._reads_trained(node)
+        stretch = as_stretch([node for node in steps if node not in self.known.early], self.known)
+        region, nodes = stretch.region, stretch.nodes
+        entries = nodes[: region.entries]
+        flags = [self.gradients and self.needs[node] for node in entries]
+        trained = frozenset(i for i, t in enumerate(stretch.tensors) if self.gradients and self.needs[t])
+        layout = partition(region, [shape_of(node) for node in entries], flags, trained, self.chain)
+        self.needs.update(zip(nodes[region.entries :], layout.situation.needs[region.entries :], strict=True))
+        for unit in layout.units:
+            if isinstance(unit, tuple):
+                self._chain(stretch, layout, unit)
+            else:
+                self._plain(nodes[region.result(unit)])
+        chained = {i for unit in layout.units if isinstance(unit, tuple) for i in unit}
+        for i, op in enumerate(region.ops):
+            node = nodes[region.result(i)]
+            if node in self.chosen.filters and i not in chained:
+                if not layout.situation.needs[region.result(i)]:
+                    reason = "nothing is trained in it or before it"
+                elif not self.chain:
+                    reason = "chains are switched off"
+                elif isinstance(op, Conv):
+                    reason = layout.reasons.get(region.result(i), "nothing next to it can stay on the patch grid")
+                else:
+                    reason = getattr(op, "reason", "cannot stay on the patch grid")
+                self.result.alone[self.sites[node].name] = reason
+
+    def _chain(self, stretch: Stretch, layout: Layout, ops: tuple[int, ...]) -> None:
+        step = ChainStep(stretch, layout, ops, self.means)
+        self.result.chains.append(step)
+        arguments = [stretch.nodes[v] for v in step.plan.entries] + [stretch.tensors[t] for t in step.plan.tensors]
+        call = self._call("chain", step, arguments)
+        for number, value in enumerate(step.plan.exits):
+            node = stretch.nodes[value]
+            self.env[node] = self.graph.call_function(_item, (call, number))
+            self.from_chains.add(node)
+
+    def _plain(self, node: fx.Node) -> None:
+        site = self.sites.get(node)
+        a = site.arguments if site is not None else None
+        if site is None or a is None:
+            self._copy(node)
+            return
+        chosen = self.chosen.filters.get(node)
+        if chosen is not None and self.needs[node]:
+            step = ConvolutionStep(site, chosen)
+            self.result.convolutions.append(step)
+            self.env[node] = self._call("convolution", step, (a.x, a.weight, a.bias))
+        elif site.patch is None:
+            self._copy(node)
+        else:
+            self.env[node] = self._exact(a)
+
+    def _exact(self, a: Arguments) -> fx.Node:
+        given = (self._new(a.x), self._new(a.weight), None if a.bias is None else self._new(a.bias))
+        return self.graph.call_function(_aten.conv2d.default, (*given, *map(list, (a.stride, a.padding, a.dilation)), a.groups))
+
+
+def _item(results: tuple[Tensor, ...], number: int) -> Tensor:
+    return results[number]
+
+
+__all__ = ["Assembled", "ChainStep", "ConvolutionStep", "assemble", "name_of"]

@@ -1,0 +1,264 @@
+"""A filtered model that compiles itself: in place, and again whenever what it depends on changes.
+
+``torch.nn.Module`` calls ``_compiled_call_impl`` where there is one, as ``Module.compile`` sets it. Ours hands the
+module to a compiled function as an argument, so that Dynamo guards everything that the module's code reads, in
+PyTorch's own containers too, and replicas of the module can share what was compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from ...errors import GfTvmError
+from .backend import Backend, Captured, FindKernels
+from .sites import Choice
+
+logger = logging.getLogger("gf_tvm")
+
+M = TypeVar("M", bound=nn.Module)
+
+#: In the ``__dict__`` of a model that compiles itself: its :class:`Filtered`.
+_STATE = "_filtered_by_gf_tvm"
+#: A method of modules that ours stands for, on the instance.
+_REPLICATE = "_replicate_for_data_parallel"
+
+NOT_RUN = "it has not run a training step"
+
+#: Situations (shapes, modes, what is trained) of one model that are kept compiled.
+_SITUATIONS = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is filtered: see :class:`.backend.Backend`."""
+
+    choice: Choice | None
+    chain: bool
+    means: torch.dtype | None
+
+
+class Filtered:
+    """What makes a module compile itself. Copies and pickles of the module take it along, and compile anew.
+
+    Attributes:
+        last: the graphs that ran in the last step with gradients, in order; or why there are none.
+        breaks: why Dynamo ended graphs before the model's end.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings, find_kernels: FindKernels | None) -> None:
+        self.settings, self.find_kernels = settings, find_kernels
+        self._install(module)
+
+    def _install(self, module: nn.Module) -> None:
+        self.module = module
+        self.last: list[Captured] | str = NOT_RUN
+        self.breaks: dict[str, None] = {}
+        self._running = threading.local()
+        self._function: Callable[..., Any] | None = None
+        # Not by setattr: a copy of the module is still being made, and has none of its own parts yet.
+        vars(module)[_STATE] = self
+        vars(module)[_REPLICATE] = self.replicate
+        vars(module)["_compiled_call_impl"] = _Call(self, module)
+
+    def remove(self) -> None:
+        """Let the module run as it is."""
+        for name in (_STATE, _REPLICATE, "_compiled_call_impl"):
+            vars(self.module).pop(name, None)
+
+    # ``nn.Module`` leaves ``_compiled_call_impl`` out of copies and pickles, so this puts it back.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "settings": self.settings, "find_kernels": self.find_kernels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.settings, self.find_kernels = state["settings"], state["find_kernels"]
+        self._install(state["module"])
+
+    def replicate(self) -> nn.Module:
+        """What ``torch.nn.DataParallel`` makes of the module: one that runs with tensors of its own."""
+        kind: Any = type(self.module)
+        replica: nn.Module = kind._replicate_for_data_parallel(self.module)
+        vars(replica)["_compiled_call_impl"] = _Call(self, replica)
+        return replica
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's result, by what is compiled."""
+        ran: list[Captured] = []
+        before, self._running.graphs = getattr(self._running, "graphs", None), ran
+        self._running.started = False
+        try:
+            compiled = self._compiled()
+            with _settings:
+                result = compiled(module, args, kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, GfTvmError):
+                raise error.inner_exception from None
+            raise
+        finally:
+            self._running.graphs = before
+        if ran:
+            self.last = ran
+        else:
+            self.unfiltered("nothing that is filtered runs in what Dynamo captures")
+        return result
+
+    def unfiltered(self, reason: str) -> None:
+        """Say, once, why a step with gradients runs as it is."""
+        if self.last != reason:
+            logger.warning("%s runs unchained: %s", type(self.module).__name__, reason)
+        self.last = reason
+
+    def _compiled(self) -> Callable[..., Any]:
+        if self._function is None:
+            # Code of its own for every model: Dynamo counts what it compiles by code.
+            code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
+            function = FunctionType(code, _call.__globals__)
+            backend = Backend(
+                self.settings.choice,
+                self.settings.chain,
+                self.settings.means,
+                self.find_kernels,
+                whole=self._is_first,
+                captured=self._captured,
+                runs=self._runs,
+            )
+            limits = {"recompile_limit": _SITUATIONS} if _HAS_LIMIT else {}
+            self._function = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
+        return self._function
+
+    def _is_first(self) -> bool:
+        return not getattr(self._running, "started", False)
+
+    def _captured(self, graph: Captured) -> None:
+        self._running.started = True
+        if graph.interrupted is not None and graph.interrupted not in self.breaks:
+            self.breaks[graph.interrupted] = None
+            logger.warning("%s: a chain ends where Dynamo ends a graph: %s", type(self.module).__name__, graph.interrupted)
+
+    def _runs(self, graph: Captured) -> None:
+        graphs = getattr(self._running, "graphs", None)
+        if graphs is not None:
+            graphs.append(graph)
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module._call_impl(*args, **kwargs)  # type: ignore[operator]
+
+
+#: Newer versions of PyTorch take the limit for one function; before, there is one for all.
+_HAS_LIMIT = "recompile_limit" in torch.compile.__kwdefaults__
+
+
+class _Call:
+    """What stands for a module's ``_compiled_call_impl``.
+
+    The module runs as it is where gradients are off, and while it is exported or traced. Under an outer
+    ``torch.compile`` it interrupts that graph and runs with its chains; where ``fullgraph=True`` forbids that, it is
+    compiled as it is, each convolution filtered by itself.
+    """
+
+    def __init__(self, filtered: Filtered, module: nn.Module) -> None:
+        self.filtered, self.module = filtered, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+            if eager and torch.is_grad_enabled() and not _one_graph():
+                return self._eager(*args, **kwargs)
+            return self.module._call_impl(*args, **kwargs)  # type: ignore[operator]
+        return self._run(*args, **kwargs)
+
+    @_disable_dynamo
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = self.module._call_impl
+        if not torch.is_grad_enabled() or torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+            return own(*args, **kwargs)
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None:
+            self.filtered.unfiltered(f"torch.func transforms ({transform.key().name.lower()}) see each convolution by itself")
+            return own(*args, **kwargs)
+        return self.filtered.run(self.module, args, kwargs)
+
+
+def _one_graph() -> bool:
+    """Whether ``torch.compile`` was told to make one graph. Runs while it traces, and says so once."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    one = getattr(InstructionTranslator.current_tx().output.root_tx, "one_graph", True)
+    if one and not _said_one_graph:
+        _said_one_graph.append(True)
+        logger.warning("chains interrupt a compiled graph; under fullgraph=True each convolution is filtered by itself")
+    return bool(one)
+
+
+_said_one_graph: list[bool] = []
+# What torch.compiler.assume_constant_result sets, without importing the compiler: the function runs while it traces.
+_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _DynamoSettings:
+    """Dynamo's settings while something of ours runs, in any thread: it may compile at any call."""
+
+    #: Hooks are part of what a module computes, so they are guarded. DistributedDataParallel would have graphs cut where
+    #: its buckets of gradients end, to send them early; a chain's gradients come all at once.
+    _wanted: ClassVar[dict[str, Any]] = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
+    if not _HAS_LIMIT:
+        _wanted["recompile_limit"] = _SITUATIONS
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._before: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        config = torch._dynamo.config
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._before = {name: getattr(config, name) for name in self._wanted}
+                for name, value in self._wanted.items():
+                    setattr(config, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for name, value in self._before.items():
+                    setattr(torch._dynamo.config, name, value)
+
+
+_settings = _DynamoSettings()
+
+
+def compile_model(model: M, settings: Settings, find_kernels: FindKernels | None = None) -> M:
+    """Make ``model`` compile itself when it runs with gradients, in place; returns ``model``."""
+    release_model(model)
+    Filtered(model, settings, find_kernels)
+    return model
+
+
+def release_model(model: M) -> M:
+    """Let every module of ``model`` run as it is, in place; returns ``model``."""
+    for module in model.modules():
+        state = vars(module).get(_STATE)
+        if isinstance(state, Filtered):
+            state.remove()
+    return model
+
+
+def filtered_parts(model: nn.Module) -> Iterator[tuple[str, Filtered]]:
+    """The modules of ``model`` that compile themselves, by name."""
+    for name, module in model.named_modules():
+        state = vars(module).get(_STATE)
+        if isinstance(state, Filtered):
+            yield name, state
