@@ -80,7 +80,9 @@ def _why_left_alone(module: nn.Module) -> str:
         return f"a {_kind_name(kind)} is no two-dimensional convolution"
     if (reason := filter_obstacle(module)) is not None:
         return reason
-    return f"a {_kind_name(kind)} is filtered when it runs, if it is selected" if runs_its_own(module) else "not selected"
+    return (
+        f"a {_kind_name(kind)} is filtered when it runs, if it is selected" if runs_its_own(module) else "not selected"
+    )
 
 
 def select_layers(
@@ -221,7 +223,7 @@ def filter_model(
         library="" if library is None else library.digest,
     )
     if chain or selection.captured or last is not None:
-        chain_model(model, means, choice, chain)
+        chain_model(model, means, choice, chain, bool(selection.captured))
     else:
         unchain_model(model)
     logger.info("%s", filter_report(model))

@@ -85,6 +85,7 @@ def chain_model(
     means: torch.dtype | None = None,
     choice: Choice | None = None,
     chain: bool = True,
+    captured: bool = False,
     find_kernels: FindKernels | None = None,
 ) -> M:
     """Make ``model`` compile itself, with chains of its filtered convolutions, in place; returns ``model``.
@@ -94,10 +95,11 @@ def chain_model(
     Args:
         choice: of convolutions that are no filtered modules themselves; None: of those only.
         chain: without, each convolution is filtered by itself.
+        captured: whether ``choice`` has convolutions that are no filtered modules.
         find_kernels: looks for kernels of what was captured.
     """
     check_means(means)
-    return compile_model(model, Settings(choice, chain, means), find_kernels)
+    return compile_model(model, Settings(choice, chain, means, captured), find_kernels)
 
 
 def unchain_model(model: M) -> M:

@@ -1,6 +1,6 @@
 """A chain by itself: its operations apart from the network around them, in a chain or one by one.
 
-For measuring and checking. The operations are those of the network's trace, the modules those of whatever copy of the
+For measuring and checking. The operations are those of the captured graph, the tensors those of whatever copy of the
 network they are run with: an unfiltered one, one that is filtered layer by layer, one in float64.
 """
 
@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..core.geometry import Geometry
-from .capture import Capture, CapturedRegion
+from ..ops.module import FilteredConv2d
+from .capture.assemble import ChainStep, ConvolutionStep
+from .capture.aten import IN_PLACE, PATH
+from .capture.sites import Filter, Site, name_of
 from .graph import Shape
-from .interpreter import Interpreter
-from .model import ChainedForward
+from .model import graphs_of
 from .plan import Plan
 from .run import run_chain
 from .steps import ConvInput, ConvWeight
@@ -30,16 +33,19 @@ class Piece:
     """One chain of a model.
 
     Attributes:
-        root: name of the traced module that it lies in.
-        plan: what the chain does.
-        sizes: of maps, also of some outside of the chain, that its operations take.
+        root: name of the module that compiled it.
+        step: the chain in its graph.
+        sites: the graph's convolutions, by result.
     """
 
     root: str
-    captured: Capture
-    part: CapturedRegion
-    plan: Plan
-    sizes: Mapping[fx.Node, Any]
+    step: ChainStep
+    sites: Mapping[fx.Node, Site]
+
+    @property
+    def plan(self) -> Plan:
+        """What the chain does."""
+        return self.step.plan
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -53,12 +59,9 @@ class Piece:
         return [(self.plan.shapes[v], v in self.plan.needs) for v in self.plan.entries]
 
     @property
-    def exits(self) -> list[bool]:
-        """Of each map that it gives, whether a gradient comes back (or only its shape is read)."""
-        members = {step.index for step in self.plan.forward}
-        region = self.part.region
-        read = {v for i, op in enumerate(region.ops) if i not in members for v in op.inputs}
-        return [v in read or v in region.exits for v in self.plan.exits]
+    def tensor_names(self) -> tuple[str, ...]:
+        """Of its parameters and buffers, by number."""
+        return tuple(map(name_of, self.step.stretch.tensors))
 
     def products(self) -> dict[int, tuple[Geometry, set[str]]]:
         """By the register of g~: the convolution, and the kernels of the products that are made of it."""
@@ -72,52 +75,34 @@ class Piece:
 
 def pieces_of(model: nn.Module) -> Iterator[Piece]:
     """The chains of ``model``'s last training step, as :func:`gf_tvm.chains_of` lists them."""
-    for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, ChainedForward) and isinstance(forward.last, Interpreter):
-            for runner in forward.last.regions.values():
-                for plan, _ in () if runner.last is None else runner.last[1]:
-                    yield Piece(name, forward.last.captured, runner.part, plan, runner.sizes)
+    for name, graph in graphs_of(model):
+        sites = {site.node: site for site in graph.chosen.sites}
+        for step in graph.assembled.chains:
+            yield Piece(name, step, sites)
 
 
 class Bound:
-    """A piece with the modules of ``model``: the one that it was found in, or a copy, filtered or not."""
+    """A piece with the tensors of ``model``: the one that it was found in, or a copy, filtered or not."""
 
     def __init__(self, piece: Piece, model: nn.Module) -> None:
-        self.piece = piece
-        self._interpreter = Interpreter(model.get_submodule(piece.root), piece.captured)
+        self.piece, self.model = piece, model.get_submodule(piece.root)
         self._readers: dict[fx.Node, int] = {}
+        nodes = piece.step.stretch.nodes
         for k, step in enumerate(piece.plan.forward):
             for v in step.op.inputs:
-                self._readers[piece.part.nodes[v]] = k
-        values = (*piece.plan.entries, *(step.result for step in piece.plan.forward))
-        inside = {piece.part.nodes[v] for v in values}
-        self._measured = {size: self._maps_of(size, inside) for size in piece.sizes}
-
-    def _maps_of(self, size: fx.Node, inside: set[fx.Node]) -> set[fx.Node] | None:
-        """The maps, of those ``inside`` of the piece, that a size is computed from; None if it takes any other."""
-        maps: set[fx.Node] = set()
-        steps = [size]
-        while steps:
-            step = steps.pop()
-            if step in inside:
-                maps.add(step)
-            elif step in self.piece.captured.numbers:
-                steps += step.all_input_nodes
-            else:
-                return None
-        return maps
-
-    def _measure(self, env: dict[fx.Node, Any]) -> None:
-        """Read the sizes of maps while they are there: the batch may be another one than the network's."""
-        for size, maps in self._measured.items():
-            if size not in env and maps is not None and maps <= env.keys():
-                self._interpreter.compute(size, env)
+                self._readers[nodes[v]] = k
+        self._convolutions: dict[fx.Node, nn.Module | None] = {}
+        for node, site in piece.sites.items():
+            module = dict(self.model.named_modules(remove_duplicate=False)).get(site.name)
+            if isinstance(module, FilteredConv2d) and site.arguments is not None:
+                digest = "" if module.library is None else module.library.digest
+                self._convolutions[node] = ConvolutionStep(site, Filter(module.patch, digest))
 
     @property
     def tensors(self) -> list[Tensor]:
         """Parameters and buffers, by ``plan.tensors``."""
-        return [self._interpreter.attribute(self.piece.part.tensors[t]) for t in self.piece.plan.tensors]
+        env: dict[fx.Node, Any] = {}
+        return [self._value(self.piece.step.stretch.tensors[t], env) for t in self.piece.plan.tensors]
 
     @property
     def trained(self) -> list[Tensor]:
@@ -130,20 +115,42 @@ class Bound:
 
     def one_by_one(self, entries: Sequence[Tensor], watch: Watch | None = None) -> tuple[Tensor, ...]:
         """The exits, each operation as the network runs it without chains. What works in place may change entries."""
-        piece, part = self.piece, self.piece.part
-        numbered = set(part.nodes)
-        exits = [part.nodes[v] for v in piece.plan.exits]
-        env = {part.nodes[v]: entry for v, entry in zip(piece.plan.entries, entries, strict=True)}
-        env |= {size: piece.sizes[size] for size, maps in self._measured.items() if maps is None}
-        self._measure(env)
-        for k, step in enumerate(piece.plan.forward):
-            node = part.nodes[step.result]
-            self._interpreter.compute(node, env)
+        plan, nodes = self.piece.plan, self.piece.step.stretch.nodes
+        exits = [nodes[v] for v in plan.exits]
+        env: dict[fx.Node, Any] = {nodes[v]: entry for v, entry in zip(plan.entries, entries, strict=True)}
+        for k, step in enumerate(plan.forward):
+            node = nodes[step.result]
+            env[node] = self._run(node, env)
             if watch is not None:
                 env[node] = watch(node, env[node])
-            self._measure(env)
             # As in the network: what nobody reads any more is held by autograd alone, if at all.
-            for gone in [n for n in env if n not in exits and (n not in numbered or self._readers.get(n, -1) <= k)]:
-                if gone not in self._measured:
-                    del env[gone]
+            for gone in [n for n in env if n not in exits and self._readers.get(n, -1) <= k]:
+                del env[gone]
         return tuple(env[node] for node in exits)
+
+    def _value(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """A step's result: one that is there, a parameter, or what is computed of these."""
+        if node in env:
+            return env[node]
+        if node.op == "placeholder":
+            owner, _, name = str(node.meta[PATH]).rpartition(".")
+            return getattr(self.model.get_submodule(owner), name)
+        return self._run(node, env)
+
+    def _run(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        def value(source: fx.Node) -> Any:
+            return self._value(source, env)
+
+        site = self.piece.sites.get(node)
+        if site is not None and site.arguments is not None:
+            a = site.arguments
+            given = (value(a.x), value(a.weight), None if a.bias is None else value(a.bias))
+            own = self._convolutions.get(node)
+            if own is not None:
+                return own(*given)
+            if site.patch is not None:
+                return torch.nn.functional.conv2d(*given, a.stride, a.padding, a.dilation, a.groups)
+        args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
+        target = node.meta.get(IN_PLACE) or node.target
+        assert callable(target)
+        return target(*args, **kwargs)

@@ -200,7 +200,7 @@ class _Step:
         return _Step(self.bound, run, [t[images] for t in self.maps], self.needs, [g[images] for g in self.grads])
 
     def _backward(self, exits: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        pairs = [(y, g) for y, g, used in zip(exits, self.grads, self.bound.piece.exits, strict=True) if used]
+        pairs = list(zip(exits, self.grads, strict=True))
         leaves = [leaf for leaf in self.leaves if leaf.requires_grad]
         ys, grads = zip(*pairs, strict=True)
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
@@ -210,7 +210,7 @@ class _Step:
 
     def _names(self) -> list[str]:
         maps = [f"{_MAP}{k + 1}" for k, needed in enumerate(self.needs) if needed]
-        plan, tensors = self.bound.piece.plan, self.bound.piece.part.tensors
+        plan, tensors = self.bound.piece.plan, self.bound.piece.tensor_names
         return [*maps, *(tensors[t] for t in plan.tensors if t in plan.trained)]
 
 

@@ -70,7 +70,7 @@ class ChainCase:
 
     def programs(self) -> list[ChainProgram]:
         """What of the chained variant can be compiled as a whole."""
-        run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers), chain=True)
+        run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers))
         return programs_for(run, self.input_shape)
 
 
@@ -95,7 +95,7 @@ def chain_cases(
         ModelError: no such layers, or a dtype that kernels do not have. GeometryError: bad patches.
     """
     pairs = as_patches(patches)
-    report = filter_report(filter_model(_copy(model), pairs[0], last=last, layers=layers))
+    report = filter_report(filter_model(_copy(model), pairs[0], last=last, layers=layers, chain=False))
     names = tuple(report.filtered)
     own = copy.deepcopy(model).eval()
     freeze(own, list(names))
@@ -185,8 +185,8 @@ def measure_chains(
     Raises:
         ModelError: the model does not run on such an input. ComparisonError: a wrong gradient.
     """
-    chained = filter_model(_copy(case.model), case.patch, layers=list(case.layers), library=library, chain=True)
-    filtered = filter_model(_copy(case.model), case.patch, layers=list(case.layers), library=library)
+    chained = filter_model(_copy(case.model), case.patch, layers=list(case.layers), library=library)
+    filtered = filter_model(_copy(case.model), case.patch, layers=list(case.layers), library=library, chain=False)
     models = {"exact": case.model, "filtered": filtered, "chained": chained}
     with torch.enable_grad(), plain_operators_wanted() if library is None else nullcontext():
         _run_once(chained, case)
@@ -269,6 +269,6 @@ def _traffic(piece: Piece, dtype: str, kept: int) -> tuple[int, int]:
         moved += item * weight * len(made)
         operations += product * (("weight_grad" in made) + taps * ("input_grad" in made))
     in_full = [shape for shape, needed in piece.entries if needed]
-    out = [plan.shapes[v] for v, used in zip(plan.exits, piece.exits, strict=True) if used]
+    out = [plan.shapes[v] for v in plan.exits]
     moved += item * sum(math.prod(shape) for shape in (*in_full, *out))
     return moved, operations

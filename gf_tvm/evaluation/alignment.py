@@ -54,7 +54,8 @@ def cosines(
         return [_gradients(model, layers, x, y, config.seed) for x, y in data]
 
     exact = all_gradients()
-    filter_model(model, patch=config.patch, last=config.last, library=library)  # type: ignore[arg-type]
+    names = {name for name, _ in select_layers(model, last=config.last)}
+    filter_model(model, config.patch, layers=lambda name, _: name in names, library=library, chain=False)  # type: ignore[arg-type]
     filtered = all_gradients()
     found = []
     for name in (name for name in layers if name in filter_report(model).filtered):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.capture.live import by_modules
 from ..chains.graph import Conv
 from ..chains.lowering import Kept, Mean
 from ..chains.model import is_chained, plans_of
@@ -161,7 +162,7 @@ def count_step(model: nn.Module, x: Tensor) -> StepFlops:
         elif isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(linear, with_kwargs=True))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), by_modules():
             model(x)
     except (GeometryError, ModelError):
         raise
@@ -173,7 +174,7 @@ def count_step(model: nn.Module, x: Tensor) -> StepFlops:
             hook.remove()
     if is_chained(model):
         with torch.enable_grad():
-            model(x)  # again, because hooks end chains
+            model(x)
         for plan in plans_of(model):
             flops.add_chain(plan)
     return flops

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chains.model import ChainedForward, inside_chains
+from ..chains.capture.backend import watch_steps
+from ..chains.model import is_chained
 from ..errors import GfTvmError
 from ..machine import cpu
 from ..training.config import TrainConfig
@@ -114,8 +115,7 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
 
     A storage that several modules save counts once, for the first: the output of a ReLU is the ReLU's, although an
     exact convolution behind it keeps the same storage. Largest first. Parameters and buffers are excluded.
-    Of modules that have run in chains (the model must have run a training step) nothing is told apart: hooks on them
-    would end the chains.
+    What chains save is not told apart.
     """
     ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     owners: dict[int, tuple[str, torch.UntypedStorage]] = {}  # the storages are held, so that no address comes twice
@@ -128,17 +128,23 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
         return tensor
 
     def enter(module: nn.Module, *_: object) -> None:
-        chained = isinstance(vars(module).get("forward"), ChainedForward)
-        active.append(CHAINS if chained else type(module).__name__)
+        active.append(type(module).__name__)
 
     def leave(*_: object) -> None:
         active.pop()
 
+    def watch(name: str | None) -> None:
+        active[-1] = CHAINS if name is None else name or type(model).__name__
+
     with ExitStack() as stack:
-        inside = inside_chains(model)
-        for module in (module for module in model.modules() if id(module) not in inside):
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+        if is_chained(model):  # compiled, it calls no modules
+            stack.callback(model.register_forward_pre_hook(enter).remove)
+            stack.callback(model.register_forward_hook(leave).remove)
+            stack.enter_context(watch_steps(watch))
+        else:
+            for module in model.modules():
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_of(model, x, y)
     kept: Counter[str] = Counter()

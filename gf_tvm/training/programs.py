@@ -39,7 +39,7 @@ def chain_programs(
     for patch in patches:
         run = copy.deepcopy(model)
         freeze(run, [name for name, _ in select_layers(run, last=last)], train_bn_affine)
-        filter_model(run, patch=patch, last=last, chain=True)
+        filter_model(run, patch=patch, last=last)
         training_mode(run, "finetune")
         found |= {program.key: program for program in programs_for(run, input_shape)}
     return list(found.values())

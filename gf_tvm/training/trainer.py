@@ -140,7 +140,7 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     if config.patch is None:
         select_layers(model, last=config.last)
     else:
-        filter_model(model, patch=_patch(config), last=config.last)
+        filter_model(model, patch=_patch(config), last=config.last, chain=False)
 
 
 def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], str | None]:
@@ -162,7 +162,7 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     )
     if config.patch is None:
         return {}, planned.reason
-    left_alone = filter_report(filter_model(model, patch=_patch(config), last=config.last)).left_alone
+    left_alone = filter_report(filter_model(model, patch=_patch(config), last=config.last, chain=False)).left_alone
     return {name: why for name, why in left_alone.items() if name in names}, planned.reason
 
 
@@ -248,7 +248,10 @@ def finetune(
     kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
     if config.patch is not None:
         patch, means = _patch(config), config.chain_means
-        filter_model(model, patch, last=config.last, library=library, chain=bool(config.chain), means=means)
+        chosen = set(names)
+        filter_model(
+            model, patch, layers=lambda name, _: name in chosen, library=library, chain=bool(config.chain), means=means
+        )
         kernels, missing = _kernels(model, names, config, library)
     if checkpoint is not None:
         files.prepare_folder(Path(checkpoint))

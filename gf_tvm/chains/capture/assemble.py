@@ -267,6 +267,7 @@ class _Assembly:
             step = ConvolutionStep(site, chosen)
             self.result.convolutions.append(step)
             self.env[node] = self._call("convolution", step, (a.x, a.weight, a.bias))
+            self.env[node].meta = dict(node.meta)
         elif site.patch is None:
             self._copy(node)
         else:
@@ -274,7 +275,9 @@ class _Assembly:
 
     def _exact(self, a: Arguments) -> fx.Node:
         given = (self._new(a.x), self._new(a.weight), None if a.bias is None else self._new(a.bias))
-        return self.graph.call_function(_aten.conv2d.default, (*given, *map(list, (a.stride, a.padding, a.dilation)), a.groups))
+        return self.graph.call_function(
+            _aten.conv2d.default, (*given, *map(list, (a.stride, a.padding, a.dilation)), a.groups)
+        )
 
 
 def _item(results: tuple[Tensor, ...], number: int) -> Tensor:

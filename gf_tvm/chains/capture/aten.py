@@ -8,6 +8,7 @@ calls that run a graph of their own (checkpointing).
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 #: In ``meta`` of an operator that :func:`without_changes` put in place of one that works in place: that one.
 IN_PLACE = "gf_tvm_in_place"
+#: In ``meta`` of what a graph takes: Dynamo's name of it; and of a parameter or buffer its fully qualified name.
+SOURCE, PATH = "gf_tvm_source", "gf_tvm_path"
 
 
 class _Runner(fx.Interpreter):
@@ -68,7 +71,10 @@ def to_aten(captured: fx.GraphModule) -> fx.GraphModule:
     with traceback.preserve_node_meta(), fake:
         found: fx.GraphModule = make_fx(lambda *args: _Runner(captured).run(*args), pre_dispatch=True)(*given)
     for ours, theirs in zip(placeholders(found.graph), placeholders(captured.graph), strict=True):
-        ours.meta["source"] = theirs
+        ours.meta[SOURCE] = theirs.name
+        path = _path(theirs)
+        if path is not None:
+            ours.meta[PATH] = path
     for node in checkpoints(found.graph):
         name = str(node.args[0].target)
         setattr(found, name, to_aten(getattr(found, name)))
@@ -79,6 +85,17 @@ def checkpoints(graph: fx.Graph) -> list[fx.Node]:
     """The steps that run a graph again in the backward pass; their first argument is that graph."""
     kind = torch.ops.higher_order.tag_activation_checkpoint
     return [node for node in graph.nodes if node.op == "call_function" and node.target is kind]
+
+
+def _path(placeholder: fx.Node) -> str | None:
+    """Fully qualified name of a parameter or buffer, relative to what was compiled."""
+    given = placeholder.meta.get("grapharg")
+    source = getattr(given, "source", None)
+    if source is None:
+        return None
+    name = source.name if isinstance(source.name, str) else source.name()
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
+    return ".".join(parts) or None
 
 
 def _detached(value: Any) -> Any:

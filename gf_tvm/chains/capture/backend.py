@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .assemble import Assembled, ChainStep, assemble
 from .aten import to_aten
-from .assemble import Assembled, assemble
-from .sites import Choice, Chosen, choose, sites_of
+from .sites import Choice, Chosen, choose, module_of, sites_of
 
 logger = logging.getLogger("gf_tvm")
 
@@ -81,9 +83,40 @@ class Backend:
 
         def run(*given: Any) -> Any:
             runs(found)
-            return module(*given)
+            watch = _watching.get()
+            return module(*given) if watch is None else _Watched(module, watch).run(*given)
 
         return run
+
+
+#: Called before each step of a graph with the name of the class whose code it is, "" for none, or None for a chain.
+Watch = Callable[[str | None], None]
+
+_watching: ContextVar[Watch | None] = ContextVar("gf_tvm_watching", default=None)
+
+
+@contextmanager
+def watch_steps(watch: Watch) -> Iterator[None]:
+    """Meanwhile ``watch`` is told what each step of the graphs that run in this thread is part of."""
+    token = _watching.set(watch)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
+class _Watched(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, watch: Watch) -> None:
+        super().__init__(module)
+        self._watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and isinstance(self.module.get_submodule(str(n.target)), ChainStep):
+            self._watch(None)
+        elif n.op.startswith("call"):
+            _, kind = module_of(n)
+            self._watch("" if kind is None else kind.__name__)
+        return super().run_node(n)
 
 
 def _steps(graph: fx.GraphModule) -> list[fx.Node]:

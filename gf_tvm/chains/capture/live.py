@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar, TypeVar
@@ -39,11 +41,15 @@ _SITUATIONS = 64
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is filtered: see :class:`.backend.Backend`."""
+    """How a model is filtered: see :class:`.backend.Backend`.
+
+    ``captured``: whether convolutions are filtered that are no filtered modules, but only where they are captured.
+    """
 
     choice: Choice | None
     chain: bool
     means: torch.dtype | None
+    captured: bool = False
 
 
 class Filtered:
@@ -141,7 +147,9 @@ class Filtered:
         self._running.started = True
         if graph.interrupted is not None and graph.interrupted not in self.breaks:
             self.breaks[graph.interrupted] = None
-            logger.warning("%s: a chain ends where Dynamo ends a graph: %s", type(self.module).__name__, graph.interrupted)
+            logger.warning(
+                "%s: a chain ends where Dynamo ends a graph: %s", type(self.module).__name__, graph.interrupted
+            )
 
     def _runs(self, graph: Captured) -> None:
         graphs = getattr(self._running, "graphs", None)
@@ -171,7 +179,8 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-            if eager and torch.is_grad_enabled() and not _one_graph():
+            wanted = self.filtered.settings.chain or self.filtered.settings.captured
+            if eager and wanted and torch.is_grad_enabled() and not _one_graph():
                 return self._eager(*args, **kwargs)
             return self.module._call_impl(*args, **kwargs)  # type: ignore[operator]
         return self._run(*args, **kwargs)
@@ -182,11 +191,14 @@ class _Call:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = self.module._call_impl
-        if not torch.is_grad_enabled() or torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+        exact = not torch.is_grad_enabled() or torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag
+        if exact or _by_modules.get():
             return own(*args, **kwargs)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
-            self.filtered.unfiltered(f"torch.func transforms ({transform.key().name.lower()}) see each convolution by itself")
+            self.filtered.unfiltered(
+                f"torch.func transforms ({transform.key().name.lower()}) see each convolution by itself"
+            )
             return own(*args, **kwargs)
         return self.filtered.run(self.module, args, kwargs)
 
@@ -207,11 +219,24 @@ _said_one_graph: list[bool] = []
 _one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_by_modules: ContextVar[bool] = ContextVar("gf_tvm_by_modules", default=False)
+
+
+@contextmanager
+def by_modules() -> Iterator[None]:
+    """Meanwhile filtered models run uncompiled in this thread, module by module, so that hooks see all of them."""
+    token = _by_modules.set(True)
+    try:
+        yield
+    finally:
+        _by_modules.reset(token)
+
+
 class _DynamoSettings:
     """Dynamo's settings while something of ours runs, in any thread: it may compile at any call."""
 
-    #: Hooks are part of what a module computes, so they are guarded. DistributedDataParallel would have graphs cut where
-    #: its buckets of gradients end, to send them early; a chain's gradients come all at once.
+    #: Hooks are part of what a module computes, so they are guarded. DistributedDataParallel would have graphs cut
+    #: where its buckets of gradients end, to send them early; a chain's gradients come all at once.
     _wanted: ClassVar[dict[str, Any]] = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
     if not _HAS_LIMIT:
         _wanted["recompile_limit"] = _SITUATIONS

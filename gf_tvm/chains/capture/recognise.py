@@ -99,7 +99,9 @@ def outside(node: fx.Node, known: Known, reason: str = "cannot stay on the patch
     stops = node.target in (_aten.detach.default, _aten.detach_.default) or (
         isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
     )
-    return Found(Outside(name_of(node), (), reason=reason, result=shape_of(node), stops=stops), tuple(node.all_input_nodes))
+    return Found(
+        Outside(name_of(node), (), reason=reason, result=shape_of(node), stops=stops), tuple(node.all_input_nodes)
+    )
 
 
 def _checked(node: fx.Node, found: Found) -> Found | None:
@@ -276,7 +278,13 @@ def _multiply(c: Call) -> Recognised | None:
             continue
         one = tuple(value_of(scale).shape)
         channels = value_of(map_).shape[1]
-        if c.early(scale) and len(one) in (3, 4) and one[-2:] == (1, 1) and one[-3] == channels and one[:-3] in ((), (1,)):
+        if (
+            c.early(scale)
+            and len(one) in (3, 4)
+            and one[-2:] == (1, 1)
+            and one[-3] == channels
+            and one[:-3] in ((), (1,))
+        ):
             return Found(Gate(c.name, ()), (map_,), (scale,)) if _dtype(scale) == _dtype(map_) else None
         if _is_small(scale) and one[1] == channels and value_of(c.node).shape == value_of(map_).shape:
             return Found(Gate(c.name, ()), (map_, scale))
@@ -322,7 +330,11 @@ def _slice(c: Call) -> Recognised | None:
     start, stop, _ = slice(c["start"], c["end"]).indices(size)
     if (start, stop) == (0, size):
         return Same(x)
-    return Found(Slice(c.name, (), start=start, width=stop - start), (x,)) if c["dim"] in (1, -3) and stop > start else None
+    return (
+        Found(Slice(c.name, (), start=start, width=stop - start), (x,))
+        if c["dim"] in (1, -3) and stop > start
+        else None
+    )
 
 
 #: Operators that cut a map into several.
@@ -455,12 +467,20 @@ def _cast(c: Call) -> Recognised | None:
     """A cast to what the tensor is already."""
     x, result = c["self"], value_of(c.node)
     value = value_of(x)
-    same = isinstance(value, Tensor) and isinstance(result, Tensor) and (value.dtype, value.device) == (result.dtype, result.device)
+    same = (
+        isinstance(value, Tensor)
+        and isinstance(result, Tensor)
+        and (value.dtype, value.device) == (result.dtype, result.device)
+    )
     return Same(x) if same and not c.arguments.get("copy") and c.arguments.get("memory_format") is None else None
 
 
 def _contiguous(c: Call) -> Recognised | None:
-    return Same(c["self"]) if c["memory_format"] in (None, torch.contiguous_format) and value_of(c["self"]).is_contiguous() else None
+    return (
+        Same(c["self"])
+        if c["memory_format"] in (None, torch.contiguous_format) and value_of(c["self"]).is_contiguous()
+        else None
+    )
 
 
 def _pad(c: Call) -> Recognised | None:
@@ -535,9 +555,12 @@ def early_steps(graph: fx.Graph, sites: Sequence[Site]) -> frozenset[fx.Node]:
             stack += node.all_input_nodes
     maps = {site.node for site in sites}
     for node in graph.nodes:  # in order: a step is early if all that it reads is
-        if node in wanted and node not in maps and all(i in found for i in node.all_input_nodes):
-            value = value_of(node)
-            if isinstance(value, Tensor) and node.op == "call_function" and isinstance(node.target, OpOverload):
-                if not node.target._schema.is_mutable:
-                    found.add(node)
+        if node in wanted and node not in maps and all(i in found for i in node.all_input_nodes) and _is_pure(node):
+            found.add(node)
     return frozenset(found)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a step only computes a tensor."""
+    operator_ = node.target if node.op == "call_function" else None
+    return isinstance(operator_, OpOverload) and not operator_._schema.is_mutable and isinstance(value_of(node), Tensor)

@@ -47,7 +47,9 @@ def as_stretch(steps: Sequence[fx.Node], known: Known) -> Stretch:
             None if t is None else tensors.setdefault(known.source(t), len(tensors)) for t in found[node].tensors
         )
         ops.append(replace(found[node].op, inputs=tuple(numbers[i] for i in inputs[node]), tensors=given))
-    exits = {numbers[node]: _user(others[0]) for node in order if (others := [u for u in readers[node] if u not in members])}
+    exits = {
+        numbers[node]: _user(others[0]) for node in order if (others := [u for u in readers[node] if u not in members])
+    }
     names = tuple(map(name_of, entries))
     return Stretch(Region(len(entries), tuple(ops), exits, names), (*entries, *order), tuple(tensors))
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ...core.geometry import Pair, as_pair
 from ...errors import ModelError
-from .aten import checkpoints, value_of
+from .aten import PATH, SOURCE, checkpoints, value_of
 
 _aten: Any = torch.ops.aten
 
@@ -73,7 +73,7 @@ def module_of(node: fx.Node) -> tuple[str, type[Any] | None]:
 def name_of(node: fx.Node) -> str:
     """What people call a step: the module that it is, or the module that it lies in and the operation."""
     if node.op == "placeholder":
-        return str(node.meta["source"].name)
+        return str(node.meta.get(PATH, node.meta[SOURCE]))
     path, kind = module_of(node)
     own = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else node.name
     if kind is not None and str(getattr(kind, "__module__", "")).startswith("torch.nn.modules"):
