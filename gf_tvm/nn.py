@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .chains.capture.backend import Backend
 from .chains.capture.sites import Choice
 from .chains.model import chain_model, check_means, graphs_of, unchain_model
 from .core.geometry import Pair, Patch, as_pair
@@ -228,6 +229,51 @@ def filter_model(
         unchain_model(model)
     logger.info("%s", filter_report(model))
     return model
+
+
+#: What ``options`` of :func:`compile_backend` may hold.
+_OPTIONS = ("patch", "last", "layers", "library", "chain", "means")
+
+
+def compile_backend(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The backend "gf_tvm" of ``torch.compile``, with ``options={"patch": 4, "last": 4}``.
+
+    Modules stay what they are; convolutions are filtered in the captured graph.
+
+    Args:
+        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain`` and ``means``, as for
+            :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into several. Without
+            ``last`` and ``layers``: convolutions that are filtered modules already.
+
+    Raises:
+        ModelError: an option that there is not, or a value that is none of its kind.
+        GeometryError: a patch that is not one or two positive integers.
+    """
+    given = dict(options or {})
+    for name in given:
+        if name not in _OPTIONS:
+            raise ModelError(f"backend gf_tvm has no option {name!r}; it has {', '.join(_OPTIONS)}")
+    last, layers, patch = given.get("last"), given.get("layers"), given.get("patch")
+    library = check_library(given.get("library"))
+    check_means(given.get("means"))
+    choice = None
+    if last is not None or layers is not None or patch is not None:
+        if patch is None or (last is None) == (layers is None):
+            raise ModelError("backend gf_tvm needs the option patch, and either last=K or layers=[names]")
+        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
+            raise ModelError(f"last must be a positive integer, got {last!r}")
+        if layers is not None and (callable(layers) or not isinstance(layers, Iterable)):
+            raise ModelError(f"layers must be a name or names, got {layers!r}")
+        names = None if layers is None else frozenset([layers] if isinstance(layers, str) else layers)
+        patches: Pair | dict[str, Pair]
+        if isinstance(patch, Mapping):
+            patches = {name: as_pair(value, f"patch of {name}", 1) for name, value in patch.items()}
+        else:
+            patches = as_pair(patch, "patch", 1)
+        choice = Choice(patches, last, names, "" if library is None else library.digest)
+    return Backend(choice, bool(given.get("chain", True)), given.get("means"))(graph, inputs)
 
 
 def unfilter_model(model: M) -> M:

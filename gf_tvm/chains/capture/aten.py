@@ -55,17 +55,22 @@ class _Runner(fx.Interpreter):
         return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
-def to_aten(captured: fx.GraphModule) -> fx.GraphModule:
+def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None) -> fx.GraphModule:
     """The same graph in ATen operators, and the graphs of checkpointed parts.
 
     Every step has its result without values as ``meta["val"]``.
+
+    Args:
+        given: tensors without values and numbers to take it for; None: those that Dynamo captured it for.
     """
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx import traceback
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # Detached: of what records a gradient, hooks on saved tensors would be told, and checkpointing sets such.
-    given = [_detached(node.meta["example_value"]) for node in captured.graph.nodes if node.op == "placeholder"]
+    if given is None:
+        given = [node.meta["example_value"] for node in placeholders(captured.graph)]
+    given = [_detached(value) for value in given]
     # Their own mode, so that what an operator makes on the way has no values either.
     fake = next((t.fake_mode for t in given if isinstance(t, FakeTensor)), nullcontext())
     with traceback.preserve_node_meta(), fake:
@@ -105,6 +110,24 @@ def _detached(value: Any) -> Any:
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """What a graph takes, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def has_symbols(captured: fx.GraphModule) -> bool:
+    """Whether Dynamo captured a graph for sizes that may change."""
+    for node in placeholders(captured.graph):
+        value = node.meta["example_value"]
+        sizes = value.shape if isinstance(value, Tensor) else [value]
+        if any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes):
+            return True
+    return False
+
+
+def without_values(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph as :func:`to_aten` takes them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    return [mode.from_tensor(t, static_shapes=True) if isinstance(t, Tensor) else t for t in inputs]
 
 
 def value_of(node: fx.Node) -> Any:

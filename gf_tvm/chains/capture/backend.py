@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
-from .aten import to_aten
+from .aten import has_symbols, to_aten, without_values
 from .sites import Choice, Chosen, choose, module_of, sites_of
 
 logger = logging.getLogger("gf_tvm")
@@ -59,34 +60,58 @@ class Backend:
     runs: Callable[[Captured], None] | None = None
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+        if not trained or not any(_may_be_convolution(node) for node in _steps(graph)):
+            return graph
+        if has_symbols(graph):
+            return _ForEachSize(self, graph)
+        return self.compile(graph, inputs, None)
+
+    def compile(self, graph: fx.GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None) -> Callable[..., Any]:
+        """The graph with chains in it, for inputs of these sizes; ``given``: see :func:`.aten.to_aten`."""
         reason = getattr(graph, "compile_subgraph_reason", None)
         interrupted = str(reason.reason).splitlines()[0] if reason is not None and reason.graph_break else None
-        trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
-        if not any(trained) or not any(_may_be_convolution(node) for node in _steps(graph)):
-            return graph
         try:
-            aten = to_aten(graph)
+            aten = to_aten(graph, given)
         except Exception as error:  # PyTorch's tracers run the user's model on tensors without values
             logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", _line(error))
             return graph
         whole = interrupted is None and (self.whole is None or self.whole())
         chosen = choose(sites_of(aten), self.choice, whole)
+        trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
         assembled = assemble(aten, chosen, trained, self.chain, self.means)
         found = Captured(assembled, chosen, interrupted)
+        for step in assembled.chains:
+            logger.info("a chain of %d: %s", len(step.plan.convolutions), ", ".join(step.plan.convolutions))
         if self.find_kernels is not None:
             self.find_kernels(assembled)
         if self.captured is not None:
             self.captured(found)
         module, runs = assembled.module, self.runs
-        if runs is None:
-            return module
 
         def run(*given: Any) -> Any:
-            runs(found)
+            if runs is not None:
+                runs(found)
             watch = _watching.get()
             return module(*given) if watch is None else _Watched(module, watch).run(*given)
 
         return run
+
+
+class _ForEachSize:
+    """A graph that Dynamo captured for any size, compiled for each that comes: chains depend on sizes."""
+
+    def __init__(self, backend: Backend, graph: fx.GraphModule) -> None:
+        self._backend, self._graph = backend, graph
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Any:
+        key = tuple((t.shape, t.requires_grad) if isinstance(t, Tensor) else t for t in inputs)
+        if key not in self._compiled:
+            with self._lock:
+                self._compiled[key] = self._backend.compile(self._graph, inputs, without_values(inputs))
+        return self._compiled[key](*inputs)
 
 
 #: Called before each step of a graph with the name of the class whose code it is, "" for none, or None for a chain.
