@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from .chains.capture.backend import Backend
@@ -91,11 +92,14 @@ def select_layers(
 ) -> list[tuple[str, nn.Conv2d]]:
     """The convolutions that ``last`` or ``layers`` stands for, with fully qualified names, in the model's order.
 
+    A convolution is a Conv2d, subclasses included, or another module that has a weight of four dimensions of its own,
+    and so may call ``torch.nn.functional.conv2d``.
+
     Args:
         model: the order of its modules is the order in which they were registered (as printed), which need not be
             the order in which they run. A module with several names counts once, under its first.
-        last: that many of the last Conv2d modules (subclasses included).
-        layers: a name, names, or a function of (name, Conv2d module) that says which.
+        last: that many of the last Conv2d modules.
+        layers: a name, names, or a function of (name, module) that says which.
 
     Raises:
         ModelError: neither or both given, no such layers, layers that are no Conv2d, or no convolution selected.
@@ -105,7 +109,7 @@ def select_layers(
     if (last is None) == (layers is None):
         raise ModelError("say which convolutions: either last=K or layers=[names] or layers=function(name, module)")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    if not convs:
+    if not convs and (last is not None or not any(map(_has_weight_of_its_own, model.modules()))):
         raise ModelError(f"{type(model).__name__} has no Conv2d module, so nothing can be filtered")
     if last is not None:
         if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= len(convs):
@@ -115,6 +119,7 @@ def select_layers(
             )
         return list(convs.items())[-last:]
     assert layers is not None
+    convs |= {name: module for name, module in model.named_modules() if _has_weight_of_its_own(module)}  # type: ignore[misc]
     if callable(layers):
         selected = [(name, module) for name, module in convs.items() if layers(name, module)]
         if not selected:
@@ -291,7 +296,7 @@ def filter_obstacle(module: nn.Module) -> str | None:
     if isinstance(module, LazyModuleMixin):
         kind = parametrize.type_before_parametrizations(module)
         return f"a {_kind_name(kind)} has no weight before its first forward pass"
-    if not module.weight.dtype.is_floating_point:
+    if isinstance(module, nn.Conv2d) and not module.weight.dtype.is_floating_point:
         return f"its weight is {module.weight.dtype}"
     return None
 
@@ -345,9 +350,17 @@ def _named(model: nn.Module, name: str, convs: list[str]) -> nn.Conv2d:
         module = model.get_submodule(name)
     except AttributeError:
         raise ModelError(f"{type(model).__name__} has no layer {name!r}; {hint}") from None
-    if not isinstance(module, nn.Conv2d):
-        raise ModelError(f"layer {name!r} is a {type(module).__name__}, not a Conv2d; {hint}")
-    return module
+    if not isinstance(module, nn.Conv2d) and not _has_weight_of_its_own(module):
+        raise ModelError(f"layer {name!r} is a {_kind_name(type(module))}, not a Conv2d; {hint}")
+    return module  # type: ignore[return-value]
+
+
+def _has_weight_of_its_own(module: nn.Module) -> bool:
+    """Whether a module that is no convolution of PyTorch's has a parameter that may be one's weight."""
+    if isinstance(module, _ConvNd):
+        return False
+    parameters = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    return any(p.dim() == 4 for p in parameters.values() if not isinstance(p, UninitializedTensorMixin))
 
 
 def shown_name(name: str) -> str:

@@ -196,11 +196,17 @@ class _Call:
             return own(*args, **kwargs)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
-            self.filtered.unfiltered(
-                f"torch.func transforms ({transform.key().name.lower()}) see each convolution by itself"
-            )
-            return own(*args, **kwargs)
+            return self._transformed(transform.key().name, own, args, kwargs)
         return self.filtered.run(self.module, args, kwargs)
+
+    def _transformed(self, kind: str, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under torch.func: module by module, where every convolution knows that it is filtered."""
+        if self.filtered.settings.captured and kind in ("Grad", "Vmap"):
+            raise GfTvmError(
+                f"torch.func.{kind.lower()} of {type(self.module).__name__} would give exact gradients of convolutions "
+                "that are filtered where Dynamo captures them: use torch.autograd, or name plain Conv2d layers only"
+            )
+        return own(*args, **kwargs)
 
 
 def _one_graph() -> bool:
