@@ -25,7 +25,7 @@ from ..machine.profiles import get_profile
 from .identity import Wanted, key_of
 from .store import Store
 
-#: After which a build is ended.
+#: After which a build is ended: nothing that takes so long is of use to a training.
 SECONDS = 3600
 _NICE = 10
 
@@ -38,6 +38,7 @@ class Job:
         folder, limit: as in :class:`.store.Store`.
         logs: as in :func:`.identity.key_of`.
         parent: number of the process that wants it.
+        seconds: after which the build is ended.
     """
 
     wanted: Wanted
@@ -46,6 +47,7 @@ class Job:
     limit: int
     logs: tuple[Path, ...]
     parent: int
+    seconds: int
 
 
 def run(wanted: Wanted, key: str, store: Store, logs: tuple[Path, ...]) -> None:
@@ -55,7 +57,7 @@ def run(wanted: Wanted, key: str, store: Store, logs: tuple[Path, ...]) -> None:
         BuildError: it could not be built; says why.
         OSError: no process can be started, or there is no room for its input.
     """
-    job = Job(wanted, key, store.folder, store.limit, logs, os.getpid())
+    job = Job(wanted, key, store.folder, store.limit, logs, os.getpid(), SECONDS)
     with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as output:
         try:
             pickle.dump(job, task)
@@ -82,7 +84,7 @@ def run(wanted: Wanted, key: str, store: Store, logs: tuple[Path, ...]) -> None:
         output.seek(0)
         lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
     if code == -signal.SIGALRM:
-        raise BuildError(f"building took longer than {SECONDS // 60} minutes")
+        raise BuildError(f"it was not built within {SECONDS} seconds")
     if code < 0:
         raise BuildError(f"the process that built was ended by signal {-code} ({signal.strsignal(-code)})")
     raise BuildError(lines[-1] if lines else f"the process that built ended with exit code {code}")
@@ -111,7 +113,7 @@ def _build(job: Job) -> None:
             raise BuildError("nobody waits for it any more")
         # The system's way of ending a process, which works inside a compiler, too.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
+        signal.alarm(job.seconds)
         path = store.path(job.key)
         try:
             store.check(job.key, job.wanted)
