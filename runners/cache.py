@@ -117,7 +117,7 @@ def _name(entry: Entry) -> str:
 
 def _size(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
+        if size < 999.5:  # what is shown as at most 999
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} GiB"

@@ -170,7 +170,7 @@ class KernelCache:
         try:
             key = self._key(wanted)
         except _NO_KEY as error:
-            _say(str(error))
+            _say(obstacle() or str(error))
             return
         library = self._find(key, wanted)
         if library is not None:
