@@ -95,13 +95,13 @@ def build(
     if isinstance(profile, str):
         profile = get_profile(profile)
     workloads = list(dict.fromkeys(workloads))
-    if not workloads:
-        raise BuildError("nothing to build: no workloads given")
+    programs = list({program.key: program for program in programs}.values())
+    if not workloads and not programs:
+        raise BuildError("nothing to build: no workloads and no programs given")
     for workload in workloads:
         if workload.dtype not in profile.dtypes:
             known = " and ".join(profile.dtypes)
             raise BuildError(f"{profile.name} has no kernels of {workload.dtype}, only of {known}")
-    programs = list({program.key: program for program in programs}.values())
     if programs and profile.gpu:
         raise BuildError(f"{profile.name} is a GPU: chains are compiled as a whole for CPUs only")
     out = Path(out)
@@ -148,7 +148,8 @@ def _make_cpu(
     programs: Sequence[Program],
     config_of: Callable[[Workload], dict[str, Any]],
 ) -> _Contents:
-    from .codegen.compile import compile_module, export, find_linker
+    from .codegen.compile import compile_module, export
+    from .codegen.linker import find_linker
 
     find_linker(profile)
     modules, entries = [], []
@@ -169,7 +170,7 @@ def _make_cpu(
         "arch": profile.arch,
         "target": profile.target,
         "cpu_flags": list(profile.cpu_flags),
-        "versions": _versions(),
+        "versions": versions(),
         "programs": compiled,
     }
     return _complete(manifest, files, entries), files
@@ -206,7 +207,7 @@ def _make_cuda(
         "device": profile.name,
         "arch": profile.gpu.arch,
         "target": profile.target,
-        "versions": {**_versions(), "compiler": compiler.partition(" (")[0]},
+        "versions": {**versions(), "compiler": compiler.partition(" (")[0]},
     }
     return _complete(manifest, files, entries), files
 
@@ -242,7 +243,8 @@ def _symbol(key: str) -> str:
     return f"gf_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what makes and runs kernels, as manifests have them. Raises importlib.metadata.PackageNotFoundError."""
     names = {"gf_tvm": "gf-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
     return {name: importlib.metadata.version(package) for name, package in names.items()}
 

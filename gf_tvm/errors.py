@@ -25,6 +25,10 @@ class BuildError(GfTvmError):
     """A kernel that could not be scheduled, compiled or linked."""
 
 
+class CacheError(GfTvmError):
+    """A cache of kernels that cannot be used, or a setting of it that says nothing sensible."""
+
+
 class ModelError(GfTvmError, ValueError):
     """A model, layer selection or data set that cannot be used as asked."""
 

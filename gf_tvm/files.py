@@ -1,12 +1,17 @@
-"""Writing files so that a crash at any moment leaves what was there before, or all of what is new."""
+"""Files: written so that a crash at any moment leaves what was there before, or all of what is new; places, sizes."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+#: Units of a size: powers of 1000, or with an i of 1024.
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @contextmanager
@@ -32,3 +37,31 @@ def make_folder(folder: Path) -> None:
     probe = folder / f".probe.{os.getpid()}.tmp"
     probe.write_bytes(b"")
     probe.unlink()
+
+
+def same_file(handle: int, path: Path) -> bool:
+    """Whether the open file ``handle`` is (still) the one that ``path`` names. Raises OSError."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/gf_tvm``, by default ``~/.cache/gf_tvm``.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "gf_tvm"
+
+
+def size_in_bytes(text: str) -> int | None:
+    """``"64MB"`` -> 64000000, ``"1.5 GiB"`` -> 1610612736; a number alone is bytes. None if it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    if match is not None and (match[2] or "b") in _UNITS:
+        size = float(match[1]) * _UNITS[match[2] or "b"]
+        if math.isfinite(size) and size >= 1:
+            return int(size)
+    return None

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import GfTvmError
-from . import build, compare, devices, evaluate, farm, logs, report, train, tune
+from . import build, cache, compare, devices, evaluate, farm, logs, report, train, tune
 
 #: One module each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``. Importing one must
 #: stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "farm": farm,
     "logs": logs,
     "build": build,
+    "cache": cache,
     "train": train,
     "compare": compare,
     "evaluate": evaluate,

@@ -70,6 +70,11 @@ def _libraries() -> Path:
     return Path(spec.submodule_search_locations[0]) / "lib"
 
 
+def has_compiler() -> bool:
+    """Whether TVM's compiler is installed beside its runtime. Raises BundleError if apache-tvm is not at all."""
+    return any(_libraries().glob("libtvm_compiler.*"))
+
+
 def die_at_once() -> None:
     """Put back what the system does with a process that crashes.
 

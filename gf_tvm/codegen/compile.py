@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import platform
-import shutil
 import subprocess
-import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from tvm.tirx.build import split_host_device_mods, tir_to_runtime
 
 from ..errors import BuildError
 from ..machine.profiles import DeviceProfile
+from .linker import find_linker
 
 # For kernels whose loops are written out. LLVM's level 3 differs from 2 by what is meant for loops that nobody has
 # looked at (it makes variants of a loop for each outcome of its conditions), and TVM's pass shrinks buffers to the part
@@ -99,35 +96,6 @@ def compile_module(module: Any, profile: DeviceProfile, symbol: str = "main") ->
     except Exception as error:  # TVM maps its errors to a dozen Python types, LLVM to RuntimeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise BuildError(f"{symbol} does not compile for {profile.name}: {reason}") from error
-
-
-def find_linker(profile: DeviceProfile) -> list[str]:
-    """The command that links for ``profile``: a compiler, and what it has to be told about the target.
-
-    For this machine's architecture the system's C++ compiler; for another one Debian's cross compiler; for both, where
-    there is none, the one in PyPI's ziglang (the extra ``cross``).
-
-    Raises:
-        BuildError: nothing to link with; says what to install.
-    """
-    native = platform.machine() == profile.arch
-    # A kernel needs little of libc and nothing of libstdc++, whose version on a board may be older than ours.
-    names = ("g++", "c++", "clang++") if native else (f"{profile.triple}-gcc", f"{profile.triple}-g++")
-    for name in names:
-        if path := shutil.which(name):
-            return [path]
-    if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{profile.triple}.{profile.glibc}"]
-    if native:
-        raise BuildError(
-            "no C++ compiler found to link with; install g++ (Debian: apt-get install g++) "
-            "or ziglang (pip install 'gf-tvm[cross]')"
-        )
-    package = f"g++-{profile.triple.replace('_', '-')}"
-    raise BuildError(
-        f"nothing found to link for {profile.arch} with on this {platform.machine()} machine; install "
-        f"Debian's cross compiler (apt-get install {package}) or ziglang (pip install 'gf-tvm[cross]')"
-    )
 
 
 def _last_line(text: str) -> str:

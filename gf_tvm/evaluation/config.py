@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.geometry import Pair, as_pair
+from ..files import size_in_bytes
 from ..training.config import TrainConfig
 from .results import EvaluationError
-
-#: Units of a size: powers of 1000, or with an i of 1024.
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def parse_size(text: str) -> int:
-    """``"64MB"`` -> 64000000, ``"1.5 GiB"`` -> 1610612736; a number alone is bytes. Raises EvaluationError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower(), re.ASCII)
-    if match is not None and (match[2] or "b") in _UNITS:
-        size = float(match[1]) * _UNITS[match[2] or "b"]
-        if math.isfinite(size) and size >= 1:
-            return int(size)
-    raise EvaluationError(f"a memory budget is written as 64MB, 500kB or 1.5GiB, got {text!r}")
+    """A size in bytes, see :func:`gf_tvm.files.size_in_bytes`. Raises EvaluationError."""
+    size = size_in_bytes(text)
+    if size is None:
+        raise EvaluationError(f"a memory budget is written as 64MB, 500kB or 1.5GiB, got {text!r}")
+    return size

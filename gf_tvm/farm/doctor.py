@@ -475,7 +475,7 @@ try:
         knows = number in compiler.archs or number > max(compiler.archs)
         result = [knows, str(compiler) if knows else f"{{compiler}} makes no code for {{profile.gpu.arch}}"]
     else:
-        from gf_tvm.codegen.compile import find_linker
+        from gf_tvm.codegen.linker import find_linker
         found = find_linker(profile)
         result = [True, found if isinstance(found, str) else " ".join(map(str, found))]
 except (GfTvmError, NoCompilerError) as error:

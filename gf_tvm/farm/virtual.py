@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FarmError
+from ..files import user_cache
 from .wheel import build_wheel
 
 CPU = "cortex-a72"
@@ -121,8 +122,7 @@ ProgressCallback = Callable[[int, int, str], None]
 
 def default_folder() -> Path:
     """Where roots are kept: ``$XDG_CACHE_HOME/gf_tvm/virtual-pi``."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "gf_tvm" / "virtual-pi"
+    return user_cache() / "virtual-pi"
 
 
 def missing_packages() -> list[str]:

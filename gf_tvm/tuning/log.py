@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LogError
+from ..files import same_file
 
 if TYPE_CHECKING:
     from ..core.workload import Workload
@@ -479,7 +480,7 @@ class LogFolder:
                         f"{self.path}: is being written by {holder}; wait for it or use other logs"
                     ) from None
                 # The last holder may have removed the file between our open and our lock.
-                if _same_file(handle, path):
+                if same_file(handle, path):
                     return handle
             except BaseException:
                 os.close(handle)
@@ -698,13 +699,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     return _is_number(value) and value > 0
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _sync_folder(path: Path) -> None:

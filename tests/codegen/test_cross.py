@@ -24,7 +24,8 @@ from strategies import SEEDS, geometries
 
 import gf_tvm
 from gf_tvm.bundle.format import LIBRARY, MANIFEST
-from gf_tvm.codegen.compile import compile_module, export, find_linker
+from gf_tvm.codegen.compile import compile_module, export
+from gf_tvm.codegen.linker import find_linker
 from gf_tvm.core import verify
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gf_tvm.codegen.compile import find_linker
+from gf_tvm.codegen.linker import find_linker
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 from gf_tvm.farm.protocol import Address, TrackerConnection, TrackerLost

@@ -226,7 +226,7 @@ def farm_builder(device: str, **options: Any) -> Any:
         DeviceError: no such profile.
         BuildError: nothing to link with.
     """
-    from ...codegen.compile import find_linker
+    from ...codegen.linker import find_linker
     from ...machine.profiles import get_profile
 
     find_linker(get_profile(device))

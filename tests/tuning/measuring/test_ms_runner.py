@@ -12,7 +12,8 @@ import pytest
 import torch
 from farm_helpers import NativeBoard, TrackerProcess, native_farm, small_workload, treacherous_source
 
-from gf_tvm.codegen.compile import compile_module, export, find_linker
+from gf_tvm.codegen.compile import compile_module, export
+from gf_tvm.codegen.linker import find_linker
 from gf_tvm.core.verify import argument_specs
 from gf_tvm.errors import FarmError
 from gf_tvm.machine.profiles import get_profile
