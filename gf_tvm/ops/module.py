@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ class FilteredConv2d(nn.Conv2d):
 
     # Where users find it, whatever file it lies in: pickles name it so, and load after files have moved.
     __module__ = "gf_tvm.nn"
+
+    # TorchScript gets the exact convolution, which needs neither.
+    __jit_ignored_attributes__ = ("patch", "library")
 
     patch: Pair
     library: Library | None
@@ -65,6 +69,8 @@ class FilteredConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (n, ci, h, w) or (ci, h, w) -> y, as ``torch.nn.Conv2d``."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
