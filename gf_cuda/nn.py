@@ -215,17 +215,38 @@ class FilteredConv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`conv2d`.
 
     Args:
-        patch: pixels of the output that share one gradient; an integer or a pair (height, width).
+        in_channels to dtype: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs
+            to the map that is filtered.
+        patch: pixels of the output that share one gradient; an integer or a pair (height, width). It has no default:
+            code that makes another layer of a layer's type, as adapters do, would change the patch unnoticed.
         library: what :func:`gf_cuda.load` returned; needed only for training.
-        args, kwargs: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs to
-            the map that is filtered.
     """
 
     patch: Pair
     library: Optional[Bundle]
 
-    def __init__(self, *args: Any, patch: Patch = 2, library: Optional[Bundle] = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        patch: Patch,
+        library: Optional[Bundle] = None,
+    ) -> None:
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
+            device=device,
+            dtype=dtype,
+        )
         self.patch, self.library = _pair(patch, "patch", 1), _checked(library)
 
     def forward(self, input: Tensor) -> Tensor:

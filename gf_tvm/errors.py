@@ -9,6 +9,10 @@ class GeometryError(GfTvmError, ValueError):
     """Shapes, strides, patches or dtypes that do not describe a filtered convolution."""
 
 
+class DerivativeError(GfTvmError):
+    """A derivative of a filtered convolution that is not defined: any second one."""
+
+
 class DeviceError(GfTvmError):
     """An unknown device profile, or one that this machine cannot run or compile for."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import pickle
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+import gf_cuda.nn
 import gf_tvm
 from gf_tvm import FilteredConv2d, filter_model, filter_report, select_layers, unfilter_model
 from gf_tvm.errors import GeometryError, ModelError
@@ -118,10 +120,12 @@ def test_repr_says_what_it_is(library) -> None:
     assert repr(FilteredConv2d(3, 4, 3, padding=1, patch=(4, 2))) == (
         "FilteredConv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), patch=(4, 2))"
     )
-    assert "library=FakeLibrary(" in repr(FilteredConv2d(3, 4, 3, library=library))
+    assert "library=FakeLibrary(" in repr(FilteredConv2d(3, 4, 3, patch=2, library=library))
 
 
-@pytest.mark.parametrize("conv", [nn.Conv2d(4, 6, 3, 2, 1, 1, 2), FilteredConv2d(4, 4, 1, bias=False)], ids=repr)
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(4, 6, 3, 2, 1, 1, 2), FilteredConv2d(4, 4, 1, bias=False, patch=2)], ids=repr
+)
 def test_from_conv_shares_parameters_and_leaves_the_original(conv: nn.Conv2d) -> None:
     conv.eval()
     kind, before = type(conv), repr(conv)
@@ -151,7 +155,21 @@ def test_bad_patches(patch) -> None:
 def test_from_conv_takes_plain_convolutions_only() -> None:
     for module in (nn.Linear(2, 3), nn.LazyConv2d(2, 3), nn.ConvTranspose2d(2, 3, 3)):
         with pytest.raises(ModelError, match="plain Conv2d"):
-            FilteredConv2d.from_conv(module)
+            FilteredConv2d.from_conv(module, patch=2)
+
+
+@pytest.mark.parametrize("kind", [FilteredConv2d, gf_cuda.nn.FilteredConv2d])
+def test_a_layer_has_the_signature_of_conv2d_and_needs_a_patch(kind: type[nn.Conv2d]) -> None:
+    ours, theirs = (list(inspect.signature(of).parameters.values()) for of in (kind, nn.Conv2d))
+    assert [(p.name, p.default, p.kind) for p in ours[:-2]] == [(p.name, p.default, p.kind) for p in theirs]
+    everything = (4, 6, 3, 2, 1, 1, 2, False, "reflect", "meta", torch.float64)
+    assert nn.Conv2d.extra_repr(kind(*everything, patch=4)) == nn.Conv2d(*everything).extra_repr()
+    layer = torch.nn.utils.skip_init(kind, 3, 8, 3, padding=1, patch=4)
+    assert layer.patch == (4, 4)
+    assert layer.weight.device.type == "cpu"
+    for another in (lambda: type(layer)(layer.in_channels, 2, 3), lambda: kind(3, 8, 3, library=None)):
+        with pytest.raises(TypeError, match="patch"):
+            another()
 
 
 # filter_model and unfilter_model

@@ -268,8 +268,8 @@ def test_geometry_is_the_one_that_the_operator_sees(
     conv = nn.Conv2d(3, 4, (4, 3), **settings)
     (case,) = model_cases(conv, shape, last=1, patches=[(2, 3)])
     seen = []
-    real = operators._geometry
-    monkeypatch.setattr(operators, "_geometry", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
+    real = operators.make_geometry
+    monkeypatch.setattr(operators, "make_geometry", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         filter_model(conv, patch=(2, 3), last=1)(torch.zeros(shape)).sum().backward()

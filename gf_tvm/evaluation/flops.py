@@ -32,6 +32,7 @@ from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
 from ..core.geometry import Geometry
 from ..errors import GeometryError, ModelError
 from ..nn import FilteredConv2d
+from ..ops.flops import product_flops
 from ..shapes.model import layer_geometry
 
 
@@ -66,16 +67,12 @@ def exact_backward_flops(geometry: Geometry, needs: Needs) -> int:
 
 def filtered_backward_flops(geometry: Geometry, needs: Needs) -> int:
     """Operations of one convolution's filtered backward pass."""
-    pixels, patches, window = prod(geometry.y_shape), prod(geometry.grid), prod(geometry.kernel)
-    product = 2 * geometry.n * patches * geometry.co * geometry.ci_group
-    flops = pixels if needs.bias else 0
+    pixels = prod(geometry.y_shape)
+    flops = product_flops(geometry, needs.x, needs.weight) + (pixels if needs.bias else 0)
     if needs.products:
-        flops += pixels + geometry.n * geometry.co * patches
-    if needs.weight:
-        flops += product
-    if needs.x:
-        # The dilated case is a convolution with the whole W; else W is summed over its window first.
-        flops += product * window if geometry.dilated else product + prod(geometry.weight_shape)
+        flops += pixels + geometry.n * geometry.co * prod(geometry.grid)
+    if needs.x and not geometry.dilated:  # W is summed over its window first
+        flops += prod(geometry.weight_shape)
     return flops
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..core.geometry import Pair, as_pair
 from ..errors import GeometryError
-from . import operators
+from . import flops as _flops  # noqa: F401  (registers what PyTorch counts of the operators)
+from .derivatives import convolution, is_transformed
 
 if TYPE_CHECKING:
     from ..bundle.library import Library
@@ -67,6 +68,9 @@ def conv2d(
         raise GeometryError(f"weight must have 4 dimensions, got shape {tuple(weight.shape)}")
     stride, dilation = as_pair(stride, "stride", 1), as_pair(dilation, "dilation", 1)
     patch = as_pair(patch, "patch", 1)
+    exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
+    if exported and not is_transformed():
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # what is exported runs without gf_tvm
     if not batched:
         x = x.unsqueeze(0)
     if isinstance(padding, str):
@@ -74,9 +78,8 @@ def conv2d(
     else:
         padding = as_pair(padding, "padding", 0)
     x, weight, bias = cast_for_convolution(x, weight, bias)
-    save = torch.is_grad_enabled() and weight.requires_grad
     digest = "" if library is None else library.digest
-    y: Tensor = operators.conv2d(x, weight, bias, stride, padding, dilation, groups, patch, digest, save)[0]
+    y = convolution(x, weight, bias, stride, padding, dilation, groups, patch, digest)
     return y if batched else y.squeeze(0)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,52 +20,69 @@ class FilteredConv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`gf_tvm.functional.conv2d`.
 
     Args:
-        patch: pixels of the output that share one gradient; an integer or a pair (height, width).
+        in_channels to dtype: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs
+            to the map that is filtered.
+        patch: pixels of the output that share one gradient; an integer or a pair (height, width). It has no default:
+            code that makes another layer of a layer's type, as adapters do, would change the patch unnoticed.
         library: what :func:`gf_tvm.load` returned, or None for plain PyTorch operators.
-        args, kwargs: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs to
-            the map that is filtered.
 
     Raises:
+        TypeError: no ``patch``, or arguments that ``torch.nn.Conv2d`` does not have.
         GeometryError: ``patch`` is not one or two positive integers.
     """
 
     # Where users find it, whatever file it lies in: pickles name it so, and load after files have moved.
     __module__ = "gf_tvm.nn"
 
+    # TorchScript gets the exact convolution, which needs neither.
+    __jit_ignored_attributes__ = ("patch", "library")
+
     patch: Pair
     library: Library | None
 
-    def __init__(self, *args: Any, patch: Patch = 2, library: Library | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        patch: Patch,
+        library: Library | None = None,
+    ) -> None:
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
+            device=device,
+            dtype=dtype,
+        )
         self.patch, self.library = as_pair(patch, "patch", 1), check_library(library)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, patch: Patch = 2, library: Library | None = None) -> FilteredConv2d:
+    def from_conv(cls, conv: nn.Conv2d, patch: Patch, library: Library | None = None) -> FilteredConv2d:
         """A new module with the same settings and the same Parameter objects as ``conv``, which stays as it is.
 
         Hooks stay with ``conv``. Raises ModelError for anything but a plain Conv2d or FilteredConv2d.
         """
         if type(conv) not in (nn.Conv2d, FilteredConv2d) or "weight" not in conv._parameters:
             raise ModelError(f"from_conv takes a plain Conv2d with its own weight, got {conv}")
-        new = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            device="meta",  # no memory and no random numbers for parameters that are replaced at once
-            patch=patch,
-            library=library,
-        )
+        same = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        arguments: dict[str, Any] = {name: getattr(conv, name) for name in same}
+        # On "meta", so that parameters which are replaced at once take no memory and no random numbers.
+        new = cls(**arguments, bias=conv.bias is not None, device="meta", patch=patch, library=library)
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (n, ci, h, w) or (ci, h, w) -> y, as ``torch.nn.Conv2d``."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

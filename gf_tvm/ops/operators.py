@@ -20,14 +20,15 @@ from torch import Tensor
 from ..bundle.kernel import Kernel
 from ..core import reference
 from ..core.geometry import Axis, Geometry, Pair
-from ..errors import GeometryError, GfTvmError
+from ..core.verify import from_saved, to_saved
+from ..errors import GeometryError
 from .dispatch import as_kernel_takes, find_kernel, without_autocast
 
 _SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int[] patch, str library"
 
 
 @lru_cache(maxsize=4096)  # building and checking one takes longer than launching a kernel
-def _geometry(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *rest: Any) -> Geometry:
+def make_geometry(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *rest: Any) -> Geometry:
     (n, ci, h, w), (co, ci_group, kh, kw) = x_shape, weight_shape
     stride, padding, dilation, groups, patch = rest
     geometry = Geometry(n, ci, co, h, w, (kh, kw), patch, stride, padding, dilation, groups)
@@ -38,7 +39,7 @@ def _geometry(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *rest: An
     return geometry
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise GeometryError for tensors that are not those of a convolution; leaves sizes to :class:`Geometry`."""
     for name, tensor, rank in (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1)):
         if tensor is None:
@@ -92,8 +93,8 @@ def conv2d(
     Raises:
         GeometryError: shapes, dtypes or settings that do not describe a filtered convolution.
     """
-    _check(x, weight, bias)
-    geometry = _geometry(
+    check_tensors(x, weight, bias)
+    geometry = make_geometry(
         tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(patch)
     )
     with without_autocast(x.device.type):
@@ -105,8 +106,7 @@ def conv2d(
 def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:
     found = find_kernel(("filter_input",), geometry, x, library)
     if found is None:
-        sums = reference.filter_input(x, geometry)
-        return (sums if geometry.depthwise else sums.permute(0, 2, 3, 1)).contiguous()
+        return to_saved(reference.filter_input(x, geometry), geometry)
     sums = x.new_empty(geometry.saved_shape, dtype=reference.sum_dtype(x.dtype))
     _, kernel = found
     kernel(as_kernel_takes(x, kernel), sums)
@@ -147,7 +147,7 @@ def conv2d_backward(
     Raises:
         GeometryError: shapes that do not belong together, or grad_W without x~.
     """
-    geometry = _geometry(
+    geometry = make_geometry(
         tuple(x_shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(patch)
     )
     if tuple(grad_y.shape) != geometry.y_shape:
@@ -168,8 +168,8 @@ def conv2d_backward(
                 grad_y, saved, weight = (as_kernel_takes(tensor, kernel) for tensor in (grad_y, saved, weight))
                 grads = _run_backward(name, kernel, grad_y, saved, weight, geometry)
                 return _tuple(grad_y, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
-        if has_saved and not geometry.depthwise:
-            saved = saved.permute(0, 3, 1, 2)
+        if has_saved:
+            saved = from_saved(saved, geometry)
         return _tuple(grad_y, *reference.backward(grad_y, saved, weight, geometry, needs))
 
 
@@ -224,10 +224,10 @@ def _(
     library: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, weight, bias)
+    check_tensors(x, weight, bias)
     sizes = (*x.shape, *weight.shape)
     if all(isinstance(size, int) for size in sizes):
-        _geometry(
+        make_geometry(
             tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(patch)
         )
     (n, ci), co = x.shape[:2], weight.shape[0]
@@ -261,30 +261,3 @@ def _(
     return _tuple(
         grad_y, *(grad_y.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True))
     )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, *settings, _ = inputs
-    _, saved = output
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)  # else zeros of x~'s size would be made in every backward pass
-    ctx.save_for_backward(saved, weight)
-    ctx.x_shape, ctx.settings = x.shape, settings
-
-
-def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None, None, None]
-    needs = ctx.needs_input_grad[:3]
-    if grad_y is not None and any(needs):
-        saved, weight = ctx.saved_tensors
-        results = conv2d_backward(grad_y, saved, weight, ctx.x_shape, *ctx.settings, *needs)
-        grads = [grad if need else None for grad, need in zip(results, needs, strict=True)]
-    return (*grads, *(None,) * 7)
-
-
-def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise GfTvmError("a filtered convolution has no second derivative: only its first gradients are defined")
-
-
-conv2d.register_autograd(_backward, setup_context=_setup_context)
-conv2d_backward.register_autograd(_second_backward)

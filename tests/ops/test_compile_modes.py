@@ -238,11 +238,12 @@ def test_fallback_is_said_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("change", [{"groups": 2}, {"weight": torch.ones(4, 5, 3, 3)}])
 def test_bad_input_is_named_while_compiling(change: dict[str, Any]) -> None:
     compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
-    arguments = {"x": torch.ones(2, 3, 8, 7), "weight": torch.ones(4, 3, 3, 3)} | change
+    arguments = {"x": torch.ones(2, 3, 8, 7, requires_grad=True), "weight": torch.ones(4, 3, 3, 3)} | change
     with pytest.raises(Exception, match=r"groups=2 must divide ci=3|x has 3 channels"):
         compiled(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # as nn.Conv2d
 def test_exported_model_equals_eager() -> None:
     model = small_model(None).eval()
     x = torch.randn(2, 3, 12, 10)
