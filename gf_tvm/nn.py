@@ -20,6 +20,7 @@ from .chains.capture.sites import Choice
 from .chains.model import chain_model, check_means, graphs_of, unchain_model
 from .core.geometry import Pair, Patch, as_pair
 from .errors import ModelError
+from .on_demand.models import find_kernels
 from .ops.module import FilteredConv2d as FilteredConv2d
 from .ops.module import check_library
 
@@ -229,7 +230,7 @@ def filter_model(
         library="" if library is None else library.digest,
     )
     if chain or selection.captured or last is not None:
-        chain_model(model, means, choice, chain, bool(selection.captured))
+        chain_model(model, means, choice, chain, bool(selection.captured), find_kernels)
     else:
         unchain_model(model)
     logger.info("%s", filter_report(model))
@@ -278,7 +279,7 @@ def compile_backend(
         else:
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
-    return Backend(choice, bool(given.get("chain", True)), given.get("means"))(graph, inputs)
+    return Backend(choice, bool(given.get("chain", True)), given.get("means"), find_kernels)(graph, inputs)
 
 
 def unfilter_model(model: M) -> M:

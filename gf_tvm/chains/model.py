@@ -14,6 +14,7 @@ from .capture.assemble import ChainStep
 from .capture.backend import Captured, FindKernels
 from .capture.live import Settings, compile_model, filtered_parts, release_model
 from .capture.sites import Choice
+from .capture.wanted import programs_of_plan
 from .plan import Plan
 from .programs import ChainProgram
 
@@ -149,12 +150,6 @@ def programs_of(model: nn.Module) -> list[ChainProgram]:
     for plan in plans_of(model):
         found |= {program.key: program for program in programs_of_plan(plan)}
     return list(found.values())
-
-
-def programs_of_plan(plan: Plan) -> list[ChainProgram]:
-    """The functions that one chain can call."""
-    found = [ChainProgram(segment) for segment in plan.segments]
-    return found if plan.backward is None else [*found, ChainProgram(plan.backward.program)]
 
 
 def is_chained(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops.dispatch import AWAITED
 from . import packs, segmenter
 from .compiled import Bound, backward_of
 from .forward import Call, Forward, Product
@@ -76,7 +77,7 @@ class Plan:
     def library(self) -> str:
         """Digest of the library of its filtered convolutions, where all have the same; else none."""
         found = {step.op.library for step in self.forward if isinstance(step.op, Conv) and step.op.filtered}
-        return found.pop() if len(found) == 1 else ""
+        return found.pop() if len(found) == 1 and found != {AWAITED} else ""
 
     @cached_property
     def backward(self) -> Bound | None:

@@ -8,6 +8,7 @@ identity    what is wanted, and the key that it has in the cache
 store       the folder: entries, locks, the limit of its size
 builder     the process that builds one entry; ``__main__`` starts it
 cache       :class:`KernelCache`: finding what is there, having built what is not
+models      what a captured model can use
 ==========  ===========================================================================================
 """
 

@@ -170,7 +170,7 @@ class KernelCache:
         try:
             key = self._key(wanted)
         except _NO_KEY as error:
-            _say(obstacle() or str(error))
+            say_once(obstacle() or str(error))
             return
         library = self._find(key, wanted)
         if library is not None:
@@ -289,10 +289,10 @@ class KernelCache:
     def _fail(self, key: str, reason: str) -> None:
         with self._lock:
             self._failed.add(key)
-        _say(reason)
+        say_once(reason)
 
 
-def _say(reason: str) -> None:
+def say_once(reason: str) -> None:
     if reason not in _said:
         _said.add(reason)
         logger.warning("no kernels are built, plain PyTorch operators run instead: %s", " ".join(reason.split()))

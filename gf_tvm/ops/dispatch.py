@@ -29,6 +29,9 @@ class FallbackWarning(UserWarning):
     """
 
 
+#: In place of a library's digest: kernels are being built, so that plain operators are not worth a warning.
+AWAITED = "awaited"
+
 _said: set[object] = set()
 _said_lock = threading.Lock()
 
@@ -58,6 +61,8 @@ def find_kernel(
     """
     if geometry.n == 0 or like.device.type == "meta":
         return None  # nothing to compute, so nothing is missing
+    if library == AWAITED:
+        return None
     if not library:
         warn_fallback_once(
             "no library",

@@ -7,6 +7,7 @@ Modules, each using only those before it:
 * ``recognise``: ATen operators as operations of :mod:`gf_tvm.chains.graph`
 * ``regions``: a graph's stretches as regions
 * ``assemble``: the graph again, with chains in it
+* ``wanted``: the kernels that it can use
 * ``backend``: all of it as a backend of ``torch.compile``
 * ``live``: a filtered model that compiles itself when it runs
 """

@@ -54,10 +54,14 @@ class ChainStep(nn.Module):
 
 
 class ConvolutionStep(nn.Module):
-    """A convolution that is filtered by itself: called with input, weight and bias."""
+    """A convolution that is filtered by itself: called with input, weight and bias.
 
-    def __init__(self, site: Site, chosen: Filter) -> None:
+    ``needs_input``, ``needs_weight``: the gradients that its backward pass is asked for.
+    """
+
+    def __init__(self, site: Site, chosen: Filter, needs_input: bool = True, needs_weight: bool = True) -> None:
         super().__init__()
+        self.needs_input, self.needs_weight = needs_input, needs_weight
         assert site.arguments is not None
         self.site, self.patch, self.digest = site, chosen.patch, chosen.library
         a = site.arguments
@@ -264,7 +268,8 @@ class _Assembly:
             return
         chosen = self.chosen.filters.get(node)
         if chosen is not None and self.needs[node]:
-            step = ConvolutionStep(site, chosen)
+            needs = (self.needs[self.known.source(t)] for t in (a.x, a.weight))
+            step = ConvolutionStep(site, chosen, *needs)
             self.result.convolutions.append(step)
             self.env[node] = self._call("convolution", step, (a.x, a.weight, a.bias))
             self.env[node].meta = dict(node.meta)
