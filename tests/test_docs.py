@@ -36,7 +36,11 @@ def names_of(package: ModuleType) -> Iterator[str]:
 
 def public() -> dict[str, Any]:
     """What users import, by path."""
-    packages = [gf_tvm, gf_cuda, *(import_module(f"gf_tvm.{name}") for name in ("evaluation", "training", "tuning"))]
+    packages = [
+        gf_tvm,
+        gf_cuda,
+        *(import_module(f"gf_tvm.{name}") for name in ("evaluation", "on_demand", "training", "tuning")),
+    ]
     found = {f"{package.__name__}.{name}": getattr(package, name) for package in packages for name in names_of(package)}
     found |= {f"gf_tvm.errors.{name}": value for name, value in vars(errors).items() if inspect.isclass(value)}
     found["gf_tvm.functional.conv2d"] = gf_tvm.functional.conv2d

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from .cache import Cleared as Cleared
     from .cache import KernelCache as KernelCache
     from .cache import obstacle as obstacle
     from .identity import Wanted as Wanted
     from .store import Entry as Entry
 
-_HOMES = {"Entry": "store", "KernelCache": "cache", "Wanted": "identity", "obstacle": "cache"}
+_HOMES = {"Cleared": "cache", "Entry": "store", "KernelCache": "cache", "Wanted": "identity", "obstacle": "cache"}
 
-__all__ = ["Entry", "KernelCache", "Wanted", "obstacle"]
+__all__ = ["Cleared", "Entry", "KernelCache", "Wanted", "obstacle"]
 
 __getattr__, __dir__ = attach(__name__, _HOMES)

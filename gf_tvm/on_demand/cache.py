@@ -257,7 +257,7 @@ class KernelCache:
             for ready in waiting:
                 try:
                     ready(library)
-                except Exception:
+                except BaseException:  # sys.exit() as well, which would end this thread alone
                     logger.exception("what was to use new kernels failed")
 
     def _next(self) -> tuple[str, Wanted] | None:
