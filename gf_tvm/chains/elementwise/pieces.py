@@ -50,7 +50,8 @@ def _limits(a: Arguments) -> Settings | None:
 
 
 def _without_noise(a: Arguments) -> Settings | None:
-    return None if a["training"] else ((a["lower"] + a["upper"]) / 2,)
+    lower, upper = a["lower"], a["upper"]
+    return None if a["training"] or lower > upper else ((lower + upper) / 2,)
 
 
 def _clamp_value(v: Algebra, z: Any, low: float | None, high: float | None) -> Any:
@@ -93,8 +94,8 @@ def _shrink_slope(v: Algebra, z: Any, limit: float) -> Any:
 
 
 def _softshrink_value(v: Algebra, z: Any, limit: float) -> Any:
-    lower = v.select(v.less(z, v.number(-limit)), z + v.number(limit), z * v.number(0))
-    return v.select(v.greater(z, v.number(limit)), z - v.number(limit), lower)
+    lower = v.select(v.greater_equal(z, v.number(-limit)), v.number(0), z + v.number(limit))
+    return v.select(v.less_equal(z, v.number(limit)), lower, z - v.number(limit))
 
 
 def _sign(v: Algebra, z: Any) -> Any:

@@ -42,8 +42,8 @@ def _selu(a: Arguments) -> Settings | None:
 
 
 def _celu(a: Arguments) -> Settings | None:
-    """Nothing bounds the slope for alpha < 0."""
-    return (a["alpha"],) if a["alpha"] > 0 else None
+    """Nothing bounds the slope for alpha < 0, and below the least float32 there is no 1 / alpha."""
+    return (a["alpha"],) if a["alpha"] >= 2.0**-126 else None
 
 
 def _celu_derivative(g: Tensor, z: Tensor, alpha: float) -> Tensor:
