@@ -3,7 +3,7 @@
 Modules, each using only those before it:
 
 * ``grids``: patches as cut points, what two grids share, means over patches
-* ``elementwise``: activations and their derivatives
+* ``elementwise``: activations and other element-wise functions; one record is all that is known of one
 * ``graph``: operations on numbered values
 * ``steps``: what a backward pass consists of
 * ``lowering``: the gradient algebra, from a graph to steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from segment_reference import reference
@@ -301,6 +303,33 @@ def test_modules_are_recognised(module: nn.Module, expected: tuple[str, Settings
     (node,) = (node for node in traced.graph.nodes if node.op == "call_function")
     found = elementwise.recognised(node.target, arguments_of(node.target, *node.args, **node.kwargs))
     assert repr(found) == repr(expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", [name for name, function in FUNCTIONS.items() if function.composed])
+def test_functions_of_several_operators_are_recognised(name: str) -> None:
+    function = FUNCTIONS[name].composed
+    assert function is not None
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+            z = x * 3
+            return function(z), function(other), z.abs(), z / (other.abs() + 1), z / (z.abs() + 2), z - other.tanh()
+
+    x = torch.randn(2, 3, 4, 5)
+    graph = torch.export.export(Twice(), (x, x.clone()), strict=False).graph
+    found = {node: f for node in graph.nodes if (f := elementwise.recognised_at(node)) is not None}
+    _, second = (node for node in graph.nodes if node.op == "placeholder")
+    times_three = next(node for node in graph.nodes if node.target is _aten.mul.Tensor)
+    first_result, second_result = graph.output_node().args[0][:2]
+    assert found == {first_result: (name, times_three), second_result: (name, second)}
+
+
+def test_the_documentation_lists_them() -> None:
+    text = (ROOT / "docs/patch_grid.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| .+ \| (yes|no) \| (yes|no) \|$", text, re.MULTILINE)
+    words = {True: "yes", False: "no"}
+    assert rows == [(name, words[f.code is not None], words[f.bounded]) for name, f in FUNCTIONS.items()]
 
 
 # In chains

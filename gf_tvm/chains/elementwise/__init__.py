@@ -5,6 +5,7 @@ an :class:`Algebra`, without TVM: chains also run on boards that have no compile
 
 * ``record``: what is to be known
 * ``pieces``, ``smooth``: the functions
+* ``composed``: those that PyTorch has no operator of
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from . import pieces, smooth
+from . import composed, pieces, smooth
 from .record import Algebra, Arguments, Code, Function, Settings, called, computed
 
 __all__ = [
     "FUNCTIONS", "Algebra", "Arguments", "Code", "Function", "Settings", "called", "computed", "is_bounded",
-    "is_compiled", "is_result_enough", "noise", "recognised", "run",
+    "is_compiled", "is_result_enough", "noise", "recognised", "recognised_at", "run",
 ]  # fmt: skip
 
 #: By name.
@@ -38,6 +39,19 @@ def recognised(operator: Any, arguments: Arguments) -> tuple[str, Settings] | No
         settings = function.recognised(operator, arguments)
         if settings is not None:
             return name, settings
+    return None
+
+
+def recognised_at(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """(name, z) of a function without settings that PyTorch makes of several operators, or None.
+
+    ``node``: the step of a graph of ATen operators whose result is f(z). The steps between z and it are part of the
+    function; where nothing else reads them, they need not run.
+    """
+    for name, function in FUNCTIONS.items():
+        z = None if function.composed is None else composed.argument_of(node, function.composed)
+        if z is not None:
+            return name, z
     return None
 
 

@@ -90,7 +90,7 @@ class Function:
             f'(z) all the same. For float32 and wider; settings need not be exact in less.
         code: how it is compiled; None: segments end there.
         bounded: whether f' is bounded, so that its means may be kept in 16 bits.
-        composed: for functions that PyTorch makes of several operators: z -> f(z), which may be traced for them.
+        composed: for functions that PyTorch makes of several operators: z -> f(z), which is traced for them.
     """
 
     name: str
