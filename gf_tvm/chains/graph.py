@@ -98,7 +98,7 @@ class Norm(Op):
 
 @dataclass(frozen=True)
 class Map(Op):
-    """An element-wise function: a key of :data:`.elementwise.RULES` or "dropout", and its settings."""
+    """An element-wise function: a key of :data:`.elementwise.FUNCTIONS` or "dropout", and its settings."""
 
     kind: str = ""
     settings: tuple[Any, ...] = ()

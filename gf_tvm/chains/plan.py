@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 
 from ..ops.dispatch import AWAITED
-from . import packs, segmenter
+from . import elementwise, packs, segmenter
 from .compiled import Bound, backward_of
 from .forward import Call, Forward, Product
-from .graph import Add, Conv, Drop, Gate, Map, Norm, Region, Shape, Slice, View
+from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
 from .lowering import Factor, Kept, Mean, Situation, lower
 from .segment import Segment
 from .steps import Step
@@ -89,7 +89,8 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
     """The plan of the chain of operations ``ops``, in the order of execution; see :func:`.partition.partition`.
 
     ``means``: dtype in which the means of derivatives are kept. None: as they are summed. What has other factors
-    (normalised maps, a gate's input) is kept as it is summed in any case, since nothing bounds it.
+    (normalised maps, a gate's input) or derivatives such as that of exp is kept as it is summed in any case, since
+    nothing bounds it.
     """
     lowered = lower(region, situation, ops)
     assert not lowered.problems, lowered.problems
@@ -122,11 +123,15 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
 
 
 def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:
-    """Slots that hold means of derivatives of element-wise functions."""
+    """Slots that hold means of derivatives of element-wise functions, where something bounds these."""
+
+    def bounded(op: Op) -> bool:
+        return isinstance(op, Map) and elementwise.is_bounded(op.kind)
+
     return [
         slot
         for slot, what in enumerate(slots)
-        if isinstance(what, Mean) and all(isinstance(region.ops[i], Map) for i, _ in what.factor)
+        if isinstance(what, Mean) and all(bounded(region.ops[i]) for i, _ in what.factor)
     ]
 
 

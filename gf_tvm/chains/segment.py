@@ -19,19 +19,13 @@ from typing import Any
 from .graph import Shape
 from .grids import Grid
 
-#: Element-wise functions that segments compute; the others (softplus, dropout) end a segment.
-COVERED = frozenset(
-    {"relu", "relu6", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid"}
-    | {"elu", "sigmoid", "tanh", "silu", "mish", "gelu"}
-)
-
 
 @dataclass(frozen=True)
 class Node:
     """One operation of a segment.
 
     Attributes:
-        kind: "norm", "add", "scale" or one of ``COVERED``.
+        kind: "norm", "add", "scale" or a function that :func:`.elementwise.is_compiled`.
         inputs: numbers of values: a segment's maps come first, then its nodes' results.
         settings: (eps, has a scale, has a shift), (alpha,), (factor,), or the function's own.
     """

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..core.geometry import Geometry
-from . import segment
+from . import elementwise, segment
 from .forward import Call, Forward, Key, Product
 from .graph import Add, Conv, Map, Norm, Op, Scale, Shape, Slice
 from .grids import Grid
 from .lowering import Factor, Kept, Mean
-from .segment import COVERED, Average, Node, Part, Segment
+from .segment import Average, Node, Part, Segment
 
 
 def units(
@@ -23,15 +23,6 @@ def units(
         forward, shapes, exits, slots: as in :class:`.plan.Plan`.
     """
     return _Split(forward, shapes, exits, slots).units()
-
-
-def is_result_enough(op: Op) -> bool:
-    """Whether f'(z) follows from f(z)."""
-    if not isinstance(op, Map):
-        return False
-    if op.kind == "leaky_relu":
-        return bool(op.settings[0] >= 0)
-    return op.kind in ("relu", "relu6", "hardtanh", "sigmoid", "tanh")
 
 
 class _Split:
@@ -73,7 +64,7 @@ class _Split:
         op = step.op
         if step.index in self.refused or self.shapes[step.result][2:] == (1, 1):
             return False
-        return isinstance(op, Norm | Add | Scale) or (isinstance(op, Map) and op.kind in COVERED)
+        return isinstance(op, Norm | Add | Scale) or (isinstance(op, Map) and elementwise.is_compiled(op.kind))
 
     def _find_groups(self) -> None:
         """What is connected, and lies behind and before the same of the other operations.
@@ -188,7 +179,8 @@ class _Split:
     def _from_result(self, part: tuple[int, int], members: Sequence[int]) -> int | None:
         """The value, read by a segment anyway, from which a function's derivative follows."""
         step = self.steps[part[0]]
-        if part[1] or not is_result_enough(step.op):
+        op = step.op
+        if part[1] or not isinstance(op, Map) or not elementwise.is_result_enough(op.kind, op.settings):
             return None
         return step.result if any(step.result in self.steps[i].op.inputs for i in members) else None
 

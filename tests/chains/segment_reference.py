@@ -54,7 +54,7 @@ def reference(segment: Segment) -> Callable[..., None]:
             if what.what == "derivative":
                 return derivatives[what.of]
             z = values[what.of]
-            return elementwise.RULES[what.kind].derivative(torch.ones_like(z), z, z, *what.settings)
+            return elementwise.FUNCTIONS[what.kind].derivative(torch.ones_like(z), z, *what.settings)
 
         def product(parts: Product) -> Tensor:
             result = part(parts[0])

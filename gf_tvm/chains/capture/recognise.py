@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from .. import elementwise
 from ..graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice, View
 from .aten import value_of
 from .sites import Arguments, Filter, Site, name_of
@@ -85,9 +86,9 @@ def recognise(node: fx.Node, known: Known) -> Recognised:
     if node.op == "call_function" and node.target is operator.getitem:
         found = _piece(node, known)
     elif node.op == "call_function" and isinstance(node.target, OpOverload):
-        rule = _RULES.get(node.target)
-        if rule is not None:
-            found = rule(Call(node, known))
+        found = _composed(node, known)
+        if found is None:
+            found = _RULES.get(node.target, _function)(Call(node, known))
     if isinstance(found, Found):
         found = _checked(node, found)
     return outside(node, known) if found is None else found
@@ -217,27 +218,23 @@ def _batch_norm(c: Call) -> Recognised | None:
     return Found(Norm(c.name, (), eps=c["eps"]), (c["input"],), (*statistics, c["weight"], c["bias"]))
 
 
-def _activation(kind: str, *names: str) -> Callable[[Call], Recognised | None]:
-    def rule(c: Call) -> Recognised | None:
-        settings = tuple(c[name] for name in names)
-        x = next(iter(c.arguments.values()))
-        if not _is_map(x) or any(isinstance(s, fx.Node) for s in settings):
-            return None
-        return Found(Map(c.name, (), kind=kind, settings=settings), (x,))
-
-    return rule
-
-
-def _hardtanh(c: Call) -> Recognised | None:
-    limits = (c["min_val"], c["max_val"])
-    if not _is_map(c["self"]):
+def _function(c: Call) -> Recognised | None:
+    """An element-wise function."""
+    found = elementwise.recognised(c.node.target, c.arguments)
+    x = c.arguments.get("self")
+    if found is None or not _is_map(x):
         return None
-    kind, settings = ("relu6", ()) if limits == (0, 6) else ("hardtanh", limits)
-    return Found(Map(c.name, (), kind=kind, settings=settings), (c["self"],))
+    kind, settings = found
+    return Found(Map(c.name, (), kind=kind, settings=settings), (x,))  # type: ignore[arg-type]
 
 
-def _elu(c: Call) -> Recognised | None:
-    return _activation("elu", "alpha")(c) if (c["scale"], c["input_scale"]) == (1, 1) else None
+def _composed(node: fx.Node, known: Known) -> Recognised | None:
+    """An element-wise function that PyTorch makes of several operators, at the last of them."""
+    found = elementwise.recognised_at(node) if _is_map(node) else None
+    if found is None or not _is_map(found[1]):
+        return None
+    kind, x = found
+    return Found(Map(name_of(node), (), kind=kind), (x,))
 
 
 def _dropout(c: Call) -> Recognised | None:
@@ -496,19 +493,6 @@ Rule = Callable[[Call], Recognised | None]
 _RULES: dict[OpOverload, Rule] = {
     _aten.batch_norm.default: _batch_norm,
     _aten.linear.default: _linear,
-    _aten.relu.default: _activation("relu"),
-    _aten.relu6.default: _activation("relu6"),
-    _aten.hardtanh.default: _hardtanh,
-    _aten.leaky_relu.default: _activation("leaky_relu", "negative_slope"),
-    _aten.elu.default: _elu,
-    _aten.hardswish.default: _activation("hardswish"),
-    _aten.hardsigmoid.default: _activation("hardsigmoid"),
-    _aten.silu.default: _activation("silu"),
-    _aten.mish.default: _activation("mish"),
-    _aten.gelu.default: _activation("gelu", "approximate"),
-    _aten.softplus.default: _activation("softplus", "beta", "threshold"),
-    _aten.sigmoid.default: _activation("sigmoid"),
-    _aten.tanh.default: _activation("tanh"),
     _aten.dropout.default: _dropout,
     _aten.feature_dropout.default: _drop,
     _aten.add.Tensor: _add(1),
