@@ -7,21 +7,21 @@ doing, and its result, or one of :data:`~gf_tvm.tuning.measuring.health.TROUBLES
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .answers import BadAnswer, content_of, greeting_of, name_and_versions, reading_of, results_of, seconds_of
 from .board_link import HELD, BoardLink, State
 from .farm_run import FarmRun
-from .health import STRIKES, BoardHealth, state_of, why_unfit
+from .health import STRIKES, BoardHealth, other_versions, state_of, why_unfit
 from .jobs import Job
 from .link import Link
 from .measuring_process import COMPARE_SECONDS, PREPARE_SECONDS
-from .messages import Operation, result_of, task_values
+from .messages import Operation, task_values
 from .process import CandidateFailed, Ended
 from .result import Result
 
@@ -57,6 +57,7 @@ class BoardSession(BoardLink):
         self.reference_due = 0
         self._run = run
         self._attempts = 0
+        self._greeted = False
         self._remaining: list[tuple[str, Path]] = []
         self._uploaded: dict[str, str] = {}
         self._prepared: tuple[str, int] | None = None
@@ -120,14 +121,16 @@ class BoardSession(BoardLink):
             self.lose("board lost", str(ended))
             return
         self.heard = time.monotonic()
-        if self.state not in (State.CONNECTING, State.UPLOADING):
-            answer = json.loads(value)
-            if "done" not in answer:
-                kind = "broken" if "broken" in answer else "board lost"
-                self._cannot_work(kind, str(answer.get("broken") or answer.get("failed")))
-                return
-            value = answer["done"]
-        self._transitions[self.state](value)
+        try:
+            if self.state not in (State.CONNECTING, State.UPLOADING):
+                kind, value = content_of(value)
+                if kind != "done":
+                    self._cannot_work("broken" if kind == "broken" else "board lost", value)
+                    return
+            # Each of these reads the whole answer before it does anything about it.
+            self._transitions[self.state](value)
+        except BadAnswer as bad:
+            self._cannot_work("bad answer", f"bad answer: {bad}")
 
     def _request_failed(self, failure: CandidateFailed) -> None:
         run = self._run
@@ -152,12 +155,20 @@ class BoardSession(BoardLink):
                 run.notes.append(f"no board with the key {run.farm.key!r} is free; still waiting")
             return
         self.address = address
-        self.call(State.GREETING, _HELLO_SECONDS, Operation.HELLO, options=asdict(run.options))
+        self._greet()
 
-    def _after_greeting(self, info: dict[str, Any]) -> None:
-        self.name = str(info["name"])
+    def _greet(self) -> None:
+        self._greeted = False
+        self.call(State.GREETING, _HELLO_SECONDS, Operation.HELLO, options=asdict(self._run.options))
+
+    def _after_greeting(self, info: Any) -> None:
+        self.name, versions = name_and_versions(info)
         self._attempts, self.reference_due, self._prepared = 0, 0, None
-        if complaint := why_unfit(info, self._run.emulated, self._run.arch):
+        complaint = other_versions(versions)
+        if not complaint:  # else the rest may be told in another way
+            complaint = why_unfit(greeting_of(info), self._run.emulated, self._run.arch)
+        self._greeted = True
+        if complaint:
             self._run.health.trouble(self.name, "refused")
             self._put_aside(math.inf, complaint)
         elif time.monotonic() < self.health.aside_until:
@@ -165,15 +176,16 @@ class BoardSession(BoardLink):
         else:
             self.state = State.FREE
 
-    def _after_preparing(self, seconds: float) -> None:
-        self._prepare_seconds = seconds
+    def _after_preparing(self, seconds: Any) -> None:
+        self._prepare_seconds = seconds_of(seconds, PREPARE_SECONDS)
         self._upload_next()
 
     def _after_uploading(self, _: None) -> None:
         self._upload_next()
 
-    def _after_resting(self, sensors: dict[str, Any]) -> None:
+    def _after_resting(self, told: Any) -> None:
         run, health = self._run, self.health
+        sensors = reading_of(told)
         if run.health.is_cool(sensors):
             health.hot_since = None
             self.state = State.FREE
@@ -187,27 +199,29 @@ class BoardSession(BoardLink):
     def _rest(self) -> None:
         self.call(State.RESTING, _REST_SECONDS + _SENSE_SECONDS, Operation.REST, seconds=_REST_SECONDS)
 
-    def _after_running(self, answer: dict[str, Any]) -> None:
-        job, self.job = self.job, None
+    def _after_running(self, told: Any) -> None:
+        job = self.job
         assert job is not None
         health = self.health
-        sensors = answer["sensors"]
+        sensors, results = results_of(told, None if job.candidate is not None or job.reference else job.files)
+        self.job = None
         if self._run.health.is_hot(sensors):
             self._cool_down(job, sensors)
             return
         health.strikes = 0
         if job.reference:
-            self._judge_speed(result_of(answer["result"]))
+            self._judge_speed(results[""])
             return
         self.reference_due -= 1
         self.state = State.FREE
         names = ("mhz", "celsius", "governor", *(("gpu_mhz", "gpu_celsius") if self._run.arch else ()))
         board = {"name": self.name, **{name: sensors.get(name) for name in names}}
+        results = {name: replace(result, board=board) for name, result in results.items()}
         if job.candidate is None:
-            self._run.jobs.compared = {name: result_of(r, board) for name, r in answer["results"].items()}
+            self._run.jobs.compared = results
             return
         health.trials += 1
-        self._run.jobs.finish(job, result_of(answer["result"], board))
+        self._run.jobs.finish(job, results[""])
 
     def _cool_down(self, job: Job, sensors: dict[str, Any]) -> None:
         """Repeat the trial, here or elsewhere, and let the board cool down."""
@@ -314,8 +328,11 @@ class BoardSession(BoardLink):
             if time.monotonic() >= health.aside_until:
                 health.strikes = 0
                 self.reference_due = 0
-                self.state = State.FREE
                 self._run.notes.append(f"{self.label} is tried again")
+                if self._greeted:
+                    self.state = State.FREE
+                else:
+                    self._greet()
         elif self.state is State.FREE and self.process is not None and self.process.connection.poll(0):
             self.lose("board lost", "its session ended")
 
@@ -339,6 +356,7 @@ class BoardSession(BoardLink):
 
     def _cannot_work(self, kind: str, reason: str) -> None:
         """The board answers, but cannot work."""
+        self.name = self.label  # its address, until it has told its name
         self._run.health.trouble(self.name, kind)
         self._give_back_job()
         self._put_aside(self._run.farm.aside_seconds, reason)

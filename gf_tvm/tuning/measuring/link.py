@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...farm.protocol import Address, TrackerConnection, show
+from .answers import MAX_ANSWER
 
 
 class Link:
@@ -52,11 +53,15 @@ class Link:
         self._session["tvm.rpc.server.upload"](name, bytearray(path.read_bytes()))
 
     def call(self, request: str) -> str:
-        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`."""
+        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`.
+
+        Returns:
+            The answer. One that is too long is cut after the first character too many, by which it is known.
+        """
         from ...farm.server import REQUEST
 
         answer = self._session[REQUEST](request)
-        return str(answer)
+        return str(answer)[: MAX_ANSWER + 1]
 
     def close(self) -> None:
         """End the session; harmless when repeated."""

@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Any
 
 from ..task import ArgumentsTask, Task, TuningError, WorkloadTask
-from .result import Result
 
 
 class Operation(Enum):
@@ -48,11 +47,6 @@ def task_of(values: Mapping[str, Any]) -> Task:
     from ...core.workload import Workload
 
     return WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
-
-
-def result_of(values: Mapping[str, Any], board: dict[str, Any] | None = None) -> Result:
-    """The result that a board has told; ``board`` says which one, and in which state it was."""
-    return Result(values["status"], tuple(values["runs"]), values["excess"], values["message"], board)
 
 
 def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, Any]:
