@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...machine.sensors import Reading
 from ..log import check_outcome
@@ -40,13 +40,26 @@ class Greeting:
     threads: int
     emulated: bool
     gpu: Mapping[str, Any] | None
+    checksums: bool
 
 
-def content_of(text: str) -> tuple[str, Any]:
+@dataclass(frozen=True)
+class Answer:
     """What an answer has to say.
 
-    Returns:
-        ("done", what was asked for, not checked yet), or ("broken" or "failed", a line of text).
+    Args:
+        kind: "done", "broken" or "failed".
+        value: if it is done, what was asked for, not checked yet; else a line of text.
+        name: of the board, if it is told beside the line.
+    """
+
+    kind: str
+    value: Any
+    name: str = ""
+
+
+def answer_of(text: str) -> Answer:
+    """Read an answer.
 
     Raises:
         BadAnswer: it is something else.
@@ -59,10 +72,11 @@ def content_of(text: str) -> tuple[str, Any]:
         raise BadAnswer(f"not JSON but {text[:40]!r}") from None
     fields = _object(answer, "the answer")
     if "done" in fields:
-        return "done", fields["done"]
+        return Answer("done", fields["done"])
     for kind in ("broken", "failed"):
         if isinstance(fields.get(kind), str):
-            return kind, " ".join(fields[kind].split())[:_LONGEST_LINE]
+            name = fields.get("name")
+            return Answer(kind, " ".join(fields[kind].split())[:_LONGEST_LINE], name if _is_name(name) else "")
     raise BadAnswer("neither 'done', 'broken' nor 'failed' in it")
 
 
@@ -70,7 +84,7 @@ def name_and_versions(value: Any) -> tuple[str, dict[str, str | None]]:
     """A board's name and the versions of its packages, from its greeting. Raises BadAnswer."""
     fields = _object(value, "the greeting")
     name = fields.get("name")
-    if not (isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()):
+    if not _is_name(name):
         raise BadAnswer(f"name must be text of 1 to {_LONGEST_NAME} printable characters")
     versions = _object(fields.get("versions"), "versions")
     if not all(version is None or isinstance(version, str) for version in versions.values()):
@@ -92,7 +106,8 @@ def greeting_of(value: Any) -> Greeting:
         _object(gpu, "gpu")
         if not all(isinstance(gpu.get(field), str) for field in ("name", "arch")):
             raise BadAnswer("name and arch of the GPU must be text")
-    return Greeting(name, **numbers, emulated=value["emulated"], gpu=gpu)
+    checksums = value.get("checksums") == "sha256"
+    return Greeting(name, **numbers, emulated=value["emulated"], gpu=gpu, checksums=checksums)
 
 
 def seconds_of(value: Any, most: float) -> float:
@@ -154,6 +169,10 @@ def _result_of(value: Any) -> Result:
     if len(message) > _LONGEST_MESSAGE:
         raise BadAnswer(f"message must have at most {_LONGEST_MESSAGE} characters")
     return Result(status, tuple(map(float, runs)), fields.get("excess"), message)
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable()
 
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:

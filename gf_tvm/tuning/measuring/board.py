@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .answers import BadAnswer, content_of, greeting_of, name_and_versions, reading_of, results_of, seconds_of
+from .answers import BadAnswer, answer_of, greeting_of, name_and_versions, reading_of, results_of, seconds_of
 from .board_link import HELD, BoardLink, State
 from .farm_run import FarmRun
 from .health import STRIKES, BoardHealth, other_versions, state_of, why_unfit
@@ -60,9 +60,13 @@ class BoardSession(BoardLink):
         self._greeted = False
         self._remaining: list[tuple[str, Path]] = []
         self._uploaded: dict[str, str] = {}
+        # Of uploaded files, by their names there; not sent to servers of before they were known.
+        self._checksums: dict[str, str] = {}
+        self._sends_checksums = False
         self._prepared: tuple[str, int] | None = None
         self._prepare_seconds = 0.0
         self._sent = 0
+        self._sending = ""
         # Where an answer leads, by the state in which it is waited for. Connecting and uploading are the link's own
         # doing, all else the board's; starting has no answer.
         self._transitions: dict[State, Callable[[Any], None]] = {
@@ -123,10 +127,12 @@ class BoardSession(BoardLink):
         self.heard = time.monotonic()
         try:
             if self.state not in (State.CONNECTING, State.UPLOADING):
-                kind, value = content_of(value)
-                if kind != "done":
-                    self._cannot_work("broken" if kind == "broken" else "board lost", value)
+                answer = answer_of(value)
+                if answer.kind != "done":
+                    self.name = self.name or answer.name
+                    self._cannot_work("broken" if answer.kind == "broken" else "board lost", answer.value)
                     return
+                value = answer.value
             # Each of these reads the whole answer before it does anything about it.
             self._transitions[self.state](value)
         except BadAnswer as bad:
@@ -154,19 +160,17 @@ class BoardSession(BoardLink):
                 run.health.trouble("", "no board")
                 run.notes.append(f"no board with the key {run.farm.key!r} is free; still waiting")
             return
-        self.address = address
-        self._greet()
-
-    def _greet(self) -> None:
-        self._greeted = False
-        self.call(State.GREETING, _HELLO_SECONDS, Operation.HELLO, options=asdict(self._run.options))
+        self.address, self._greeted = address, False
+        self.call(State.GREETING, _HELLO_SECONDS, Operation.HELLO, options=asdict(run.options))
 
     def _after_greeting(self, info: Any) -> None:
         self.name, versions = name_and_versions(info)
         self._attempts, self.reference_due, self._prepared = 0, 0, None
         complaint = other_versions(versions)
         if not complaint:  # else the rest may be told in another way
-            complaint = why_unfit(greeting_of(info), self._run.emulated, self._run.arch)
+            greeting = greeting_of(info)
+            complaint = why_unfit(greeting, self._run.emulated, self._run.arch)
+            self._sends_checksums = greeting.checksums
         self._greeted = True
         if complaint:
             self._run.health.trouble(self.name, "refused")
@@ -180,7 +184,8 @@ class BoardSession(BoardLink):
         self._prepare_seconds = seconds_of(seconds, PREPARE_SECONDS)
         self._upload_next()
 
-    def _after_uploading(self, _: None) -> None:
+    def _after_uploading(self, checksum: str) -> None:
+        self._checksums[self._sending] = checksum
         self._upload_next()
 
     def _after_resting(self, told: Any) -> None:
@@ -274,7 +279,7 @@ class BoardSession(BoardLink):
     def _begin(self, job: Job) -> None:
         self.job = job
         self._remaining = list(job.files.items())
-        self._uploaded = {}
+        self._uploaded, self._checksums = {}, {}
         wanted = (job.task.identity.key, job.seed)
         # The reference kernel's small inputs are made when it runs, in a process of its own.
         if self._prepared == wanted or job.reference:
@@ -292,17 +297,21 @@ class BoardSession(BoardLink):
             return
         name, path = self._remaining.pop(0)
         self._sent += 1
-        self._uploaded[name] = f"{self._sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
-        self.ask(State.UPLOADING, _UPLOAD_SECONDS, Link.upload, path=path, name=self._uploaded[name])
+        self._sending = f"{self._sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
+        self._uploaded[name] = self._sending
+        self.ask(State.UPLOADING, _UPLOAD_SECONDS, Link.upload, path=path, name=self._sending)
 
     def _run_job(self, job: Job) -> None:
         options, task = self._run.options, task_values(job.task)
         # The board itself ends a candidate that takes too long and says so; this is for a board that does not.
+        checked = {"checksums": self._checksums} if self._sends_checksums else {}
         once = 2 * self._prepare_seconds + 4 * options.run_timeout + 4 * options.max_seconds + COMPARE_SECONDS
         if job.candidate is None and not job.reference:
             rounds = options.rounds * len(job.files) * (options.run_timeout + 2 * options.max_seconds)
             timeout = len(job.files) * once + rounds
-            self.call(State.RUNNING, timeout, Operation.COMPARE, task=task, files=self._uploaded, seed=job.seed)
+            self.call(
+                State.RUNNING, timeout, Operation.COMPARE, task=task, files=self._uploaded, seed=job.seed, **checked
+            )
         else:
             self.call(
                 *(State.RUNNING, once, Operation.RUN),
@@ -310,6 +319,7 @@ class BoardSession(BoardLink):
                 file=self._uploaded["candidate"],
                 best=None if job.candidate is None else self._run.best(),
                 reference=job.reference,
+                **checked,
             )
 
     # -------------------------------------------------------------------------------------------------------- troubles
@@ -331,8 +341,9 @@ class BoardSession(BoardLink):
                 self._run.notes.append(f"{self.label} is tried again")
                 if self._greeted:
                     self.state = State.FREE
-                else:
-                    self._greet()
+                else:  # a new session, if it is the session that could not answer
+                    self.hang_up()
+                    self.retry_at = time.monotonic()
         elif self.state is State.FREE and self.process is not None and self.process.connection.poll(0):
             self.lose("board lost", "its session ended")
 

@@ -7,6 +7,7 @@ be of different versions, so names stay as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
@@ -29,6 +30,11 @@ class Operation(Enum):
 def request_text(operation: Operation, /, **arguments: Any) -> str:
     """A request as it is sent."""
     return json.dumps({"op": operation.value, **arguments})
+
+
+def checksum(data: bytes) -> str:
+    """By which a board finds out whether a file has arrived as it was sent: its bytes and their SHA-256."""
+    return f"{len(data)} {hashlib.sha256(data).hexdigest()}"
 
 
 def task_values(task: Task) -> dict[str, Any]:

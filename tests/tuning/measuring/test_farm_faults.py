@@ -212,13 +212,22 @@ def test_a_killed_tuner_is_resumed(farm: Farm, tmp_path: Path) -> None:
     assert summary.tasks[0].measured == 20 - len(before)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of a few kilobytes."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("a small disk to fill needs the right to mount one")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Path) -> None:
     tracker, _ = farm
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("a small disk to fill needs the right to mount one")
     path = log_path(disk, HOST, small_workload().key)
 
     def fill() -> None:
@@ -226,7 +235,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Pat
             while True:
                 filler.write(b"x" * 256)
 
-    try:
+    with small_disk(disk, "48k"):
         with pytest.raises(LogError, match=r"No space left on device; its \d+ earlier records are kept") as failure:
             tune_here(measurer_of(tracker), disk, 20, at_trial(3, fill))
         kept = len(read_log(path).records)
@@ -234,8 +243,34 @@ def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Pat
         assert f" {kept} earlier" in str(failure.value)
         (disk / "filler").unlink()
         tune_here(measurer_of(tracker), disk, 20)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_of_a_board_is_no_fault_of_the_candidates(farm: Farm, tmp_path: Path) -> None:
+    """What was cut off in uploading would crash when it is loaded, and be logged as rejected for ever."""
+    tracker, _ = farm
+    with (
+        small_disk(tmp_path / "disk", "8k") as disk,  # less than any library
+        NativeBoard("full", tracker.address, "here", tmp_path / "boards", TMPDIR=str(disk)),
+    ):
+        tracker.wait_for(4)
+        summary, _, events = tune_here(measurer_of(tracker), tmp_path / "logs", 24)
+        assert "full is put aside for 300 s: of an uploaded library there are " in notes(events)
+        assert "its disk may be full" in notes(events)
+        assert summary.farm is not None
+        assert summary.farm["boards"]["full"] == {"trials": 0, "troubles": {"broken": 1}}
+
+
+def test_a_board_without_a_temporary_folder_says_so_by_name(farm: Farm, tmp_path: Path) -> None:
+    tracker, _ = farm
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    with NativeBoard("bare", tracker.address, "here", tmp_path / "boards", TMPDIR=str(folder)):
+        tracker.wait_for(4)
+        folder.rmdir()
+        summary, _, events = tune_here(measurer_of(tracker), tmp_path / "logs", 12)
+        assert f"bare is put aside for 300 s: no files can be kept in {folder}: No such file" in notes(events)
+        assert summary.farm is not None
+        assert summary.farm["boards"]["bare"]["troubles"] == {"broken": 1}
 
 
 def test_a_wrong_key_fails_at_once_and_lists_the_known_ones(farm: Farm, tmp_path: Path) -> None:
