@@ -48,6 +48,7 @@ class BoardSession(BoardLink):
         job: what it works on.
         retry_at: when to ask the tracker (again), on the monotonic clock, while it is closed.
         reference_due: trials until the reference kernel is due.
+        refused: why this run cannot use the board at all; empty if it can.
     """
 
     def __init__(self, number: int, run: FarmRun) -> None:
@@ -55,6 +56,8 @@ class BoardSession(BoardLink):
         self.job: Job | None = None
         self.retry_at = 0.0
         self.reference_due = 0
+        self.refused = ""
+        self._reason = ""  # why it was put aside
         self._run = run
         self._attempts = 0
         self._greeted = False
@@ -83,6 +86,15 @@ class BoardSession(BoardLink):
         """What this run knows of the board."""
         return self._run.health.of(self.name)
 
+    @property
+    def status(self) -> str:
+        """What it does or waits for, for people."""
+        if self.state is State.CLOSED:
+            return "a board that was lost" if self._attempts else "a board"
+        if self.state is State.ASIDE:
+            return f"{self.label} (put aside: {self._reason})" if self._reason else f"{self.label} (put aside)"
+        return f"{self.label} ({self.state.value})"
+
     # --------------------------------------------------------------------------------------------- opening and closing
 
     def open(self, folder: Path) -> None:
@@ -98,6 +110,7 @@ class BoardSession(BoardLink):
             self.hang_up()
 
     def _connect(self) -> None:
+        self.refused, self._reason = "", ""
         farm = self._run.farm
         self.ask(
             *(State.CONNECTING, _REQUEST_SECONDS + _CONNECT_SECONDS, Link.connect),
@@ -139,12 +152,9 @@ class BoardSession(BoardLink):
             self._cannot_work("bad answer", f"bad answer: {bad}")
 
     def _request_failed(self, failure: CandidateFailed) -> None:
-        run = self._run
         if self.state is State.GREETING and "no function" in str(failure):
-            run.health.trouble("", "refused")
-            run.notes.append(f"{self.label} runs another server than gf-tvm farm serve and cannot be used")
-            self.hang_up()
-            self.retry_at = time.monotonic() + run.farm.aside_seconds
+            # Held like others that are refused: the tracker would only give it again.
+            self._refuse("it runs another server than gf-tvm farm serve")
         elif failure.status == "timeout":
             self.lose("timeout", f"{self.state.value} took too long")
         else:
@@ -173,8 +183,7 @@ class BoardSession(BoardLink):
             self._sends_checksums = greeting.checksums
         self._greeted = True
         if complaint:
-            self._run.health.trouble(self.name, "refused")
-            self._put_aside(math.inf, complaint)
+            self._refuse(complaint)
         elif time.monotonic() < self.health.aside_until:
             self.state = State.ASIDE
         else:
@@ -378,10 +387,17 @@ class BoardSession(BoardLink):
         if job is not None and (given_up := self._run.jobs.lost(job, self.label)):
             self._run.notes.append(given_up)
 
+    def _refuse(self, reason: str) -> None:
+        """This run cannot use the board."""
+        self.name = self.label
+        self._run.health.trouble(self.name, "refused")
+        self.refused = reason
+        self._put_aside(math.inf, reason)
+
     def _put_aside(self, seconds: float, reason: str) -> None:
         """Hold the board without work: the tracker would only give it again."""
         self.health.aside_until = time.monotonic() + seconds
         self.state = State.ASIDE
-        self._prepared = None
+        self._prepared, self._reason = None, reason
         length = f"for {seconds:.0f} s" if math.isfinite(seconds) else "for this run"
         self._run.notes.append(f"{self.label} is put aside {length}: {reason}")

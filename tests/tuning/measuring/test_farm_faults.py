@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,11 @@ def measurer_of(tracker: TrackerProcess, **options: object) -> FarmMeasurer:
 
 
 def tune_here(
-    measurer: FarmMeasurer, logs: Path, trials: int, on_event: Callable[[Event], object] = lambda event: None
+    measurer: FarmMeasurer,
+    logs: Path,
+    trials: int,
+    on_event: Callable[[Event], object] = lambda event: None,
+    minutes: float | None = None,
 ) -> tuple[Summary, list[Record], list[Event]]:
     """Tune the treacherous task and check the log: every trial once, and each with the status that it deserves."""
     task = TreacherousTask(small_workload(), HOST)
@@ -89,7 +94,12 @@ def tune_here(
         on_event(event)
 
     summary = tune_tasks(
-        [task], SearchOptions(trials=trials), logs=logs, options=QUICK, measurer=measurer, progress=progress
+        [task],
+        SearchOptions(trials=trials, minutes=minutes),
+        logs=logs,
+        options=QUICK,
+        measurer=measurer,
+        progress=progress,
     )
     records = read_log(log_path(logs, HOST, task.identity.key), task.identity).records
     check_trials(task, records, trials)
@@ -295,6 +305,55 @@ def test_a_board_that_is_not_like_the_host_is_refused(farm: Farm, tmp_path: Path
     assert "old is put aside for this run: it has gf-tvm 0.0.9, this machine has" in notes(events)
     assert summary.farm is not None
     assert summary.farm["boards"]["old"]["troubles"] == {"refused": 1}
+
+
+def test_boards_of_which_all_are_refused_end_the_run_at_once(farm: Farm, tmp_path: Path) -> None:
+    stale = tmp_path / "stale"
+    stale.mkdir()
+    (stale / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nreal = m.version\n"
+        "m.version = lambda name: '0.0.9' if name == 'gf-tvm' else real(name)\n"
+    )
+    tracker, _ = farm
+    with contextlib.ExitStack() as stack:
+        for name in ("old-1", "old-2"):
+            path = {"PYTHONPATH": str(stale)}
+            stack.enter_context(NativeBoard(name, tracker.address, "old", tmp_path / "boards", **path))
+        tracker.wait_for(5)
+        begun = time.monotonic()
+        with pytest.raises(TuningError, match=r"no board with the key 'old' can be used: old-\d: it has gf-tvm 0.0.9"):
+            tune_here(measurer_of(tracker, key="old", boards=1), tmp_path / "logs", 4)
+        assert time.monotonic() - begun < 60
+
+
+def test_boards_that_stop_in_the_final_comparison_do_not_outlast_the_minutes(
+    farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_LEAST_COMPARE", 3.0)
+    tracker, members = farm
+    stopped: list[float] = []
+
+    def stop() -> None:
+        for member in members:
+            member.signal(STOP)
+        stopped.append(time.monotonic())
+
+    halt = once(lambda event: event.kind == "compare", stop)
+    begun = time.monotonic()
+    try:
+        summary, _, events = tune_here(measurer_of(tracker), tmp_path, 6, halt, minutes=0.75)
+        ended = time.monotonic()
+    finally:
+        for member in members:
+            member.signal(CONT)
+    assert not summary.tasks[0].confirmed
+    assert ended - max(begun + 45, stopped[0]) < 15
+    assert "no time is left for the final comparison; it waits for " in notes(events)
+    waits = [event.message for event in events if event.kind == "compare"]
+    assert any(message.startswith("comparing, waits for board-") and "running" in message for message in waits)
+    # The same command makes up for it.
+    assert wait_until(lambda: all_free(tracker, 3))
+    assert tune_here(measurer_of(tracker), tmp_path, 6)[0].tasks[0].confirmed
 
 
 def test_a_hot_board_cools_down_and_its_trial_is_repeated(

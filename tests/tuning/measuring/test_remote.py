@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 from fake_farm import COOL, HOT, REFERENCE, TASK, FakeFarm, FakeProcess
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_task import ToyTask
 
 from gf_tvm.errors import FarmError
@@ -26,7 +29,7 @@ from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
 from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.options import SearchOptions
-from gf_tvm.tuning.task import Candidate
+from gf_tvm.tuning.task import Candidate, TuningError
 
 
 @pytest.fixture
@@ -291,6 +294,64 @@ def test_options_of_a_farm(name: str, value: float) -> None:
         FarmOptions(("127.0.0.1", 9), "rpi4", **{name: value})  # type: ignore[arg-type]
 
 
+# --------------------------------------------------------------------------------------------------------------- waits
+
+
+@given(
+    refused=st.lists(st.booleans(), min_size=1, max_size=4),
+    listed=st.integers(0, 5),
+    asking=st.booleans(),
+    limit=st.none() | st.integers(1, 4),
+)
+def test_a_run_ends_when_it_can_use_no_board_at_all_and_not_before(
+    refused: list[bool], listed: int, asking: bool, limit: int | None
+) -> None:
+    farm = FakeFarm([0.0], boards=limit)
+    for number, old in enumerate(refused):
+        found = {**versions(), "gf-tvm": "0.0.1"} if old else versions()
+        farm.board(f"b{number}", versions=found)
+    if asking:
+        farm.measurer._sessions.append(BoardSession(9, farm.run))
+        farm.measurer._sessions[-1].state = State.CONNECTING
+    farm.measurer._tracker.listed = [Board("rpi4", f"b{i}:9000", {}) for i in range(listed)]
+    farm.measurer._last_work = time.monotonic()
+    if all(refused) and not asking and listed <= len(refused):
+        with pytest.raises(TuningError, match=r"^no board with the key 'rpi4' can be used: b0: it has gf-tvm 0.0.1, "):
+            farm.measurer._check_patience()
+    else:
+        farm.measurer._check_patience()
+
+
+def test_what_happens_in_a_comparison_is_told_when_it_happens_and_the_comparison_ends_in_time(
+    farm: FakeFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = farm.board("a")
+    slot.reference_due = 9
+    told: list[tuple[float, str, str]] = []
+
+    def step() -> None:
+        farm.clock[0] += 1.0
+        if slot.state is State.FREE:
+            farm.start(slot)
+        if farm.clock[0] == 1005.0:
+            farm.run.notes.append("something happened")
+
+    monkeypatch.setattr(farm.measurer, "_step", step)
+    farm.measurer._builders = SimpleNamespace(drop=lambda: None)  # type: ignore[assignment]
+    compared = farm.measurer.compare(
+        *(TASK, {"ours": Path("/nonexistent/1.so")}, 7),
+        over=lambda: farm.clock[0] > 1060,
+        say=lambda kind, line: told.append((farm.clock[0], kind, line)),
+    )
+    assert compared is None
+    assert farm.clock[0] == 1061.0
+    assert told == [
+        (1001.0, "compare", "comparing, waits for a (running)"),
+        (1005.0, "note", "something happened"),
+        (1061.0, "note", "no time is left for the final comparison; it waits for a (running)"),
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------- heat
 
 
@@ -388,7 +449,7 @@ class FakeMeasurer(Measurer):
     def build(self, task: Any, candidates: Sequence[Candidate]) -> Iterator[Any]:
         return ((candidate, Path(candidate.id), None) for candidate in candidates)
 
-    def compare(self, task: Any, libraries: dict[str, Path], seed: int, progress: Any) -> dict[str, Result]:  # type: ignore[override]
+    def compare(self, task: Any, libraries: dict[str, Path], seed: int, over: Any, say: Any) -> dict[str, Result]:  # type: ignore[override]
         return {name: Result("ok", (1e-3,), 0.0) for name in libraries}
 
     @staticmethod
