@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from unicodedata import category
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -20,14 +21,53 @@ from ..errors import GfTvmError
 LINE_INTERVAL = 10.0
 
 
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with control characters as escapes: names and messages come from boards and files of strangers.
+
+    Args:
+        text: any.
+        keep: control characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() or category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class Escaping:
+    """A text stream that writes all control characters but the ends of lines as escapes; else it is ``stream``.
+
+    Attributes:
+        unescaped: the stream behind, for what moves the cursor itself.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        self.unescaped.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
 class OutputError(GfTvmError):
     """A file that cannot be written."""
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], floats: str = ".4g") -> str:
     """Return a plain text table. ``floats`` is the format of floating point cells; None is shown as a dash."""
+    cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     # Without rows tabulate takes the headers for data.
-    return tabulate(list(rows), headers=headers, tablefmt="simple", floatfmt=floats, missingval="-")
+    return tabulate(cells, headers=headers, tablefmt="simple", floatfmt=floats, missingval="-")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -139,7 +179,7 @@ class ProgressBar:
     def __init__(
         self, total: int | None, label: str, unit: str = "step", initial: int = 0, stream: TextIO | None = None
     ) -> None:
-        self.total, self.label, self.unit, self.initial = total, label, unit, initial
+        self.total, self.label, self.unit, self.initial = total, printable(label), unit, initial
         self.done = initial
         self.note = ""
         self._stream = sys.stderr if stream is None else stream
@@ -149,7 +189,12 @@ class ProgressBar:
         self._bar: tqdm[Any] | None = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=total, desc=label, unit=f" {unit}", initial=initial, file=self._stream, dynamic_ncols=True
+                total=total,
+                desc=self.label,
+                unit=f" {unit}",
+                initial=initial,
+                file=getattr(self._stream, "unescaped", self._stream),
+                dynamic_ncols=True,
             )
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -159,7 +204,7 @@ class ProgressBar:
     def update(self, done: float, note: str = "") -> None:
         """Say that ``done`` steps are done in all; shown as a whole number."""
         steps = round(done) - self.done
-        self.done, self.note, self._news = self.done + steps, note or self.note, True
+        self.done, self.note, self._news = self.done + steps, printable(note) or self.note, True
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(steps)
@@ -168,8 +213,9 @@ class ProgressBar:
 
     def write(self, message: str) -> None:
         """Print a line of its own."""
+        message = printable(message, keep="\n")
         if self._bar is not None:
-            self._bar.write(message, file=self._stream)
+            self._bar.write(message, file=getattr(self._stream, "unescaped", self._stream))
         else:
             print(message, file=self._stream, flush=True)
 

@@ -36,6 +36,8 @@ from .worker import Worker
 
 # Between two lines about how far it is.
 _TELL_SECONDS = 0.5
+# Sessions that ask the tracker for a board at the same time.
+_MOST_ASKING = 4
 # Boards whose names such a line has.
 _MOST_NAMED = 3
 
@@ -262,14 +264,15 @@ class FarmMeasurer(Measurer):
     def _tell_progress(self, say: Notify, kind: str, line: str) -> None:
         """Tell how far it is, unless that is known or was told just now: whoever listens may write all of it down."""
         now = time.monotonic()
-        if (kind, line) != self._told and now >= self._tell_at:
+        if kind != self._told[0] or (line != self._told[1] and now >= self._tell_at):
             self._told, self._tell_at = (kind, line), now + _TELL_SECONDS
             say(kind, line)
 
     @property
     def _waits(self) -> str:
         """For whom the run waits, for people."""
-        waited = [session.status for session in self._sessions if session.state is not State.FREE]
+        at_work = [session for session in self._sessions if session.job is not None]
+        waited = [session.status for session in at_work or self._sessions if session.state is not State.FREE]
         more = f" and {len(waited) - _MOST_NAMED} more" if len(waited) > _MOST_NAMED else ""
         return ", ".join(waited[:_MOST_NAMED]) + more if waited else "a board"
 
@@ -350,7 +353,9 @@ class FarmMeasurer(Measurer):
         if not any(session.state is State.FREE and session.has_work for session in self._sessions):
             connections = [process.connection for _, process in waited]
             left = [process.seconds_left for _, process in waited]
-            retries = [session.retry_at - now for session in self._sessions if session.state is State.CLOSED]
+            # One whose time has come and which is not open waits for something else.
+            times = [session.retry_at for session in self._sessions if session.state is State.CLOSED]
+            retries = [at - now for at in times if at > now]
             wait(
                 [*connections, *self._builders.connections(), *self._wakes],
                 max(0.0, min(TICK, self._builders.seconds_left, *left, *retries)),
@@ -371,12 +376,14 @@ class FarmMeasurer(Measurer):
         wanted = max(1, len(self._tracker.listed))
         if self._farm.boards is not None:  # which those that are refused do not fill
             wanted = min(wanted, self._farm.boards + sum(bool(session.refused) for session in self._sessions))
-        while len(self._sessions) < wanted:
-            self._sessions.append(BoardSession(len(self._sessions), self._run))
         idle = sum(session.state in (State.STARTING, State.CONNECTING) for session in self._sessions)
         held = sum(session.state in HELD for session in self._sessions)
+        # Few ask at a time: the list may name boards that nobody ever gets, and each process takes memory.
+        most = min(wanted, held + _MOST_ASKING)
+        while len(self._sessions) < most:
+            self._sessions.append(BoardSession(len(self._sessions), self._run))
         for session in self._sessions:
-            if session.state is State.CLOSED and now >= session.retry_at and idle + held < wanted:
+            if session.state is State.CLOSED and now >= session.retry_at and idle + held < most:
                 idle += 1
                 session.open(self._scratch.folder)
 

@@ -272,7 +272,7 @@ def test_real_boards_are_refused_among_emulated_ones(farm: FakeFarm) -> None:
     assert farm.measurer.made["emulated"] is True
 
 
-@pytest.mark.parametrize(("limit", "slots"), [(None, 5), (2, 2), (9, 5)])
+@pytest.mark.parametrize(("limit", "slots"), [(None, 4), (2, 2), (9, 4)])
 def test_no_more_boards_than_asked_for(
     make: Callable[..., FakeFarm], monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
 ) -> None:
