@@ -69,7 +69,8 @@ def _info_of(info: dict[str, Any]) -> dict[str, Any]:
     """Those fields of a server's info that are what they should be."""
     found = {name: info[name] for name, check in _FIELDS.items() if name in info and check(info[name])}
     with contextlib.suppress(ValueError):
-        found["sensors"] = Reading.from_dict(info.get("sensors")).to_dict()
+        sensors = Reading.from_dict(info.get("sensors")).to_dict()
+        found["sensors"] = {name: value for name, value in sensors.items() if name in info["sensors"]}
     return found
 
 
@@ -129,21 +130,24 @@ def check_key(address: Address, key: str) -> list[Board]:
     raise FarmError(f"the tracker at {show(address)} knows no board with the key {key!r}; known keys: {keys}")
 
 
-def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
-    """Run TVM's tracker in this process until it is interrupted.
+def run_tracker(
+    address: Address, ready: Callable[[Address], None], say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Run TVM's tracker, with bounds, in this process until it is interrupted.
 
     Unlike ``tvm.exec.rpc_tracker`` it takes the port that it was told to take, or none.
 
     Args:
         address: to bind.
         ready: called with the bound address when it listens.
+        say: called with a line of text about clients that are refused.
 
     Raises:
         FarmError: the address cannot be bound, or TVM or tornado is not installed.
     """
     try:
         with without_torch():
-            from tvm.rpc import tracker
+            from .tracker_server import BoundedTracker
     except ImportError as error:
         raise FarmError(f"the tracker needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
@@ -158,7 +162,7 @@ def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
     for name in ("tornado", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     asyncio.set_event_loop(asyncio.new_event_loop())
-    handler = tracker.TrackerServerHandler(listener, tracker.base.random_key("tracker"))
+    handler = BoundedTracker(listener, say)
     ready(listener.getsockname()[:2])
     try:
         handler.run()

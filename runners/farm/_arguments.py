@@ -1,10 +1,12 @@
-"""What the farm's commands share: where the tracker is, and who may bind to an open address."""
+"""What the farm's commands share: where the tracker is, who may bind to an open address, lines about what happens."""
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
 import os
+import sys
+import time
 
 from ...errors import FarmError
 
@@ -80,6 +82,11 @@ def check_bind(args: argparse.Namespace) -> None:
             f"--host {args.host} is open to other machines, and whoever reaches it runs code there without a password; "
             f"use 127.0.0.1 with a tunnel (gf-tvm farm deploy makes one), or accept that with {RISK_FLAG}"
         )
+
+
+def say_line(line: str) -> None:
+    """Print what happens, with the time, for commands that run for days."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:

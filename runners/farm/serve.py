@@ -6,11 +6,9 @@ import argparse
 import os
 import signal
 import socket
-import sys
-import time
 from typing import Any
 
-from ._arguments import add_bind_arguments, add_tracker_arguments, check_bind, parse_address, tracker_address
+from ._arguments import add_bind_arguments, add_tracker_arguments, check_bind, parse_address, say_line, tracker_address
 
 
 def add_parser(subparsers: Any) -> None:
@@ -80,16 +78,12 @@ def run(args: argparse.Namespace) -> int:
         preload=preload,
         until_stdin_closes=args.until_stdin_closes,
     )
-    server = Server(options, _say)
+    server = Server(options, say_line)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.stop)
     server.load()
     if gpu is not None:
-        _say(f"measures with {describe(gpu)}")
+        say_line(f"measures with {describe(gpu)}")
     print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
     server.run()
     return 0
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import contextlib
 import signal
 from typing import Any
 
-from ._arguments import TRACKER_PORT, add_bind_arguments, check_bind
+from ._arguments import TRACKER_PORT, add_bind_arguments, check_bind, say_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _end)
     with contextlib.suppress(KeyboardInterrupt):
-        run_tracker((args.host, args.port), ready)
+        run_tracker((args.host, args.port), ready, say_line)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
     return 0
 

@@ -205,7 +205,8 @@ def test_a_request_that_is_not_granted() -> None:
     with peer(sends(HELLO)) as address, TrackerConnection(address, LONG) as tracker:
         assert tracker.request("rpi4", 0.2) is None
         assert tracker.fileno() == -1  # so that the tracker forgets it
-    for answer in (b"[1, null]", b"[0, null]", b"17"):
+    nonsense = (b"[0, [0, 1e999, 0]]", b'[0, ["h", 70000, "k"]]', b"[0, [null, NaN, 1]]")
+    for answer in (b"[1, null]", b"[0, null]", b"17", *nonsense):
         with (
             peer(sends(HELLO, message(answer))) as address,
             TrackerConnection(address, LONG) as tracker,
