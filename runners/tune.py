@@ -75,7 +75,11 @@ def add_parser(subparsers: Any) -> None:
         "--hot", type=float, default=80.0, metavar="C", help="let boards cool down from C degrees on (default: 80)"
     )
     farm.add_argument(
-        "--patience", type=float, default=30.0, metavar="M", help="end after M minutes without any board (default: 30)"
+        "--patience",
+        type=float,
+        default=30.0,
+        metavar="M",
+        help="end after M minutes in which no board measured anything (default: 30)",
     )
     parser.add_argument(
         "--logs",

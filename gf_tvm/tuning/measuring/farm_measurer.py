@@ -36,6 +36,9 @@ from .worker import Worker
 
 # Between two lines about how far it is.
 _TELL_SECONDS = 0.5
+_AT_WORK = frozenset({State.PREPARING, State.UPLOADING, State.RUNNING})
+# Seconds that a comparison of large kernels may take on a slow board.
+_LONGEST_JOB = 7200.0
 # Sessions that ask the tracker for a board at the same time.
 _MOST_ASKING = 4
 # Boards whose names such a line has.
@@ -83,6 +86,7 @@ class FarmMeasurer(Measurer):
         self._last_work = 0.0
         self._wakes: list[Connection] = []
         self._told = ("", "")
+        self._results: tuple[int, bool] = (0, False)
         self._tell_at = 0.0
 
     # --------------------------------------------------------------------------------------------------- the outer face
@@ -394,9 +398,14 @@ class FarmMeasurer(Measurer):
         if held and not asking and len(held) >= len(self._tracker.listed) and all(one.refused for one in held):
             reasons = "; ".join(f"{session.label}: {session.refused}" for session in held[:_MOST_NAMED])
             raise TuningError(f"no board with the key {self._farm.key!r} can be used: {reasons}")
-        if self._run.connected:
-            self._last_work = time.monotonic()
-        elif time.monotonic() - self._last_work > 60 * self._farm.patience_minutes:
+        # Only results count: a board that is put aside, comes back and fails again is of no more use than none.
+        results = sum(health.trials for health in self._run.health.boards.values()), self._jobs.compared is not None
+        if results != self._results or not (self._jobs.waiting or self._working):
+            self._results, self._last_work = results, time.monotonic()
+            return
+        passed = time.monotonic() - self._last_work
+        limit = 60 * self._farm.patience_minutes
+        if passed > limit + (_LONGEST_JOB if any(session.state in _AT_WORK for session in self._sessions) else 0):
             raise TuningError(
                 f"no board with the key {self._farm.key!r} was at work for {self._farm.patience_minutes:g} minutes"
                 + (f": {self._tracker.gone}" if self._tracker.gone else f"; it waited for {self._waits}")

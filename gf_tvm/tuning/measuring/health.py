@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import Counter
@@ -112,10 +113,15 @@ class FarmHealth:
         return seconds / usual - 1 if limit is not None and seconds > (1 + limit) * usual else None
 
 
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)  # which reads a file each time
+
+
 def other_versions(versions: Mapping[str, str | None]) -> str:
     """Why a board with these packages cannot be used; empty if it can."""
     for package in ("gf-tvm", "apache-tvm"):
-        here, there = metadata.version(package), versions.get(package)
+        here, there = _version(package), versions.get(package)
         if here != there:
             return f"it has {package} {there}, this machine has {here}; run gf-tvm farm deploy again"
     return ""
