@@ -528,7 +528,7 @@ def run_session(connection: socket.socket, context: SessionContext, make_service
         if os.getppid() != parent:
             return
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         die_at_once()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import sys
@@ -86,7 +87,8 @@ def check_bind(args: argparse.Namespace) -> None:
 
 def say_line(line: str) -> None:
     """Print what happens, with the time, for commands that run for days."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # of a terminal that was closed; cleaning up goes on
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 from typing import Any
 
+from .._signals import handled
 from ._arguments import add_bind_arguments, add_tracker_arguments, check_bind, parse_address, say_line, tracker_address
 
 
@@ -79,11 +80,10 @@ def run(args: argparse.Namespace) -> int:
         until_stdin_closes=args.until_stdin_closes,
     )
     server = Server(options, say_line)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.stop)
-    server.load()
-    if gpu is not None:
-        say_line(f"measures with {describe(gpu)}")
-    print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
-    server.run()
+    with handled(server.stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        server.load()
+        if gpu is not None:
+            say_line(f"measures with {describe(gpu)}")
+        print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
+        server.run()
     return 0

@@ -558,7 +558,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "stdin"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP", "stdin"])
 def test_the_end(tracker: TrackerProcess, tmp_path: Path, how: str) -> None:
     """It ends with its session, and leaves no folder; the tracker forgets it."""
     with QuickBoard("end", tracker.address, "end", tmp_path) as board:
@@ -567,7 +567,7 @@ def test_the_end(tracker: TrackerProcess, tmp_path: Path, how: str) -> None:
             assert wait_until(lambda: children(board.pid))
             (session,) = children(board.pid)
             assert len(board.left()) == 1
-            board.stop() if how == "SIGTERM" else board.unplug()
+            board.unplug() if how == "stdin" else os.kill(board.pid, signal.Signals[how])
             assert wait_until(lambda: not board.alive)
             assert board.exit_code == 0
             assert closed(connection)
