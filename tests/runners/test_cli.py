@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from unicodedata import category
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gf_tvm
@@ -392,6 +393,28 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[0] == "tune: 11/60 trials, 00:10 passed, 00:48 left, best 90 ms"
     assert lines[-1] == "tune: 60/60 trials, 00:59 passed, 00:00 left, best 41 ms"
     assert len(lines) == 6
+
+
+@given(pauses=st.lists(st.integers(0, 12), max_size=4), total=st.none() | st.just(4))
+@settings(max_examples=10, deadline=None)
+def test_a_log_file_hears_of_a_job_however_long_its_steps_take(pauses: list[int], total: int | None) -> None:
+    """Intervals of 50 ms stand for those of ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_output, "LINE_INTERVAL", 0.05)
+        stream, begun = io.StringIO(), time.monotonic()
+        with ProgressBar(total, "build", stream=stream) as progress:
+            for pause in pauses:
+                time.sleep(0.02 * pause)
+                progress.advance()
+            shown = len(stream.getvalue().splitlines())
+            passed = time.monotonic() - begun
+        assert shown <= passed / 0.05
+        if passed > 0.15:
+            assert shown >= 1  # a busy machine may be late, but not silent
+        text = stream.getvalue()
+        time.sleep(0.12)
+        assert stream.getvalue() == text  # nothing after its end
+        assert all(line.startswith("build: ") and "passed" in line for line in text.splitlines())
 
 
 def test_progress_of_a_short_job_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
