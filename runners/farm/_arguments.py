@@ -13,6 +13,7 @@ from ...errors import FarmError
 
 TRACKER_PORT = 9190
 RISK_FLAG = "--whoever-reaches-it-runs-code"
+ROOT_FLAG = "--allow-root"
 
 
 def add_tracker_arguments(parser: argparse.ArgumentParser, key: bool = True, required: bool = True) -> None:
@@ -83,6 +84,13 @@ def check_bind(args: argparse.Namespace) -> None:
             f"--host {args.host} is open to other machines, and whoever reaches it runs code there without a password; "
             f"use 127.0.0.1 with a tunnel (gf-tvm farm deploy makes one), or accept that with {RISK_FLAG}"
         )
+
+
+def add_root_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag without which a board's server refuses to run as root."""
+    parser.add_argument(
+        ROOT_FLAG, action="store_true", help="allow the server to run as root (a container, a virtual Pi)"
+    )
 
 
 def say_line(line: str) -> None:

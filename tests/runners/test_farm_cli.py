@@ -324,3 +324,26 @@ def test_lines_for_a_terminal_that_was_closed_are_dropped(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sys, "stderr", Closed())
     say_line("the server ends")
+
+
+def test_a_server_does_not_run_as_root_unless_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class Told(Exception):
+        pass
+
+    def server(options: Any, say: Any) -> None:
+        made.append(options)
+        raise Told
+
+    monkeypatch.setattr("gf_tvm.farm.server.Server", server)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert fails(capsys, *SERVE).endswith("or --allow-root where the whole machine is there for it")
+    assert not made
+    for user, words in ((0, ["--allow-root"]), (1000, [])):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        with pytest.raises(Told):
+            main([*SERVE, *words])
+    assert len(made) == 2
