@@ -168,7 +168,7 @@ def tune(check: Check) -> dict[str, Any]:
         tracker = stack.enter_context(Tracker())
         address = ["--tracker", f"{tracker.address[0]}:{tracker.address[1]}", "--key", KEY]
         log = stack.enter_context((check.folder / "server.log").open("w", encoding="utf-8"))
-        serve = [*command, "farm", "serve", *address, *device, "--until-stdin-closes"]
+        serve = [*command, "farm", "serve", *address, *device, "--until-stdin-closes", "--allow-root"]
         server = subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=log, stderr=log)
         stack.callback(server.wait, 30)
         assert server.stdin is not None

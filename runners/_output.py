@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from unicodedata import category
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -20,14 +23,53 @@ from ..errors import GfTvmError
 LINE_INTERVAL = 10.0
 
 
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with control characters as escapes: names and messages come from boards and files of strangers.
+
+    Args:
+        text: any.
+        keep: control characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() or category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+class Escaping:
+    """A text stream that writes all control characters but the ends of lines as escapes; else it is ``stream``.
+
+    Attributes:
+        unescaped: the stream behind, for what moves the cursor itself.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        self.unescaped.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
 class OutputError(GfTvmError):
     """A file that cannot be written."""
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], floats: str = ".4g") -> str:
     """Return a plain text table. ``floats`` is the format of floating point cells; None is shown as a dash."""
+    cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     # Without rows tabulate takes the headers for data.
-    return tabulate(list(rows), headers=headers, tablefmt="simple", floatfmt=floats, missingval="-")
+    return tabulate(cells, headers=headers, tablefmt="simple", floatfmt=floats, missingval="-")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -124,9 +166,10 @@ def _plain(value: Any) -> Any:
 
 
 class ProgressBar:
-    """Progress of a long job: a bar with the time left on a terminal, else at most one line every ten seconds.
+    """Progress of a long job: a bar with the time left on a terminal, else a line every ten seconds.
 
-    A context manager; to be used from one thread.
+    The lines come however long a step takes: who reads a log file sees that the job goes on. A context manager; to be
+    used from one thread.
 
     Args:
         total: number of steps, or None where it is not known.
@@ -134,12 +177,19 @@ class ProgressBar:
         unit: what a step is ("trial", "epoch").
         initial: steps done before (a job that was resumed); they do not count for the time left.
         stream: where to write; standard error by default.
+        leave: keep the bar on the terminal when it is closed.
     """
 
     def __init__(
-        self, total: int | None, label: str, unit: str = "step", initial: int = 0, stream: TextIO | None = None
+        self,
+        total: int | None,
+        label: str,
+        unit: str = "step",
+        initial: int = 0,
+        stream: TextIO | None = None,
+        leave: bool = True,
     ) -> None:
-        self.total, self.label, self.unit, self.initial = total, label, unit, initial
+        self.total, self.label, self.unit, self.initial = total, printable(label), unit, initial
         self.done = initial
         self.note = ""
         self._stream = sys.stderr if stream is None else stream
@@ -147,9 +197,19 @@ class ProgressBar:
         self._lines = 0
         self._news = False  # since the last line
         self._bar: tqdm[Any] | None = None
-        if self._stream.isatty():
+        self._lock = threading.Lock()  # for the lines: those of the watch below and those of the job
+        self._closed = threading.Event()
+        if not self._stream.isatty():
+            threading.Thread(target=self._watch, name="progress", daemon=True).start()
+        else:
             self._bar = tqdm(
-                total=total, desc=label, unit=f" {unit}", initial=initial, file=self._stream, dynamic_ncols=True
+                total=total,
+                desc=self.label,
+                unit=f" {unit}",
+                initial=initial,
+                leave=leave,
+                file=getattr(self._stream, "unescaped", self._stream),
+                dynamic_ncols=True,
             )
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -159,26 +219,46 @@ class ProgressBar:
     def update(self, done: float, note: str = "") -> None:
         """Say that ``done`` steps are done in all; shown as a whole number."""
         steps = round(done) - self.done
-        self.done, self.note, self._news = self.done + steps, note or self.note, True
+        with self._lock:
+            self.done, self.note, self._news = self.done + steps, printable(note) or self.note, True
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(steps)
-        elif time.monotonic() - self._last_line >= LINE_INTERVAL:
-            self._line()
+        else:
+            self._line_if_due()
 
     def write(self, message: str) -> None:
         """Print a line of its own."""
+        message = printable(message, keep="\n")
         if self._bar is not None:
-            self._bar.write(message, file=self._stream)
+            self._bar.write(message, file=getattr(self._stream, "unescaped", self._stream))
         else:
-            print(message, file=self._stream, flush=True)
+            with self._lock:
+                print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
         """End the bar, or print the last state if lines have been printed and it is newer."""
+        self._closed.set()
         if self._bar is not None:
             self._bar.close()
-        elif self._lines and self._news:
-            self._line()
+            return
+        with self._lock:  # the watch has written its last line
+            if self._lines and self._news:
+                self._line()
+
+    def _watch(self) -> None:
+        """Write lines while no step ends, in a thread."""
+        left = LINE_INTERVAL
+        while not self._closed.wait(max(left, 0.01)):
+            # The stream may be gone; the job's own next line will say so where somebody can deal with it.
+            with contextlib.suppress(OSError, ValueError):
+                self._line_if_due()
+            left = self._last_line + LINE_INTERVAL - time.monotonic()
+
+    def _line_if_due(self) -> None:
+        with self._lock:
+            if not self._closed.is_set() and time.monotonic() - self._last_line >= LINE_INTERVAL:
+                self._line()
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -189,8 +269,10 @@ class ProgressBar:
     def _line(self) -> None:
         now = time.monotonic()
         elapsed = now - self._start
-        text = f"{self.label}: {self.done}" + ("" if self.total is None else f"/{self.total}") + f" {self.unit}s"
-        text += f", {tqdm.format_interval(elapsed)} passed"
+        text = f"{self.label}: "
+        if self.total is not None or self.done:
+            text += f"{self.done}" + ("" if self.total is None else f"/{self.total}") + f" {self.unit}s, "
+        text += f"{tqdm.format_interval(elapsed)} passed"
         steps = self.done - self.initial
         if self.total is not None and steps > 0:
             left = max(self.total - self.done, 0) * elapsed / steps

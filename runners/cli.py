@@ -9,11 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from .._version import __version__
 from ..errors import GfTvmError
 from . import build, cache, compare, devices, evaluate, farm, logs, report, train, tune
+from ._output import Escaping
 
 #: One module each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``. Importing one must
 #: stay cheap (no torch, no TVM), because every call of gf-tvm imports them all.
@@ -83,8 +84,10 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         # A letter of a file's name that the terminal does not have is written as an escape; it ends no command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    formatwarning = warnings.formatwarning
+    formatwarning, stdout, stderr = warnings.formatwarning, sys.stdout, sys.stderr
     warnings.formatwarning = format_warning
+    # What boards, files and other machines name themselves must not give the terminal orders.
+    sys.stdout, sys.stderr = cast(TextIO, Escaping(stdout)), cast(TextIO, Escaping(stderr))
     try:
         code = command()
         sys.stdout.flush()  # here, where a full disk or a reader that went away can still be reported
@@ -101,7 +104,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         _discard_stdout()
         return fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
     finally:
-        warnings.formatwarning = formatwarning
+        warnings.formatwarning, sys.stdout, sys.stderr = formatwarning, stdout, stderr
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -138,10 +138,12 @@ class _Lines:
     """Shows the progress: one bar for all that is to be done."""
 
     def __init__(self) -> None:
-        self._progress: ProgressBar | None = None
+        # Until the first step: data are read, kernels built.
+        self._progress = ProgressBar(None, "preparing", leave=False)
 
     def __call__(self, step: Step) -> None:
-        if self._progress is None:
+        if self._progress.total is None:
+            self._progress.close()
             self._progress = ProgressBar(step.total, "evaluating", unit="part")
         self._progress.update(step.done, step.label)
 
@@ -149,8 +151,7 @@ class _Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:

@@ -206,6 +206,8 @@ class _Lines:
             self._progress = None
 
     def __enter__(self) -> _Lines:
+        # Until the first event: data are read, kernels built.
+        self._progress = ProgressBar(None, "preparing", leave=False)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._building import check_logs
 from ._cases import add_case_arguments, add_chain_argument, cases_from
 from ._output import ProgressBar, check_writable, format_table, write_json
+from ._signals import interrupted_from_outside
 from .farm._arguments import add_tracker_arguments, environment_tracker, tracker_address
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ def add_parser(subparsers: Any) -> None:
         "--hot", type=float, default=80.0, metavar="C", help="let boards cool down from C degrees on (default: 80)"
     )
     farm.add_argument(
-        "--patience", type=float, default=30.0, metavar="M", help="end after M minutes without any board (default: 30)"
+        "--patience",
+        type=float,
+        default=30.0,
+        metavar="M",
+        help="end after M minutes in which no board measured anything (default: 30)",
     )
     parser.add_argument(
         "--logs",
@@ -109,24 +113,23 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"time": time.time(), **asdict(event)}), file=events, flush=True)
         display.show(event)
 
-    # A job that is ended from outside stops as cleanly as one that is ended from the keyboard.
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        summary = tune(
-            workloads,
-            args.device,
-            logs=args.logs,
-            trials=args.trials,
-            minutes=args.minutes,
-            early_stop=args.early_stop,
-            space=args.space,
-            threads=args.threads,
-            cold=args.cold,
-            seed=args.seed,
-            seed_logs=args.seed_logs,
-            farm=farm,
-            progress=show,
-        )
+        with interrupted_from_outside():
+            summary = tune(
+                workloads,
+                args.device,
+                logs=args.logs,
+                trials=args.trials,
+                minutes=args.minutes,
+                early_stop=args.early_stop,
+                space=args.space,
+                threads=args.threads,
+                cold=args.cold,
+                seed=args.seed,
+                seed_logs=args.seed_logs,
+                farm=farm,
+                progress=show,
+            )
     except KeyboardInterrupt:
         display.close()
         print(f"all finished trials are kept in {args.logs}; the same command continues", file=sys.stderr)
@@ -135,15 +138,10 @@ def run(args: argparse.Namespace) -> int:
         display.close()
         if events is not None:
             events.close()
-        signal.signal(signal.SIGTERM, before)
     _print(summary, workloads)
     if args.json is not None:
         write_json(args.json, summary.to_dict())
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _farm_options(args: argparse.Namespace) -> FarmOptions | None:

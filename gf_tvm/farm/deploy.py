@@ -362,13 +362,22 @@ class Tunnel:
         say: called with a line about what happens.
         token: of this deploy; :func:`new_token`.
         device: of the server's ``--device``, for a board whose GPU measures; None for one whose CPU does.
+        allow_root: let the server run as root, if that is the board's user.
     """
 
     def __init__(
-        self, board: SshBoard, key: str, tracker: Address, port: int, say: Say, token: str, device: str | None = None
+        self,
+        board: SshBoard,
+        key: str,
+        tracker: Address,
+        port: int,
+        say: Say,
+        token: str,
+        device: str | None = None,
+        allow_root: bool = False,
     ) -> None:
         self._board, self._key, self._tracker, self._port, self._say = board, key, tracker, port, say
-        self._device = device
+        self._device, self._allow_root = device, allow_root
         self._token = token
         self._traceback: list[str] = []
         self._stop = threading.Event()
@@ -470,6 +479,7 @@ class Tunnel:
             *("--host", "127.0.0.1", "--port", str(port), "--advertise", f"127.0.0.1:{advertised}"),
             *(() if self._device is None else ("--device", self._device)),
             "--until-stdin-closes",
+            *(("--allow-root",) if self._allow_root else ()),
         ]
         run_file = shlex.quote(f"{board.folder}/run/{board.name}")
         script = f'echo "$$ {self._token}" > {run_file} && cd {shlex.quote(board.folder)} && exec {shlex.join(serve)}'

@@ -220,9 +220,9 @@ class TrackerConnection:
             raise
         try:
             code, (host, port, match_key) = answer
-            if code == SUCCESS:
+            if code == SUCCESS and 0 < int(port) < 1 << 16:
                 return (str(host), int(port)), str(match_key)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
         self.close()
         raise TrackerLost(f"the tracker at {show(self.address)} did not grant a server for {key!r}")

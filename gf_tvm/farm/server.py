@@ -55,6 +55,7 @@ _GRACE_SECONDS = 3.0
 _RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
 _PR_SET_PDEATHSIG = 1
 _WORK = "gf_tvm-board-"
+_NOWHERE = Path(os.devnull)  # below which there can be no file
 
 
 class Counters:
@@ -98,7 +99,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class SessionContext:
-    """What a session's service is told."""
+    """What a session's service is told.
+
+    ``trouble`` says why the session has no folder in which to keep files; empty if it has one.
+    """
 
     name: str
     folder: Path
@@ -106,6 +110,14 @@ class SessionContext:
     sensors: Sensors
     emulated: bool
     gpu: GpuInfo | None = None
+    trouble: str = ""
+
+    def path(self, file: str) -> Path:
+        """The path of a file in the session's folder. Raises ValueError for one outside, and for the folder itself."""
+        path = _inside(self.folder, file)
+        if path == self.folder.resolve():
+            raise ValueError(f"{file!r} is the session's folder, not a file in it")
+        return path
 
 
 class Service(Protocol):
@@ -159,7 +171,7 @@ class _Session:
     pid: int
     connection: socket.socket
     client: str
-    folder: Path
+    folder: Path | None
     started: float
     timeout: float | None
     ticks: int = -1
@@ -183,7 +195,7 @@ class Server:
         say: called with a line of text about what happens.
 
     Raises:
-        FarmError: the address cannot be bound.
+        FarmError: the address cannot be bound, or there is no folder for temporary files.
     """
 
     def __init__(self, options: ServerOptions, say: Callable[[str], None]) -> None:
@@ -206,6 +218,10 @@ class Server:
         self._info_at = 0.0
         self._stop = False
         self._versions = versions()
+        try:
+            self._temporary = tempfile.gettempdir()
+        except OSError as error:
+            raise FarmError(f"no folder for temporary files: {error.strerror or error}; set TMPDIR") from None
         self._selector = selectors.DefaultSelector()
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
@@ -335,16 +351,24 @@ class Server:
     # -------------------------------------------------------------------------------------------------------- sessions
 
     def _start_session(self, connection: socket.socket, client: str, timeout: float | None) -> None:
-        folder = Path(tempfile.mkdtemp(prefix=_WORK))
         options = self.options
-        context = SessionContext(options.name, folder, self._counters, self._sensors, self._emulated, options.gpu)
+        folder, trouble = None, ""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=_WORK, dir=self._temporary))
+        except OSError as error:
+            # The client hears of it from the session: a connection that breaks off would name neither board nor reason.
+            trouble = f"no files can be kept in {self._temporary}: {error.strerror or error}"
+            self._say(trouble)
+        context = SessionContext(
+            *(options.name, folder or _NOWHERE, self._counters, self._sensors, self._emulated, options.gpu, trouble)
+        )
         self._counters.working = False
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            run_session(connection, context, self.options.service, parent)
+            run_session(connection, context, options.service, parent)
         now = time.monotonic()
         self._session = _Session(pid, connection, client, folder, now, timeout, last_sign=now)
         self._match_key = self._match_key if self.options.tracker is None else ""
@@ -389,7 +413,8 @@ class Server:
             self._crashes += code < 0  # not a session whose client broke off
             reason = f"crashed with {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         session.connection.close()
-        shutil.rmtree(session.folder, ignore_errors=True)
+        if session.folder is not None:
+            shutil.rmtree(session.folder, ignore_errors=True)
         self._counters.working = False
         self._say(f"session of {session.client} ended{': ' if reason else ''}{reason}")
         self._offer()
@@ -503,7 +528,7 @@ def run_session(connection: socket.socket, context: SessionContext, make_service
         if os.getppid() != parent:
             return
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         die_at_once()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -513,7 +538,7 @@ def run_session(connection: socket.socket, context: SessionContext, make_service
         handle = connection.fileno()
         os.closerange(3, handle)
         os.closerange(handle + 1, 1 << 12)
-        os.chdir(context.folder)
+        os.chdir("/" if context.trouble else context.folder)
         served = _register(context, make_service)
         import tvm_ffi
 
@@ -533,11 +558,10 @@ def _register(context: SessionContext, make_service: ServiceMaker) -> Service | 
     import tvm_ffi
 
     def path(file: str) -> str:
-        target = (context.folder / file).resolve()
+        if context.trouble:
+            raise ValueError(context.trouble)
         # "" is the folder itself, which TVM's runners remove in the end.
-        if context.folder.resolve() not in (target, *target.parents):
-            raise ValueError(f"{file!r} is outside the session's folder")
-        return str(target)
+        return str(_inside(context.folder, file))
 
     def load_module(file: str) -> Any:
         return tvm_ffi.load_module(path(file))
@@ -549,6 +573,14 @@ def _register(context: SessionContext, make_service: ServiceMaker) -> Service | 
     service = make_service(context)
     tvm_ffi.register_global_func(REQUEST, service.handle, override=True)
     return service
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The path of ``file`` in a folder. Raises ValueError for one outside."""
+    target = (folder / file).resolve()
+    if folder.resolve() not in (target, *target.parents):
+        raise ValueError(f"{file!r} is outside the session's folder")
+    return target
 
 
 # ----------------------------------------------------------------------------------------------------------- the system

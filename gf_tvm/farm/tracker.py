@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..bundle.runtime import without_torch
 from ..errors import FarmError
+from ..machine.sensors import Reading
 from .protocol import Address, TrackerConnection, TrackerLost, show
 
 
@@ -21,7 +23,8 @@ class Board:
     Args:
         key: the kind of board.
         address: as the server told it, for people.
-        info: what a server of gf_tvm says of itself (:meth:`gf_tvm.farm.server.Server.info`); empty for others.
+        info: what a server of gf_tvm says of itself (:meth:`gf_tvm.farm.server.Server.info`), as far as it is of the
+            right types; empty for others. Its texts are strangers' all the same.
     """
 
     key: str
@@ -41,16 +44,76 @@ def boards(address: Address, timeout: float = 5.0) -> list[Board]:
 
 
 def boards_of(summary: dict[str, Any]) -> list[Board]:
-    """The servers in a tracker's summary, by key and name; entries that make no sense are left out."""
-    found = []
-    for entry in summary.get("server_info", []):
-        if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
-            continue
-        where = entry.get("addr")
-        text = show((str(where[0]), where[1])) if isinstance(where, list) and len(where) == 2 else "?"
-        info = entry.get("gf_tvm")
-        found.append(Board(entry["key"].removeprefix("server:"), text, info if isinstance(info, dict) else {}))
-    return sorted(found, key=lambda board: (board.key, board.name))
+    """The servers in a tracker's summary, by key and name.
+
+    Anyone can register anything: entries that make no sense are left out, and so is what is not as
+    :meth:`gf_tvm.farm.server.Server.info` tells it.
+    """
+    listed = summary.get("server_info")
+    found = [_board_of(entry) for entry in (listed if isinstance(listed, list) else [])[:_MOST_BOARDS]]
+    return sorted((board for board in found if board is not None), key=lambda board: (board.key, board.name))
+
+
+def _board_of(entry: Any) -> Board | None:
+    key = entry.get("key") if isinstance(entry, dict) else None
+    if not _is_word(key) or not key.removeprefix("server:"):
+        return None
+    where = entry.get("addr")
+    known = isinstance(where, list) and len(where) == 2 and _is_word(where[0]) and _is_count(where[1])
+    info = entry.get("gf_tvm")
+    address = show((where[0], where[1])) if known else "?"
+    return Board(key.removeprefix("server:"), address, _info_of(info) if isinstance(info, dict) else {})
+
+
+def _info_of(info: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of a server's info that are what they should be."""
+    found = {name: info[name] for name, check in _FIELDS.items() if name in info and check(info[name])}
+    with contextlib.suppress(ValueError):
+        sensors = Reading.from_dict(info.get("sensors")).to_dict()
+        found["sensors"] = {name: value for name, value in sensors.items() if name in info["sensors"]}
+    return found
+
+
+def _is_word(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_WORD and value.isprintable()
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= _LONGEST_WORD)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_versions(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > _MOST_PACKAGES:
+        return False
+    return all(_is_word(package) and _is_text(version) for package, version in value.items())
+
+
+def _is_gpu(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(_is_word(value.get(name)) for name in ("name", "arch", "driver"))
+    )
+
+
+# The tracker's message of a megabyte has more boards than anyone's farm.
+_MOST_BOARDS, _MOST_PACKAGES = 1000, 32
+_LONGEST_WORD = 200
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "name": _is_word,
+    **dict.fromkeys(("state", "client", "arch", "model", "device"), _is_text),
+    **dict.fromkeys(("cores", "trials", "failed", "crashed_sessions"), _is_count),
+    "updated": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15,
+    "emulated": _is_flag,
+    "versions": _is_versions,
+    "gpu": _is_gpu,
+}
 
 
 def check_key(address: Address, key: str) -> list[Board]:
@@ -67,21 +130,24 @@ def check_key(address: Address, key: str) -> list[Board]:
     raise FarmError(f"the tracker at {show(address)} knows no board with the key {key!r}; known keys: {keys}")
 
 
-def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
-    """Run TVM's tracker in this process until it is interrupted.
+def run_tracker(
+    address: Address, ready: Callable[[Address], None], say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Run TVM's tracker, with bounds, in this process until it is interrupted.
 
     Unlike ``tvm.exec.rpc_tracker`` it takes the port that it was told to take, or none.
 
     Args:
         address: to bind.
         ready: called with the bound address when it listens.
+        say: called with a line of text about clients that are refused.
 
     Raises:
         FarmError: the address cannot be bound, or TVM or tornado is not installed.
     """
     try:
         with without_torch():
-            from tvm.rpc import tracker
+            from .tracker_server import BoundedTracker
     except ImportError as error:
         raise FarmError(f"the tracker needs more packages: pip install 'gf-tvm[tune]' ({error})") from None
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
@@ -96,7 +162,7 @@ def run_tracker(address: Address, ready: Callable[[Address], None]) -> None:
     for name in ("tornado", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     asyncio.set_event_loop(asyncio.new_event_loop())
-    handler = tracker.TrackerServerHandler(listener, tracker.base.random_key("tracker"))
+    handler = BoundedTracker(listener, say)
     ready(listener.getsockname()[:2])
     try:
         handler.run()

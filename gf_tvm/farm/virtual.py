@@ -457,7 +457,8 @@ class VirtualPi:
         host, port = self.tracker
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         command = ["-m", "gf_tvm.runners.cli", "farm", "serve", "--tracker", address, "--key", self.key]
-        return [*command, "--name", self.name, "--port", "0", "--until-stdin-closes"]
+        # A virtual Pi has the user of who runs it, which in a container is root.
+        return [*command, "--name", self.name, "--port", "0", "--until-stdin-closes", "--allow-root"]
 
     def start(self) -> None:
         """Start it, also again after its end. Does not wait. Raises FarmError."""

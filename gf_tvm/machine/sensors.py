@@ -6,6 +6,7 @@ nothing is installed yet.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -58,6 +59,58 @@ class Reading:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Reading:
+        """Inverse of :meth:`to_dict`, for what another machine has told.
+
+        Missing fields are unknown; fields that this version does not know are left out.
+
+        Raises:
+            ValueError: naming the field whose value is no such reading.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("sensors must be an object")
+        found: dict[str, Any] = {}
+        for name, check, wanted in _FIELDS:
+            value = values.get(name)
+            if value is not None:
+                if not check(value):
+                    raise ValueError(f"{name} of the sensors must be {wanted}")
+                found[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**found)
+
+
+def _is_mhz(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1e6
+
+
+def _is_celsius(value: Any) -> bool:
+    return _is_number(value) and -300 < value < 1e4
+
+
+def _is_number(value: Any) -> bool:
+    # The comparison also keeps integers out that are too large for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < math.inf
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_WORD
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= _MOST_WORDS and all(map(_is_word, value))
+
+
+_LONGEST_WORD, _MOST_WORDS = 200, 16
+_MHZ, _CELSIUS = "a clock in MHz or null", "a temperature in degrees Celsius or null"
+_FIELDS = (
+    *((name, _is_mhz, _MHZ) for name in ("mhz", "max_mhz", "gpu_mhz", "gpu_max_mhz")),
+    *((name, _is_celsius, _CELSIUS) for name in ("celsius", "gpu_celsius")),
+    ("governor", _is_word, "a short text or null"),
+    *((name, _is_words, "a list of a few short texts") for name in ("throttled", "throttled_before")),
+    ("known", lambda value: isinstance(value, bool), "true or false"),
+)
 
 
 class Sensors:

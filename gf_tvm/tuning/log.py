@@ -137,12 +137,11 @@ class Record:
         unknown = sorted(set(value) - _RECORD_FIELDS)
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}")
-        for name, known in (("kind", KINDS), ("space", SPACES), ("status", STATUSES)):
-            if not (isinstance(value.get(name), str) and value[name] in known):
-                raise ValueError(f"{name} must be one of {', '.join(known)}")
-        for name in ("id", "message"):
-            if not isinstance(value.get(name, ""), str):
-                raise ValueError(f"{name} must be text")
+        for name, known in (("kind", KINDS), ("space", SPACES)):
+            _check_word(value, name, known)
+        check_outcome(value)
+        if not isinstance(value.get("id", ""), str):
+            raise ValueError("id must be text")
         if not value.get("id"):
             raise ValueError("id is missing")
         config = value.get("config")
@@ -156,25 +155,44 @@ class Record:
         for name in ("seconds", "default_seconds"):
             if name in value and not _is_time(value[name]):
                 raise ValueError(f"{name} must be a number above 0")
-        if "excess" in value and not (_is_number(value["excess"]) and value["excess"] >= 0):
-            raise ValueError("excess must be a number of at least 0")
-        runs = value.get("runs", [])
-        if not isinstance(runs, list) or not all(_is_time(run) for run in runs):
-            raise ValueError("runs must be a list of numbers above 0")
         if (value["status"] == "ok" and value["kind"] != "rejected") != ("seconds" in value):
             raise ValueError("seconds must be given for a trial that ended well, and only for such")
         if value["kind"] == "winner" and value["status"] != "ok":
             raise ValueError("a winner's status must be ok")
-        board = value.get("board", {})
-        if not isinstance(board, dict) or not all(_is_plain(item) for item in board.values()):
-            raise ValueError("board must be an object of text, numbers, true, false and null")
-        return cls(**{**value, "runs": tuple(runs)}, source=source, emulated=emulated)
+        return cls(**{**value, "runs": tuple(value.get("runs", ()))}, source=source, emulated=emulated)
 
 
 _RECORD_FIELDS = {
     *("kind", "space", "id", "status", "config", "trace"),
     *("seconds", "runs", "excess", "message", "default_seconds", "board"),
 }
+
+
+def check_outcome(value: Mapping[str, Any]) -> None:
+    """Check what became of a candidate: those fields of a :class:`Record` that a measurement fills.
+
+    Args:
+        value: with ``status``, and ``runs``, ``excess``, ``message`` and ``board`` where they say something.
+
+    Raises:
+        ValueError: naming the field that is missing or wrong.
+    """
+    _check_word(value, "status", STATUSES)
+    if not isinstance(value.get("message", ""), str):
+        raise ValueError("message must be text")
+    if "excess" in value and not (_is_number(value["excess"]) and value["excess"] >= 0):
+        raise ValueError("excess must be a number of at least 0")
+    runs = value.get("runs", [])
+    if not isinstance(runs, list) or not all(_is_time(run) for run in runs):
+        raise ValueError("runs must be a list of numbers above 0")
+    board = value.get("board", {})
+    if not isinstance(board, dict) or not all(_is_plain(item) for item in board.values()):
+        raise ValueError("board must be an object of text, numbers, true, false and null")
+
+
+def _check_word(value: Mapping[str, Any], name: str, known: Sequence[str]) -> None:
+    if not (isinstance(value.get(name), str) and value[name] in known):
+        raise ValueError(f"{name} must be one of {', '.join(known)}")
 
 
 def config_id(config: Mapping[str, int | str]) -> str:
@@ -551,32 +569,27 @@ class LogFolder:
             logs: for each file of :func:`log_path` its identity, ``made`` and records.
 
         Raises:
-            LogError: the disk is full or failed; every file is as it was before, or as it was to be.
+            LogError: the disk is full or failed; every file is as it was before, or as it was to be. Or a reader
+                would refuse a line; every file is as it was before.
         """
         staged = {path: path.with_name(f".{path.name}.tmp") for path in logs}
         path = self.path
         try:
             for path, (identity, made, records) in logs.items():
-                header = {
-                    "gf_tvm_log": SCHEMA,
-                    "device": identity.device,
-                    "target": identity.target,
-                    "key": identity.key,
-                    "workload": identity.workload,
-                    "definition": identity.definition,
-                    "made": dict(made),
-                }
+                lines = [_header_line(path, identity, made), *(_record_line(path, record) for record in records)]
                 with open(staged[path], "wb") as file:
-                    file.writelines(_encode(value) for value in (header, *(record.to_dict() for record in records)))
+                    file.writelines(lines)
                     file.flush()
                     os.fsync(file.fileno())
             for path in logs:
                 os.replace(staged[path], path)
             _sync_folder(self.path)
-        except OSError as error:
+        except (OSError, LogError) as error:
             for temporary in staged.values():
                 with contextlib.suppress(OSError):
                     temporary.unlink()
+            if isinstance(error, LogError):
+                raise
             raise LogError(f"{path}: cannot write this tuning log: {error.strerror or error}") from None
 
 
@@ -619,10 +632,12 @@ class LogWriter:
         """Add a record; on return it is on the disk.
 
         Raises:
-            LogError: the disk is full or failed; the file keeps all earlier records and nothing of this one.
+            LogError: the disk is full or failed, or a reader would refuse the record; the file keeps all earlier
+                records and nothing of this one.
         """
+        line = _record_line(self.path, record)
         try:
-            self._write(_encode(record.to_dict()))
+            self._write(line)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
@@ -641,6 +656,35 @@ class LogWriter:
 
 
 # ------------------------------------------------------------------------------------------------------------ lines
+
+
+def _header_line(path: Path, identity: Identity, made: Mapping[str, Any]) -> bytes:
+    """The first line of a log. Raises LogError for one that a reader would refuse: the file would be lost with it."""
+    header = {
+        "gf_tvm_log": SCHEMA,
+        "device": identity.device,
+        "target": identity.target,
+        "key": identity.key,
+        "workload": identity.workload,
+        "definition": identity.definition,
+        "made": dict(made),
+    }
+    try:
+        line = _encode(header)
+        _read_header(path, line[:-1])
+    except (ValueError, TypeError, RecursionError, LogError) as error:
+        raise LogError(f"{path}: cannot write a header that no reader would take: {error}") from None
+    return line
+
+
+def _record_line(path: Path, record: Record) -> bytes:
+    """A further line of a log. Raises LogError for one that a reader would refuse: the file would be lost with it."""
+    try:
+        line = _encode(record.to_dict())
+        Record.from_dict(_decode(line[:-1]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LogError(f"{path}: cannot write a record that no reader would take: {error}") from None
+    return line
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:

@@ -34,6 +34,8 @@ SCHEMA = "gf_tvm.tune/1"
 
 # An improvement by less is noise and does not put early stopping off.
 _IMPROVEMENT = 0.01
+# Seconds that the final comparison gets, however little time is left: without it the trials have no winner.
+_LEAST_COMPARE = 60.0
 # Configurations of other logs that are tried first, per workload.
 _SEEDS = 8
 
@@ -150,7 +152,8 @@ def tune(
             its GPU.
         logs: folder of logs; the trials go to ``logs/<device>/<workload key>.jsonl``.
         trials: trials per workload that the log shall have in the end.
-        minutes: end after this time, divided evenly between the workloads that are left.
+        minutes: end after this time, divided evenly between the workloads that are left. The final comparison of a
+            workload may take a minute longer; if it is not done then, the fastest trial stays unconfirmed.
         early_stop: end with a workload after so many trials without an improvement by 1 %.
         space: "ours" (:mod:`gf_tvm.schedules`) or "metaschedule" (its own rules on the same definition).
         threads: threads of the kernels; default: as many as PyTorch uses, or the device profile's for a farm. None for
@@ -484,8 +487,12 @@ class TaskRun:
         kinds = [record.kind for record in reversed(self.log.records)]
         if "trial" not in kinds or ("winner" in kinds and kinds.index("winner") < kinds.index("trial")):
             return
+        deadline = math.inf if self.end is None else max(self.end, time.monotonic() + _LEAST_COMPARE)
         while entries := self._finalists():
-            results = self._compare(entries)
+            results = self._compare(entries, deadline)
+            if results is None:
+                self._say("note", message="the fastest trial is not confirmed; the same command compares the best")
+                return
             for name, candidate in entries.items():
                 if results[name].status != "ok":
                     self.log.append(_record("rejected", candidate, results[name]))
@@ -506,24 +513,32 @@ class TaskRun:
         chosen = [r for i, r in enumerate(good) if i < count or r.id == self.default.id]
         return {_name(candidate): candidate for candidate in map(Candidate.of_record, chosen)}
 
-    def _compare(self, entries: dict[str, Candidate]) -> dict[str, Result]:
+    def _compare(self, entries: dict[str, Candidate], deadline: float) -> dict[str, Result] | None:
+        """Build and compare; None if there was no time. ``deadline`` is on the monotonic clock."""
+
+        def over() -> bool:
+            return time.monotonic() > deadline
+
+        def say(kind: str, line: str) -> None:
+            self._say(kind, message=line)
+
+        measurer = self.state.measurer
         libraries: dict[str, Path] = {}
         results: dict[str, Result] = {}
-        for candidate, library, failure in self.state.measurer.build(self.task, list(entries.values())):
-            if library is not None:
-                libraries[_name(candidate)] = library
-            elif failure is not None:
-                results[_name(candidate)] = failure
-
-        def round_made(done: int, rounds: int) -> None:
-            self._say("compare", message=f"compared {done} of {rounds}")
-
-        # Inputs that no trial has seen; trials use seed 0.
-        seed = len(self.log.records)
-        results.update(self.state.measurer.compare(self.task, libraries, seed, round_made))
-        for library in libraries.values():
-            self.state.measurer.discard(library)
-        return results
+        try:
+            for candidate, library, failure in measurer.build(self.task, list(entries.values())):
+                if library is not None:
+                    libraries[_name(candidate)] = library
+                elif failure is not None:
+                    results[_name(candidate)] = failure
+                if over():
+                    return None
+            # Inputs that no trial has seen; trials use seed 0.
+            compared = measurer.compare(self.task, libraries, len(self.log.records), over, say)
+        finally:
+            for library in libraries.values():
+                measurer.discard(library)
+        return None if compared is None else {**results, **compared}
 
     # -------------------------------------------------------------------------------------------------------- reporting
 

@@ -1,15 +1,19 @@
-"""What the farm's commands share: where the tracker is, and who may bind to an open address."""
+"""What the farm's commands share: where the tracker is, who may bind to an open address, lines about what happens."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
+import sys
+import time
 
 from ...errors import FarmError
 
 TRACKER_PORT = 9190
 RISK_FLAG = "--whoever-reaches-it-runs-code"
+ROOT_FLAG = "--allow-root"
 
 
 def add_tracker_arguments(parser: argparse.ArgumentParser, key: bool = True, required: bool = True) -> None:
@@ -80,6 +84,19 @@ def check_bind(args: argparse.Namespace) -> None:
             f"--host {args.host} is open to other machines, and whoever reaches it runs code there without a password; "
             f"use 127.0.0.1 with a tunnel (gf-tvm farm deploy makes one), or accept that with {RISK_FLAG}"
         )
+
+
+def add_root_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag without which a board's server refuses to run as root."""
+    parser.add_argument(
+        ROOT_FLAG, action="store_true", help="allow the server to run as root (a container, a virtual Pi)"
+    )
+
+
+def say_line(line: str) -> None:
+    """Print what happens, with the time, for commands that run for days."""
+    with contextlib.suppress(OSError):  # of a terminal that was closed; cleaning up goes on
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def add_ssh_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FarmError
 from .._output import LINE_INTERVAL
-from ._arguments import add_ssh_arguments, add_tracker_arguments, tracker_address
+from ._arguments import add_root_argument, add_ssh_arguments, add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
     from ...farm.deploy import Package, SshBoard
@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
         "--wheels", type=Path, metavar="DIR", help="install without a network from a folder of all wheels needed"
     )
     add_ssh_arguments(parser)
+    add_root_argument(parser)
     parser.add_argument("--install-only", action="store_true", help="install, and start nothing")
     parser.set_defaults(run=run)
 
@@ -93,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
         for index, name in enumerate(names):
             if name in boards:
                 port = args.port + index if args.port else 0
-                tunnels.append(Tunnel(boards[name], args.key, address, port, _sayer(name), token, args.device))
+                tunnels.append(
+                    Tunnel(
+                        *(boards[name], args.key, address, port, _sayer(name), token, args.device),
+                        allow_root=args.allow_root,
+                    )
+                )
         try:
             for tunnel in tunnels:
                 tunnel.start()

@@ -6,11 +6,19 @@ import argparse
 import os
 import signal
 import socket
-import sys
-import time
 from typing import Any
 
-from ._arguments import add_bind_arguments, add_tracker_arguments, check_bind, parse_address, tracker_address
+from .._signals import handled
+from ._arguments import (
+    ROOT_FLAG,
+    add_bind_arguments,
+    add_root_argument,
+    add_tracker_arguments,
+    check_bind,
+    parse_address,
+    say_line,
+    tracker_address,
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         help="let tuners run kernels on this board",
         description="Register this board with a tracker and run the kernels that tuners send. It survives a "
-        "crashing kernel, a lost tracker or a client that hangs; SIGTERM or Ctrl-C ends it. Do not run it as root.",
+        "crashing kernel, a lost tracker or a client that hangs; SIGTERM or Ctrl-C ends it.",
     )
     add_tracker_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="of this board (default: the host name)")
@@ -42,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end with standard input, as with an ssh connection"
     )
+    add_root_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if gpu is not None:
         # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    if os.geteuid() == 0 and not args.allow_root:
+        raise FarmError(
+            "a server runs what clients send, and as root that can do anything; use another user, "
+            f"or {ROOT_FLAG} where the whole machine is there for it"
+        )
     # After the checks: whoever has mistyped an option need not wait for it.
     from ...tuning.measuring.board_service import BoardService, preload
 
@@ -80,16 +94,11 @@ def run(args: argparse.Namespace) -> int:
         preload=preload,
         until_stdin_closes=args.until_stdin_closes,
     )
-    server = Server(options, _say)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.stop)
-    server.load()
-    if gpu is not None:
-        _say(f"measures with {describe(gpu)}")
-    print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
-    server.run()
+    server = Server(options, say_line)
+    with handled(server.stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        server.load()
+        if gpu is not None:
+            say_line(f"measures with {describe(gpu)}")
+        print(f"serving {options.key} as {options.name} on {show(server.address)}", flush=True)
+        server.run()
     return 0
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

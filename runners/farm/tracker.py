@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 from typing import Any
 
-from ._arguments import TRACKER_PORT, add_bind_arguments, check_bind
+from .._signals import interrupted_from_outside
+from ._arguments import TRACKER_PORT, add_bind_arguments, check_bind, say_line
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,12 +29,6 @@ def run(args: argparse.Namespace) -> int:
     def ready(address: Address) -> None:
         print(f"tracker on {show(address)}", flush=True)
 
-    signal.signal(signal.SIGTERM, _end)
-    with contextlib.suppress(KeyboardInterrupt):
-        run_tracker((args.host, args.port), ready)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+    with contextlib.suppress(KeyboardInterrupt), interrupted_from_outside():
+        run_tracker((args.host, args.port), ready, say_line)
     return 0
-
-
-def _end(*_: Any) -> None:
-    raise KeyboardInterrupt

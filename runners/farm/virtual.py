@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._output import ProgressBar
+from .._signals import interrupted_from_outside
 from ._arguments import add_tracker_arguments, tracker_address
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 raise FarmError(f"--{option} is missing; virtual Pis register with a tracker as boards do")
         tracker = tracker_address(args)
     extras = [name.strip() for name in args.extras.split(",") if name.strip()]
-    # Sent by whoever ends a job; the Pis must be ended in either case.
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with interrupted_from_outside():  # the Pis must be ended, and their folders removed, in any case
         with _Preparation() as preparation:
             root = prepare_root(args.root, extras, preparation.show)
         if args.prepare:
@@ -79,13 +78,7 @@ def run(args: argparse.Namespace) -> int:
             names = [f"virtual-{number}" for number in range(1, args.count + 1)]
             print("virtual Pis: times measured under emulation say nothing about a board", file=sys.stderr, flush=True)
             _watch([VirtualPi(root, name, tracker, args.key, Path(folder)) for name in names])
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 class _Preparation:

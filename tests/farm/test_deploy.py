@@ -574,7 +574,7 @@ class Deploy:
     """A running ``gf-tvm farm deploy``."""
 
     def __init__(self, sshd: Sshd, folder: Path, port: int, log: Path, *words: str) -> None:
-        command = [*GF_TVM, "farm", "deploy", sshd.target, *sshd.words(), "--folder", str(folder)]
+        command = [*GF_TVM, "farm", "deploy", sshd.target, *sshd.words(), "--folder", str(folder), "--allow-root"]
         command += ["--tracker", f"127.0.0.1:{port}", "--key", "loop", *words]
         self._log = log
         with open(log, "wb") as file:

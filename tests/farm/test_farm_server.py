@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unicodedata import category
 
 import numpy as np
 import pytest
@@ -24,9 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_task import wait_until
 
-from gf_tvm.farm import protocol
+from gf_tvm.farm import doctor, protocol
 from gf_tvm.farm.protocol import Address, ClientHello, TrackerConnection, TrackerLost
 from gf_tvm.farm.tracker import Board, boards_of
+from gf_tvm.runners.farm import status
+from gf_tvm.tuning.measuring.messages import gpu_of
+from gf_tvm.tuning.task import TuningError
 
 MAGIC = struct.pack("<i", protocol.RPC_MAGIC)
 
@@ -200,7 +205,8 @@ def test_a_request_that_is_not_granted() -> None:
     with peer(sends(HELLO)) as address, TrackerConnection(address, LONG) as tracker:
         assert tracker.request("rpi4", 0.2) is None
         assert tracker.fileno() == -1  # so that the tracker forgets it
-    for answer in (b"[1, null]", b"[0, null]", b"17"):
+    nonsense = (b"[0, [0, 1e999, 0]]", b'[0, ["h", 70000, "k"]]', b"[0, [null, NaN, 1]]")
+    for answer in (b"[1, null]", b"[0, null]", b"17", *nonsense):
         with (
             peer(sends(HELLO, message(answer))) as address,
             TrackerConnection(address, LONG) as tracker,
@@ -217,6 +223,69 @@ def test_entries_of_the_list_that_make_no_sense_are_left_out() -> None:
     assert Board("k", "[::1]:9", {"name": "b"}) in found
     assert Board("k", "10.0.0.1:9", {}) in found
     assert all(board.name for board in found)
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -1])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text() | st.just("\x1b[2J\n"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+INFO = {
+    "name": "b",
+    "state": "free",
+    "client": None,
+    "arch": "aarch64",
+    "model": "Pi",
+    "device": "rpi4",
+    "gpu": {"name": "Orin", "arch": "sm_87", "driver": "12.2"},
+    "cores": 4,
+    "trials": 3,
+    "failed": 1,
+    "crashed_sessions": 0,
+    "updated": 1.5,
+    "emulated": False,
+    "versions": {"gf-tvm": "0.1.0", "torch": None},
+    "sensors": {"celsius": 50.0, "mhz": 1500, "throttled": ["undervoltage"], "throttled_before": [], "known": True},
+}
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> Any:
+    """What a stranger registers: anything, or nearly what a server says."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(VALUES)
+    info: dict[str, Any] = json.loads(json.dumps(INFO))
+    place = draw(st.sampled_from([info, info["gpu"], info["versions"], info["sensors"]]))
+    place[draw(st.sampled_from(sorted(place)))] = draw(VALUES)
+    entry: dict[str, Any] = {"key": "server:k", "addr": ["10.0.0.1", 9], "gf_tvm": info}
+    if draw(st.booleans()):
+        entry[draw(st.sampled_from(sorted(entry)))] = draw(VALUES)
+    return entry
+
+
+@given(registered=VALUES | st.lists(entries(), max_size=4))
+def test_whatever_is_registered_can_be_listed(registered: Any) -> None:
+    found = boards_of({"server_info": registered})
+    table = status.format_table(*status._table(found, time.time()))
+    assert all(letter == "\n" or letter.isprintable() or category(letter) == "Zs" for letter in table)
+    for board in found:
+        assert 0 < len(board.name) <= 1000
+        assert board.name.isprintable()
+        assert list(doctor.compare_versions({}, board.info.get("versions") or {}, board.name))
+        with contextlib.suppress(TuningError):
+            gpu_of(board.name, board.info.get("gpu"), "sm_53")
+
+
+def test_what_a_server_says_is_listed_whole() -> None:
+    (found,) = boards_of({"server_info": [{"key": "server:k", "addr": ["10.0.0.1", 9], "gf_tvm": INFO}]})
+    sensors = found.info.pop("sensors")
+    assert {name: sensors[name] for name in INFO["sensors"]} == INFO["sensors"]  # type: ignore[call-overload, attr-defined]
+    assert found.info == {name: value for name, value in INFO.items() if name != "sensors"}
+
+
+def test_a_list_without_end_is_cut() -> None:
+    assert len(boards_of({"server_info": [{"key": "server:k", "addr": ["h", 9]}] * 5000})) == 1000
 
 
 # --------------------------------------------------------------------------------------------------------- the server
@@ -489,7 +558,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "stdin"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP", "stdin"])
 def test_the_end(tracker: TrackerProcess, tmp_path: Path, how: str) -> None:
     """It ends with its session, and leaves no folder; the tracker forgets it."""
     with QuickBoard("end", tracker.address, "end", tmp_path) as board:
@@ -498,7 +567,7 @@ def test_the_end(tracker: TrackerProcess, tmp_path: Path, how: str) -> None:
             assert wait_until(lambda: children(board.pid))
             (session,) = children(board.pid)
             assert len(board.left()) == 1
-            board.stop() if how == "SIGTERM" else board.unplug()
+            board.unplug() if how == "stdin" else os.kill(board.pid, signal.Signals[how])
             assert wait_until(lambda: not board.alive)
             assert board.exit_code == 0
             assert closed(connection)

@@ -120,6 +120,7 @@ class TrackerProcess:
 
     def __init__(self) -> None:
         self.address: Address = ("127.0.0.1", free_port())
+        self.command = CLI
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> TrackerProcess:
@@ -129,9 +130,11 @@ class TrackerProcess:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> None:
-        arguments = ["farm", "tracker", "--port", str(self.address[1])]
-        self._process = subprocess.Popen([*CLI, *arguments], stdout=subprocess.PIPE, text=True)
+    def start(self, stderr: bool = False) -> None:
+        """Start it; ``stderr`` keeps what it writes there for who asks."""
+        command = [*self.command, "farm", "tracker", "--port", str(self.address[1])]
+        errors = subprocess.PIPE if stderr else None
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline().startswith("tracker on ")
 

@@ -11,15 +11,17 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gf_tvm
@@ -31,6 +33,13 @@ from gf_tvm.runners._output import OutputError, ProgressBar, check_writable, for
 #: Of terminals.
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 GF_TVM = [sys.executable, "-m", "gf_tvm.runners.cli"]
+
+
+class Terminal(io.StringIO):
+    """Takes progress for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -64,7 +73,8 @@ def raises(error: BaseException) -> Callable[[], Any]:
 
 
 @given(
-    text=st.text(max_size=20) | st.sampled_from(["Bücher/ä.json", "\udcff.json"]), encoding=st.sampled_from(ENCODINGS)
+    text=st.text(max_size=20) | st.sampled_from(["Bücher/ä.json", "\udcff.json", "\x1b]0;x\x07\x1b[2J\r", "\u202egpj"]),
+    encoding=st.sampled_from(ENCODINGS),
 )
 def test_what_a_terminal_cannot_show_is_escaped(text: str, encoding: str) -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding)
@@ -73,6 +83,24 @@ def test_what_a_terminal_cannot_show_is_escaped(text: str, encoding: str) -> Non
     shown = screen.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert shown.startswith("<")
     assert shown.rstrip("\n").endswith(">")
+    # Nor what would give it orders, or turn round what it shows.
+    assert all(letter in "\n\t" or category(letter)[0] != "C" for letter in shown)
+
+
+@given(rows=st.lists(st.lists(st.text(max_size=9), min_size=2, max_size=2), max_size=3), text=st.text(max_size=20))
+def test_tables_and_progress_have_the_lines_that_they_should_have(rows: list[list[str]], text: str) -> None:
+    """And none that a name or a message adds."""
+    rows = [[f"x{cell}" for cell in row] for row in rows]  # empty rows have a line without an end
+    plain = [["x", "x"] for _ in rows]
+    assert len(format_table(("a", "b"), rows).splitlines()) == len(format_table(("a", "b"), plain).splitlines())
+    for tty in (False, True):
+        stream = Terminal() if tty else io.StringIO()
+        with ProgressBar(2, text, stream=stream) as progress:
+            progress.update(1, text)
+            progress.write(text)
+        shown = stream.getvalue()
+        assert all(letter in "\n\t\r" or category(letter)[0] != "C" for letter in shown)
+        assert tty or "\r" not in shown
 
 
 @pytest.mark.parametrize(
@@ -367,6 +395,28 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 6
 
 
+@given(pauses=st.lists(st.integers(0, 12), max_size=4), total=st.none() | st.just(4))
+@settings(max_examples=10, deadline=None)
+def test_a_log_file_hears_of_a_job_however_long_its_steps_take(pauses: list[int], total: int | None) -> None:
+    """Intervals of 50 ms stand for those of ten seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_output, "LINE_INTERVAL", 0.05)
+        stream, begun = io.StringIO(), time.monotonic()
+        with ProgressBar(total, "build", stream=stream) as progress:
+            for pause in pauses:
+                time.sleep(0.02 * pause)
+                progress.advance()
+            shown = len(stream.getvalue().splitlines())
+            passed = time.monotonic() - begun
+        assert shown <= passed / 0.05
+        if passed > 0.15:
+            assert shown >= 1  # a busy machine may be late, but not silent
+        text = stream.getvalue()
+        time.sleep(0.12)
+        assert stream.getvalue() == text  # nothing after its end
+        assert all(line.startswith("build: ") and "passed" in line for line in text.splitlines())
+
+
 def test_progress_of_a_short_job_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(monkeypatch), io.StringIO()
     with ProgressBar(2, "build", stream=stream) as progress:
@@ -393,10 +443,6 @@ def test_progress_without_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_on_a_terminal() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     stream = Terminal()
     with ProgressBar(64, "tune", "trial", initial=10, stream=stream) as progress:
         progress.update(64, "best 1.5 ms")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import signal
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +20,7 @@ from farm_helpers import TrackerProcess, free_port
 
 from gf_tvm.farm.protocol import TrackerConnection
 from gf_tvm.runners.cli import main
+from gf_tvm.runners.farm._arguments import say_line
 from gf_tvm.tuning.measuring.options import FarmOptions
 
 NOWHERE = "127.0.0.1:9"
@@ -280,3 +287,63 @@ def test_options_of_the_farm_reach_the_library(
         ("::1", 9191), "rpi4", boards=2, hot_celsius=75.0, drift=None, patience_minutes=5.0
     )
     assert (given["device"], given["threads"], given["cold"]) == ("rpi4", 4, True)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM]]
+)
+def test_virtual_pis_leave_nothing_however_they_are_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, numbers: list[int]
+) -> None:
+    """Also if a second signal comes while the first is dealt with."""
+    seen: list[Path] = []
+
+    def watch(pis: list[Any]) -> None:
+        seen.append(pis[0].folder)
+        try:
+            os.kill(os.getpid(), numbers[0])
+            time.sleep(10)
+        finally:
+            for number in numbers[1:]:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("gf_tvm.farm.virtual.prepare_root", lambda *_: tmp_path)
+    monkeypatch.setattr("gf_tvm.runners.farm.virtual._watch", watch)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert main(["farm", "virtual", "1", "--tracker", NOWHERE, "--key", "rpi4"]) == 130
+    assert seen
+    assert not list(tmp_path.iterdir())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_lines_for_a_terminal_that_was_closed_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    say_line("the server ends")
+
+
+def test_a_server_does_not_run_as_root_unless_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class Told(Exception):
+        pass
+
+    def server(options: Any, say: Any) -> None:
+        made.append(options)
+        raise Told
+
+    monkeypatch.setattr("gf_tvm.farm.server.Server", server)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert fails(capsys, *SERVE).endswith("or --allow-root where the whole machine is there for it")
+    assert not made
+    for user, words in ((0, ["--allow-root"]), (1000, [])):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        with pytest.raises(Told):
+            main([*SERVE, *words])
+    assert len(made) == 2

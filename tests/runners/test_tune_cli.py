@@ -142,19 +142,20 @@ def test_a_folder_in_use_is_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"{folder.path}: is being written by process {os.getpid()}" in line
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_job_that_is_terminated_ends_like_one_that_is_interrupted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shapes: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shapes: str, number: int
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
 
     def tune(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("still running")
 
     monkeypatch.setattr("gf_tvm.tuning.tune", tune)
     assert main(["tune", "--shapes", shapes, "--logs", str(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "gf-tvm: interrupted"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_options_reach_the_library_and_progress_is_shown(

@@ -361,7 +361,7 @@ class FakeMeasurer(Measurer):
         self.measured.append(str(library))
         return self.cost(json.loads(str(library)))
 
-    def compare(self, task: Task, libraries: dict[str, Path], seed: int, progress: Any) -> dict[str, Result]:
+    def compare(self, task: Task, libraries: dict[str, Path], seed: int, *_: Any) -> dict[str, Result]:
         return {name: self.cost(json.loads(str(library))) for name, library in libraries.items()}
 
 

@@ -12,6 +12,7 @@ service            which of the two
 measuring_process  runs candidates in such a process; on this machine, or on a board
 measurer           builds on this machine, and measures here too
 messages           what the tuner and a board say to each other
+answers            what boards say, checked before it is believed
 board_service      what a board does for the tuner
 link               this machine's process for one board
 board_link         that process as the tuner sees it, and the state of what it was asked for

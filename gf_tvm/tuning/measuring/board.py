@@ -7,21 +7,21 @@ doing, and its result, or one of :data:`~gf_tvm.tuning.measuring.health.TROUBLES
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .answers import BadAnswer, answer_of, greeting_of, name_and_versions, reading_of, results_of, seconds_of
 from .board_link import HELD, BoardLink, State
 from .farm_run import FarmRun
-from .health import STRIKES, BoardHealth, state_of, why_unfit
+from .health import STRIKES, BoardHealth, other_versions, state_of, why_unfit
 from .jobs import Job
 from .link import Link
 from .measuring_process import COMPARE_SECONDS, PREPARE_SECONDS
-from .messages import Operation, result_of, task_values
+from .messages import Operation, task_values
 from .process import CandidateFailed, Ended
 from .result import Result
 
@@ -48,6 +48,7 @@ class BoardSession(BoardLink):
         job: what it works on.
         retry_at: when to ask the tracker (again), on the monotonic clock, while it is closed.
         reference_due: trials until the reference kernel is due.
+        refused: why this run cannot use the board at all; empty if it can.
     """
 
     def __init__(self, number: int, run: FarmRun) -> None:
@@ -55,13 +56,20 @@ class BoardSession(BoardLink):
         self.job: Job | None = None
         self.retry_at = 0.0
         self.reference_due = 0
+        self.refused = ""
+        self._reason = ""  # why it was put aside
         self._run = run
         self._attempts = 0
+        self._greeted = False
         self._remaining: list[tuple[str, Path]] = []
         self._uploaded: dict[str, str] = {}
+        # Of uploaded files, by their names there; not sent to servers of before they were known.
+        self._checksums: dict[str, str] = {}
+        self._sends_checksums = False
         self._prepared: tuple[str, int] | None = None
         self._prepare_seconds = 0.0
         self._sent = 0
+        self._sending = ""
         # Where an answer leads, by the state in which it is waited for. Connecting and uploading are the link's own
         # doing, all else the board's; starting has no answer.
         self._transitions: dict[State, Callable[[Any], None]] = {
@@ -78,6 +86,15 @@ class BoardSession(BoardLink):
         """What this run knows of the board."""
         return self._run.health.of(self.name)
 
+    @property
+    def status(self) -> str:
+        """What it does or waits for, for people."""
+        if self.state is State.CLOSED:
+            return "a board that was lost" if self._attempts else "a board"
+        if self.state is State.ASIDE:
+            return f"{self.label} (put aside: {self._reason})" if self._reason else f"{self.label} (put aside)"
+        return f"{self.label} ({self.state.value})"
+
     # --------------------------------------------------------------------------------------------- opening and closing
 
     def open(self, folder: Path) -> None:
@@ -93,6 +110,7 @@ class BoardSession(BoardLink):
             self.hang_up()
 
     def _connect(self) -> None:
+        self.refused, self._reason = "", ""
         farm = self._run.farm
         self.ask(
             *(State.CONNECTING, _REQUEST_SECONDS + _CONNECT_SECONDS, Link.connect),
@@ -120,22 +138,23 @@ class BoardSession(BoardLink):
             self.lose("board lost", str(ended))
             return
         self.heard = time.monotonic()
-        if self.state not in (State.CONNECTING, State.UPLOADING):
-            answer = json.loads(value)
-            if "done" not in answer:
-                kind = "broken" if "broken" in answer else "board lost"
-                self._cannot_work(kind, str(answer.get("broken") or answer.get("failed")))
-                return
-            value = answer["done"]
-        self._transitions[self.state](value)
+        try:
+            if self.state not in (State.CONNECTING, State.UPLOADING):
+                answer = answer_of(value)
+                if answer.kind != "done":
+                    self.name = self.name or answer.name
+                    self._cannot_work("broken" if answer.kind == "broken" else "board lost", answer.value)
+                    return
+                value = answer.value
+            # Each of these reads the whole answer before it does anything about it.
+            self._transitions[self.state](value)
+        except BadAnswer as bad:
+            self._cannot_work("bad answer", f"bad answer: {bad}")
 
     def _request_failed(self, failure: CandidateFailed) -> None:
-        run = self._run
         if self.state is State.GREETING and "no function" in str(failure):
-            run.health.trouble("", "refused")
-            run.notes.append(f"{self.label} runs another server than gf-tvm farm serve and cannot be used")
-            self.hang_up()
-            self.retry_at = time.monotonic() + run.farm.aside_seconds
+            # Held like others that are refused: the tracker would only give it again.
+            self._refuse("it runs another server than gf-tvm farm serve")
         elif failure.status == "timeout":
             self.lose("timeout", f"{self.state.value} took too long")
         else:
@@ -151,29 +170,36 @@ class BoardSession(BoardLink):
                 run.health.trouble("", "no board")
                 run.notes.append(f"no board with the key {run.farm.key!r} is free; still waiting")
             return
-        self.address = address
+        self.address, self._greeted = address, False
         self.call(State.GREETING, _HELLO_SECONDS, Operation.HELLO, options=asdict(run.options))
 
-    def _after_greeting(self, info: dict[str, Any]) -> None:
-        self.name = str(info["name"])
+    def _after_greeting(self, info: Any) -> None:
+        self.name, versions = name_and_versions(info)
         self._attempts, self.reference_due, self._prepared = 0, 0, None
-        if complaint := why_unfit(info, self._run.emulated, self._run.arch):
-            self._run.health.trouble(self.name, "refused")
-            self._put_aside(math.inf, complaint)
+        complaint = other_versions(versions)
+        if not complaint:  # else the rest may be told in another way
+            greeting = greeting_of(info)
+            complaint = why_unfit(greeting, self._run.emulated, self._run.arch)
+            self._sends_checksums = greeting.checksums
+        self._greeted = True
+        if complaint:
+            self._refuse(complaint)
         elif time.monotonic() < self.health.aside_until:
             self.state = State.ASIDE
         else:
             self.state = State.FREE
 
-    def _after_preparing(self, seconds: float) -> None:
-        self._prepare_seconds = seconds
+    def _after_preparing(self, seconds: Any) -> None:
+        self._prepare_seconds = seconds_of(seconds, PREPARE_SECONDS)
         self._upload_next()
 
-    def _after_uploading(self, _: None) -> None:
+    def _after_uploading(self, checksum: str) -> None:
+        self._checksums[self._sending] = checksum
         self._upload_next()
 
-    def _after_resting(self, sensors: dict[str, Any]) -> None:
+    def _after_resting(self, told: Any) -> None:
         run, health = self._run, self.health
+        sensors = reading_of(told)
         if run.health.is_cool(sensors):
             health.hot_since = None
             self.state = State.FREE
@@ -187,27 +213,29 @@ class BoardSession(BoardLink):
     def _rest(self) -> None:
         self.call(State.RESTING, _REST_SECONDS + _SENSE_SECONDS, Operation.REST, seconds=_REST_SECONDS)
 
-    def _after_running(self, answer: dict[str, Any]) -> None:
-        job, self.job = self.job, None
+    def _after_running(self, told: Any) -> None:
+        job = self.job
         assert job is not None
         health = self.health
-        sensors = answer["sensors"]
+        sensors, results = results_of(told, None if job.candidate is not None or job.reference else job.files)
+        self.job = None
         if self._run.health.is_hot(sensors):
             self._cool_down(job, sensors)
             return
         health.strikes = 0
         if job.reference:
-            self._judge_speed(result_of(answer["result"]))
+            self._judge_speed(results[""])
             return
         self.reference_due -= 1
         self.state = State.FREE
         names = ("mhz", "celsius", "governor", *(("gpu_mhz", "gpu_celsius") if self._run.arch else ()))
         board = {"name": self.name, **{name: sensors.get(name) for name in names}}
+        results = {name: replace(result, board=board) for name, result in results.items()}
         if job.candidate is None:
-            self._run.jobs.compared = {name: result_of(r, board) for name, r in answer["results"].items()}
+            self._run.jobs.compared = results
             return
         health.trials += 1
-        self._run.jobs.finish(job, result_of(answer["result"], board))
+        self._run.jobs.finish(job, results[""])
 
     def _cool_down(self, job: Job, sensors: dict[str, Any]) -> None:
         """Repeat the trial, here or elsewhere, and let the board cool down."""
@@ -260,7 +288,7 @@ class BoardSession(BoardLink):
     def _begin(self, job: Job) -> None:
         self.job = job
         self._remaining = list(job.files.items())
-        self._uploaded = {}
+        self._uploaded, self._checksums = {}, {}
         wanted = (job.task.identity.key, job.seed)
         # The reference kernel's small inputs are made when it runs, in a process of its own.
         if self._prepared == wanted or job.reference:
@@ -278,17 +306,21 @@ class BoardSession(BoardLink):
             return
         name, path = self._remaining.pop(0)
         self._sent += 1
-        self._uploaded[name] = f"{self._sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
-        self.ask(State.UPLOADING, _UPLOAD_SECONDS, Link.upload, path=path, name=self._uploaded[name])
+        self._sending = f"{self._sent}{job.task.suffix}"  # never a name twice: loaders know libraries by name
+        self._uploaded[name] = self._sending
+        self.ask(State.UPLOADING, _UPLOAD_SECONDS, Link.upload, path=path, name=self._sending)
 
     def _run_job(self, job: Job) -> None:
         options, task = self._run.options, task_values(job.task)
         # The board itself ends a candidate that takes too long and says so; this is for a board that does not.
+        checked = {"checksums": self._checksums} if self._sends_checksums else {}
         once = 2 * self._prepare_seconds + 4 * options.run_timeout + 4 * options.max_seconds + COMPARE_SECONDS
         if job.candidate is None and not job.reference:
             rounds = options.rounds * len(job.files) * (options.run_timeout + 2 * options.max_seconds)
             timeout = len(job.files) * once + rounds
-            self.call(State.RUNNING, timeout, Operation.COMPARE, task=task, files=self._uploaded, seed=job.seed)
+            self.call(
+                State.RUNNING, timeout, Operation.COMPARE, task=task, files=self._uploaded, seed=job.seed, **checked
+            )
         else:
             self.call(
                 *(State.RUNNING, once, Operation.RUN),
@@ -296,6 +328,7 @@ class BoardSession(BoardLink):
                 file=self._uploaded["candidate"],
                 best=None if job.candidate is None else self._run.best(),
                 reference=job.reference,
+                **checked,
             )
 
     # -------------------------------------------------------------------------------------------------------- troubles
@@ -314,8 +347,12 @@ class BoardSession(BoardLink):
             if time.monotonic() >= health.aside_until:
                 health.strikes = 0
                 self.reference_due = 0
-                self.state = State.FREE
                 self._run.notes.append(f"{self.label} is tried again")
+                if self._greeted:
+                    self.state = State.FREE
+                else:  # a new session, if it is the session that could not answer
+                    self.hang_up()
+                    self.retry_at = time.monotonic()
         elif self.state is State.FREE and self.process is not None and self.process.connection.poll(0):
             self.lose("board lost", "its session ended")
 
@@ -339,6 +376,7 @@ class BoardSession(BoardLink):
 
     def _cannot_work(self, kind: str, reason: str) -> None:
         """The board answers, but cannot work."""
+        self.name = self.label  # its address, until it has told its name
         self._run.health.trouble(self.name, kind)
         self._give_back_job()
         self._put_aside(self._run.farm.aside_seconds, reason)
@@ -349,10 +387,17 @@ class BoardSession(BoardLink):
         if job is not None and (given_up := self._run.jobs.lost(job, self.label)):
             self._run.notes.append(given_up)
 
+    def _refuse(self, reason: str) -> None:
+        """This run cannot use the board."""
+        self.name = self.label
+        self._run.health.trouble(self.name, "refused")
+        self.refused = reason
+        self._put_aside(math.inf, reason)
+
     def _put_aside(self, seconds: float, reason: str) -> None:
         """Hold the board without work: the tracker would only give it again."""
         self.health.aside_until = time.monotonic() + seconds
         self.state = State.ASIDE
-        self._prepared = None
+        self._prepared, self._reason = None, reason
         length = f"for {seconds:.0f} s" if math.isfinite(seconds) else "for this run"
         self._run.notes.append(f"{self.label} is put aside {length}: {reason}")

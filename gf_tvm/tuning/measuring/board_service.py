@@ -3,7 +3,8 @@
 A session is a process of its own (:mod:`gf_tvm.farm.server`), and it runs candidates in a further one, so a candidate
 that crashes or hangs is a result like any other and the session goes on. Requests and answers are JSON text. An answer
 is ``{"done": value}``; ``{"broken": line}`` if the board cannot go on (no memory, a full disk); or ``{"failed": line}``
-if the request made no sense.
+if the request made no sense. The last two have the board's ``name`` beside the line: else nobody would know which board
+it is that cannot even greet.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ...farm.server import SessionContext, versions
 from ..task import Task, TuningError, WorkloadTask
 from .measuring_process import MeasuringProcess
-from .messages import Operation, gpu_of, task_of
+from .messages import Operation, checksum, gpu_of, task_of
 from .options import MeasureOptions
 from .process import describe
 from .result import Result
@@ -58,15 +60,17 @@ class BoardService:
         counters = self._context.counters
         counters.working = True
         try:
+            if self._context.trouble:
+                raise TuningError(self._context.trouble)
             arguments = json.loads(request)
             name = arguments.pop("op")
             if name not in self._operations:
                 raise ValueError(f"unknown operation {name!r}; known: {', '.join(self._operations)}")
             answer = {"done": self._operations[name](**arguments)}
         except (TuningError, MemoryError) as error:
-            answer = {"broken": str(error) or "not enough memory"}
+            answer = {"broken": str(error) or "not enough memory", "name": self._context.name}
         except Exception as error:
-            answer = {"failed": describe(error)}
+            answer = {"failed": describe(error), "name": self._context.name}
         finally:
             counters.working = False
         return json.dumps(answer)
@@ -96,6 +100,7 @@ class BoardService:
             "gpu": self._context.gpu,
             "emulated": self._context.emulated,
             "sensors": self.sense(),
+            "checksums": "sha256",  # what run and compare understand
         }
 
     def _new_process(self, options: MeasureOptions) -> MeasuringProcess:
@@ -111,9 +116,19 @@ class BoardService:
         self._measuring_process().prepare(self._task(task), seed)
         return time.monotonic() - begun
 
-    def run(self, task: dict[str, Any], file: str, best: float | None, reference: bool = False) -> dict[str, Any]:
-        """Check and time an uploaded library: a candidate, or the ``reference`` kernel."""
-        path = self._context.folder / file
+    def run(
+        self,
+        task: dict[str, Any],
+        file: str,
+        best: float | None,
+        reference: bool = False,
+        checksums: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Check and time an uploaded library: a candidate, or the ``reference`` kernel.
+
+        ``checksums`` of uploaded files, by name, are as :func:`gf_tvm.tuning.measuring.messages.checksum` makes them.
+        """
+        path = self._uploaded(file, checksums)
         process = self._measuring_process() if self._reference is None or not reference else self._reference
         result = process.run(self._task(task), path, best)
         if not reference:
@@ -121,9 +136,11 @@ class BoardService:
         path.unlink(missing_ok=True)
         return {"result": asdict(result), "sensors": self.sense()}
 
-    def compare(self, task: dict[str, Any], files: dict[str, str], seed: int) -> dict[str, Any]:
+    def compare(
+        self, task: dict[str, Any], files: dict[str, str], seed: int, checksums: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         """Check and time uploaded libraries in turns."""
-        paths = {name: self._context.folder / file for name, file in files.items()}
+        paths = {name: self._uploaded(file, checksums) for name, file in files.items()}
         results = self._measuring_process().compare(self._task(task), paths, seed)
         for name, path in paths.items():
             self._count(results[name])
@@ -136,6 +153,29 @@ class BoardService:
         return self.sense()
 
     # ---------------------------------------------------------------------------------------------------------- helpers
+
+    def _uploaded(self, file: str, checksums: dict[str, str] | None) -> Path:
+        """The path of an uploaded file.
+
+        Raises:
+            ValueError: it is outside the session's folder.
+            TuningError: it is not what was sent. On a full disk TVM writes what it can and says nothing; loading the
+                rest would look like the candidate's crash.
+        """
+        path = self._context.path(file)
+        wanted = None if checksums is None else checksums[file]
+        if wanted is None:  # by a host that sends none
+            return path
+        try:
+            found = checksum(path.read_bytes())
+        except OSError as error:
+            raise TuningError(f"an uploaded library cannot be read: {error.strerror or error}") from None
+        if found != wanted:
+            path.unlink(missing_ok=True)
+            (have, _), (want, _) = found.split(), wanted.split()
+            reason = "other bytes than were sent" if have == want else f"{have} of {want} bytes; its disk may be full"
+            raise TuningError(f"of an uploaded library there are {reason}")
+        return path
 
     def _measuring_process(self) -> MeasuringProcess:
         if self._measuring is None:

@@ -34,6 +34,16 @@ from .result import Result
 from .tracker_watch import TrackerWatch
 from .worker import Worker
 
+# Between two lines about how far it is.
+_TELL_SECONDS = 0.5
+_AT_WORK = frozenset({State.PREPARING, State.UPLOADING, State.RUNNING})
+# Seconds that a comparison of large kernels may take on a slow board.
+_LONGEST_JOB = 7200.0
+# Sessions that ask the tracker for a board at the same time.
+_MOST_ASKING = 4
+# Boards whose names such a line has.
+_MOST_NAMED = 3
+
 #: Gives libraries that were built elsewhere; see :meth:`FarmMeasurer.measure_built`.
 BuiltSource = Callable[[], Sequence[tuple[Task, Candidate, Path]]]
 
@@ -75,6 +85,9 @@ class FarmMeasurer(Measurer):
         self._answers: dict[tuple[str, int], tuple[Any, CandidateFailed | None]] = {}
         self._last_work = 0.0
         self._wakes: list[Connection] = []
+        self._told = ("", "")
+        self._results: tuple[int, bool] = (0, False)
+        self._tell_at = 0.0
 
     # --------------------------------------------------------------------------------------------------- the outer face
 
@@ -206,8 +219,13 @@ class FarmMeasurer(Measurer):
         return result
 
     def compare(
-        self, task: Task, libraries: Mapping[str, Path], seed: int, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, Result]:
+        self,
+        task: Task,
+        libraries: Mapping[str, Path],
+        seed: int,
+        over: Callable[[], bool] = lambda: False,
+        say: Notify = lambda kind, line: None,
+    ) -> dict[str, Result] | None:
         """See :meth:`Measurer.compare`; all of it on one board. Raises TuningError if several are lost over it."""
         if not libraries:
             return {}
@@ -219,12 +237,16 @@ class FarmMeasurer(Measurer):
             while self._jobs.compared is None:
                 if len(job.lost_on) >= LOSSES:
                     raise TuningError(f"{task.identity.key}: the final comparison failed on {', '.join(job.lost_on)}")
+                if over():
+                    say("note", f"no time is left for the final comparison; it waits for {self._waits}")
+                    return None
                 self._step()
+                self._tell_notes(say)
+                self._tell_progress(say, "compare", f"comparing, waits for {self._waits}")
+            return self._jobs.compared
         finally:
+            self._tell_notes(say)
             self._abandon()
-        if progress is not None:
-            progress(self.options.rounds, self.options.rounds)
-        return self._jobs.compared
 
     def _begin(self, best: Callable[[], float | None]) -> None:
         self._run.best = best
@@ -232,12 +254,31 @@ class FarmMeasurer(Measurer):
 
     def _news(self, say: Notify, progress: bool = False) -> Generator[tuple[Candidate, Result | None], None, None]:
         """Tell what has happened, and yield what is done."""
-        while self._run.notes:
-            say("note", self._run.notes.popleft())
+        self._tell_notes(say)
         if progress:
-            say("build", f"{len(self._building)} in building, {len(self._jobs.waiting)} waiting for a board")
+            line = f"{len(self._building)} in building, {len(self._jobs.waiting)} waiting for a board"
+            self._tell_progress(say, "build", line if self._run.connected else f"{line}, waits for {self._waits}")
         while self._jobs.done:
             yield self._jobs.done.popleft()
+
+    def _tell_notes(self, say: Notify) -> None:
+        while self._run.notes:
+            say("note", self._run.notes.popleft())
+
+    def _tell_progress(self, say: Notify, kind: str, line: str) -> None:
+        """Tell how far it is, unless that is known or was told just now: whoever listens may write all of it down."""
+        now = time.monotonic()
+        if kind != self._told[0] or (line != self._told[1] and now >= self._tell_at):
+            self._told, self._tell_at = (kind, line), now + _TELL_SECONDS
+            say(kind, line)
+
+    @property
+    def _waits(self) -> str:
+        """For whom the run waits, for people."""
+        at_work = [session for session in self._sessions if session.job is not None]
+        waited = [session.status for session in at_work or self._sessions if session.state is not State.FREE]
+        more = f" and {len(waited) - _MOST_NAMED} more" if len(waited) > _MOST_NAMED else ""
+        return ", ".join(waited[:_MOST_NAMED]) + more if waited else "a board"
 
     def _abandon(self) -> None:
         """Forget what is not done: a session that works on it is closed."""
@@ -316,7 +357,9 @@ class FarmMeasurer(Measurer):
         if not any(session.state is State.FREE and session.has_work for session in self._sessions):
             connections = [process.connection for _, process in waited]
             left = [process.seconds_left for _, process in waited]
-            retries = [session.retry_at - now for session in self._sessions if session.state is State.CLOSED]
+            # One whose time has come and which is not open waits for something else.
+            times = [session.retry_at for session in self._sessions if session.state is State.CLOSED]
+            retries = [at - now for at in times if at > now]
             wait(
                 [*connections, *self._builders.connections(), *self._wakes],
                 max(0.0, min(TICK, self._builders.seconds_left, *left, *retries)),
@@ -335,23 +378,35 @@ class FarmMeasurer(Measurer):
     def _keep_sessions(self, now: float) -> None:
         """One session for each board that is there; those that have none ask the tracker for one."""
         wanted = max(1, len(self._tracker.listed))
-        if self._farm.boards is not None:
-            wanted = min(wanted, self._farm.boards)
-        while len(self._sessions) < wanted:
-            self._sessions.append(BoardSession(len(self._sessions), self._run))
+        if self._farm.boards is not None:  # which those that are refused do not fill
+            wanted = min(wanted, self._farm.boards + sum(bool(session.refused) for session in self._sessions))
         idle = sum(session.state in (State.STARTING, State.CONNECTING) for session in self._sessions)
         held = sum(session.state in HELD for session in self._sessions)
+        # Few ask at a time: the list may name boards that nobody ever gets, and each process takes memory.
+        most = min(wanted, held + _MOST_ASKING)
+        while len(self._sessions) < most:
+            self._sessions.append(BoardSession(len(self._sessions), self._run))
         for session in self._sessions:
-            if session.state is State.CLOSED and now >= session.retry_at and idle + held < wanted:
+            if session.state is State.CLOSED and now >= session.retry_at and idle + held < most:
                 idle += 1
                 session.open(self._scratch.folder)
 
     def _check_patience(self) -> None:
-        """Raise TuningError if no board was at work for too long."""
-        if self._run.connected:
-            self._last_work = time.monotonic()
-        elif time.monotonic() - self._last_work > 60 * self._farm.patience_minutes:
+        """Raise TuningError if no board was at work for too long, or none ever will be."""
+        held = [session for session in self._sessions if session.state in HELD]
+        asking = any(session.state in (State.STARTING, State.CONNECTING) for session in self._sessions)
+        if held and not asking and len(held) >= len(self._tracker.listed) and all(one.refused for one in held):
+            reasons = "; ".join(f"{session.label}: {session.refused}" for session in held[:_MOST_NAMED])
+            raise TuningError(f"no board with the key {self._farm.key!r} can be used: {reasons}")
+        # Only results count: a board that is put aside, comes back and fails again is of no more use than none.
+        results = sum(health.trials for health in self._run.health.boards.values()), self._jobs.compared is not None
+        if results != self._results or not (self._jobs.waiting or self._working):
+            self._results, self._last_work = results, time.monotonic()
+            return
+        passed = time.monotonic() - self._last_work
+        limit = 60 * self._farm.patience_minutes
+        if passed > limit + (_LONGEST_JOB if any(session.state in _AT_WORK for session in self._sessions) else 0):
             raise TuningError(
                 f"no board with the key {self._farm.key!r} was at work for {self._farm.patience_minutes:g} minutes"
-                + (f": {self._tracker.gone}" if self._tracker.gone else "")
+                + (f": {self._tracker.gone}" if self._tracker.gone else f"; it waited for {self._waits}")
             )

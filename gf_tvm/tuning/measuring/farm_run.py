@@ -12,6 +12,8 @@ from .jobs import JobQueue
 from .options import FarmOptions, MeasureOptions
 from .reference import ReferenceKernel
 
+_MOST_NOTES = 1000
+
 
 @dataclass
 class FarmRun:
@@ -24,7 +26,7 @@ class FarmRun:
         reference: the reference kernel; None does without.
         emulated: whether the boards are.
         best: seconds of the fastest candidate so far.
-        notes: lines of text about what happened.
+        notes: lines of text about what happened; of many that nobody takes, the newest.
         boards: the links of all sessions.
     """
 
@@ -35,7 +37,7 @@ class FarmRun:
     emulated: bool = False
     best: Callable[[], float | None] = lambda: None
     jobs: JobQueue = field(default_factory=JobQueue)
-    notes: deque[str] = field(default_factory=deque)
+    notes: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_NOTES))
     boards: Sequence[BoardLink] = ()
 
     def __post_init__(self) -> None:

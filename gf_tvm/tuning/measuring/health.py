@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import Counter
@@ -11,14 +12,15 @@ from importlib import metadata
 from typing import Any
 
 from ..task import TuningError
+from .answers import Greeting
 from .messages import gpu_of
 from .options import FarmOptions
 
 #: What can go wrong that is not the candidate's doing. ``board lost``: its server or the connection ended, or it
 #: stopped answering; ``timeout``: a step took longer than it may; ``no board``: the tracker had none to give, or is
 #: not there; ``throttled``: hot, or a lower clock; ``drift``: another speed than before, or than its like; ``refused``:
-#: other versions than the host's; ``broken``: no memory, a full disk.
-TROUBLES = ("board lost", "timeout", "no board", "throttled", "drift", "refused", "broken")
+#: other versions than the host's; ``broken``: no memory, a full disk; ``bad answer``: it says what makes no sense.
+TROUBLES = ("board lost", "timeout", "no board", "throttled", "drift", "refused", "broken", "bad answer")
 
 #: Troubles in a row after which a board is put aside.
 STRIKES = 3
@@ -111,25 +113,35 @@ class FarmHealth:
         return seconds / usual - 1 if limit is not None and seconds > (1 + limit) * usual else None
 
 
-def why_unfit(info: Mapping[str, Any], emulated: bool, arch: str) -> str:
-    """Why a board cannot be used in a run; empty if it can.
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)  # which reads a file each time
+
+
+def other_versions(versions: Mapping[str, str | None]) -> str:
+    """Why a board with these packages cannot be used; empty if it can."""
+    for package in ("gf-tvm", "apache-tvm"):
+        here, there = _version(package), versions.get(package)
+        if here != there:
+            return f"it has {package} {there}, this machine has {here}; run gf-tvm farm deploy again"
+    return ""
+
+
+def why_unfit(board: Greeting, emulated: bool, arch: str) -> str:
+    """Why a board with the right versions cannot be used in a run; empty if it can.
 
     Args:
-        info: the board's answer to "hello".
+        board: its answer to "hello".
         emulated: whether the run's boards are.
         arch: of the GPU that is needed; "" for none.
     """
-    for package in ("gf-tvm", "apache-tvm"):
-        here, there = metadata.version(package), info["versions"].get(package)
-        if here != there:
-            return f"it has {package} {there}, this machine has {here}; run gf-tvm farm deploy again"
-    if bool(info["emulated"]) != emulated:
+    if board.emulated != emulated:
         return "emulated boards and real ones cannot share a log"
-    if info["threads"] > info["cores"]:
-        return f"it has {info['cores']} cores for {info['threads']} threads; use --threads {info['cores']}"
+    if board.threads > board.cores:
+        return f"it has {board.cores} cores for {board.threads} threads; use --threads {board.cores}"
     try:
         if arch:
-            gpu_of(str(info["name"]), info["gpu"], arch)
+            gpu_of(board.name, board.gpu, arch)
     except TuningError as error:
         return str(error)
     return ""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...farm.protocol import Address, TrackerConnection, show
+from .answers import MAX_ANSWER
+from .messages import checksum
 
 
 class Link:
@@ -47,16 +49,22 @@ class Link:
         self._session = tvm_ffi.get_global_func("rpc.Connect")(host, port, match_key, False)
         return show((host, port))
 
-    def upload(self, path: Path, name: str) -> None:
-        """Send a file into the session's folder."""
-        self._session["tvm.rpc.server.upload"](name, bytearray(path.read_bytes()))
+    def upload(self, path: Path, name: str) -> str:
+        """Send a file into the session's folder; returns its checksum."""
+        data = path.read_bytes()
+        self._session["tvm.rpc.server.upload"](name, bytearray(data))
+        return checksum(data)
 
     def call(self, request: str) -> str:
-        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`."""
+        """Make a request of the session; see :mod:`gf_tvm.tuning.measuring.board_service`.
+
+        Returns:
+            The answer. One that is too long is cut after the first character too many, by which it is known.
+        """
         from ...farm.server import REQUEST
 
         answer = self._session[REQUEST](request)
-        return str(answer)
+        return str(answer)[: MAX_ANSWER + 1]
 
     def close(self) -> None:
         """End the session; harmless when repeated."""

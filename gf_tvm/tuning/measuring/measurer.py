@@ -38,7 +38,7 @@ _SCRATCH_GRACE = 3600.0  # seconds
 
 #: Proposes up to so many candidates; none if no more are wanted now.
 CandidateSource = Callable[[int], Sequence[Candidate]]
-#: Tells what goes on: "build" and a line that the next one replaces, or "note" and a line that stays.
+#: Tells what goes on: "build" or "compare" and a line that the next one replaces, or "note" and a line that stays.
 Notify = Callable[[str, str], None]
 
 
@@ -358,10 +358,38 @@ class Measurer:
         return self._measuring.run(task, library, best)
 
     def compare(
-        self, task: Task, libraries: Mapping[str, Path], seed: int, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, Result]:
-        """See :meth:`MeasuringProcess.compare <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.compare>`."""
-        return self._measuring.compare(task, libraries, seed, progress)
+        self,
+        task: Task,
+        libraries: Mapping[str, Path],
+        seed: int,
+        over: Callable[[], bool] = lambda: False,
+        say: Notify = lambda kind, line: None,
+    ) -> dict[str, Result] | None:
+        """See :meth:`MeasuringProcess.compare <gf_tvm.tuning.measuring.measuring_process.MeasuringProcess.compare>`.
+
+        Args:
+            task, libraries, seed: as there.
+            over: whether to stop.
+            say: see :data:`Notify`; its kinds are "compare" and "note".
+
+        Returns:
+            A result for each name; None if it was over before.
+        """
+
+        def round_made(done: int, rounds: int) -> None:
+            say("compare", f"compared {done} of {rounds}")
+            if over() and done < rounds:
+                raise _Over
+
+        try:
+            return self._measuring.compare(task, libraries, seed, round_made)
+        except _Over:
+            self._measuring.end()  # which has the libraries loaded
+            return None
+
+
+class _Over(Exception):
+    """There is no time left."""
 
 
 #: More than any source gives at a time.

@@ -7,13 +7,13 @@ be of different versions, so names stay as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from ..task import ArgumentsTask, Task, TuningError, WorkloadTask
-from .result import Result
 
 
 class Operation(Enum):
@@ -32,6 +32,11 @@ def request_text(operation: Operation, /, **arguments: Any) -> str:
     return json.dumps({"op": operation.value, **arguments})
 
 
+def checksum(data: bytes) -> str:
+    """By which a board finds out whether a file has arrived as it was sent: its bytes and their SHA-256."""
+    return f"{len(data)} {hashlib.sha256(data).hexdigest()}"
+
+
 def task_values(task: Task) -> dict[str, Any]:
     """What a board needs to know of a task. Raises TuningError for one that a board cannot measure."""
     if isinstance(task, ArgumentsTask):
@@ -48,11 +53,6 @@ def task_of(values: Mapping[str, Any]) -> Task:
     from ...core.workload import Workload
 
     return WorkloadTask(Workload.from_dict(values["workload"]), values["device"])
-
-
-def result_of(values: Mapping[str, Any], board: dict[str, Any] | None = None) -> Result:
-    """The result that a board has told; ``board`` says which one, and in which state it was."""
-    return Result(values["status"], tuple(values["runs"]), values["excess"], values["message"], board)
 
 
 def gpu_of(name: str, gpu: Mapping[str, Any] | None, arch: str) -> Mapping[str, Any]:

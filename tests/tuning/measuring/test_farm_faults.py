@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,11 @@ def measurer_of(tracker: TrackerProcess, **options: object) -> FarmMeasurer:
 
 
 def tune_here(
-    measurer: FarmMeasurer, logs: Path, trials: int, on_event: Callable[[Event], object] = lambda event: None
+    measurer: FarmMeasurer,
+    logs: Path,
+    trials: int,
+    on_event: Callable[[Event], object] = lambda event: None,
+    minutes: float | None = None,
 ) -> tuple[Summary, list[Record], list[Event]]:
     """Tune the treacherous task and check the log: every trial once, and each with the status that it deserves."""
     task = TreacherousTask(small_workload(), HOST)
@@ -89,7 +94,12 @@ def tune_here(
         on_event(event)
 
     summary = tune_tasks(
-        [task], SearchOptions(trials=trials), logs=logs, options=QUICK, measurer=measurer, progress=progress
+        [task],
+        SearchOptions(trials=trials, minutes=minutes),
+        logs=logs,
+        options=QUICK,
+        measurer=measurer,
+        progress=progress,
     )
     records = read_log(log_path(logs, HOST, task.identity.key), task.identity).records
     check_trials(task, records, trials)
@@ -212,13 +222,22 @@ def test_a_killed_tuner_is_resumed(farm: Farm, tmp_path: Path) -> None:
     assert summary.tasks[0].measured == 20 - len(before)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of a few kilobytes."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("a small disk to fill needs the right to mount one")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Path) -> None:
     tracker, _ = farm
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("a small disk to fill needs the right to mount one")
     path = log_path(disk, HOST, small_workload().key)
 
     def fill() -> None:
@@ -226,7 +245,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Pat
             while True:
                 filler.write(b"x" * 256)
 
-    try:
+    with small_disk(disk, "48k"):
         with pytest.raises(LogError, match=r"No space left on device; its \d+ earlier records are kept") as failure:
             tune_here(measurer_of(tracker), disk, 20, at_trial(3, fill))
         kept = len(read_log(path).records)
@@ -234,8 +253,36 @@ def test_a_full_disk_ends_the_run_and_keeps_the_trials(farm: Farm, tmp_path: Pat
         assert f" {kept} earlier" in str(failure.value)
         (disk / "filler").unlink()
         tune_here(measurer_of(tracker), disk, 20)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+
+
+def tune_alone(
+    tracker: TrackerProcess, name: str, logs: Path, boards: Path, prepare: Callable[[], object], tmp: Path
+) -> str:
+    """Tune with one board, which is of no use and has its temporary files in ``tmp``; returns why the run ended."""
+    with NativeBoard(name, tracker.address, name, boards, TMPDIR=str(tmp)):
+        tracker.wait_for(4)
+        prepare()
+        measurer = measurer_of(tracker, key=name, patience_minutes=0.1)
+        with pytest.raises(TuningError) as failure:
+            tune_here(measurer, logs, 4)
+        assert measurer.report["boards"][name] == {"trials": 0, "troubles": {"broken": 1}}
+    assert not read_log(log_path(logs, HOST, small_workload().key)).records
+    return str(failure.value)
+
+
+def test_a_full_disk_of_a_board_is_no_fault_of_the_candidates(farm: Farm, tmp_path: Path) -> None:
+    """What was cut off in uploading would crash when it is loaded, and be logged as rejected for ever."""
+    with small_disk(tmp_path / "disk", "8k") as disk:  # less than any library
+        reason = tune_alone(farm[0], "full", tmp_path / "logs", tmp_path / "boards", lambda: None, disk)
+    assert "it waited for full (put aside: of an uploaded library there are " in reason
+    assert "its disk may be full" in reason
+
+
+def test_a_board_without_a_temporary_folder_says_so_by_name(farm: Farm, tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    reason = tune_alone(farm[0], "bare", tmp_path / "logs", tmp_path / "boards", folder.rmdir, folder)
+    assert f"it waited for bare (put aside: no files can be kept in {folder}: No such file" in reason
 
 
 def test_a_wrong_key_fails_at_once_and_lists_the_known_ones(farm: Farm, tmp_path: Path) -> None:
@@ -260,6 +307,55 @@ def test_a_board_that_is_not_like_the_host_is_refused(farm: Farm, tmp_path: Path
     assert "old is put aside for this run: it has gf-tvm 0.0.9, this machine has" in notes(events)
     assert summary.farm is not None
     assert summary.farm["boards"]["old"]["troubles"] == {"refused": 1}
+
+
+def test_boards_of_which_all_are_refused_end_the_run_at_once(farm: Farm, tmp_path: Path) -> None:
+    stale = tmp_path / "stale"
+    stale.mkdir()
+    (stale / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nreal = m.version\n"
+        "m.version = lambda name: '0.0.9' if name == 'gf-tvm' else real(name)\n"
+    )
+    tracker, _ = farm
+    with contextlib.ExitStack() as stack:
+        for name in ("old-1", "old-2"):
+            path = {"PYTHONPATH": str(stale)}
+            stack.enter_context(NativeBoard(name, tracker.address, "old", tmp_path / "boards", **path))
+        tracker.wait_for(5)
+        begun = time.monotonic()
+        with pytest.raises(TuningError, match=r"no board with the key 'old' can be used: old-\d: it has gf-tvm 0.0.9"):
+            tune_here(measurer_of(tracker, key="old", boards=1), tmp_path / "logs", 4)
+        assert time.monotonic() - begun < 60
+
+
+def test_boards_that_stop_in_the_final_comparison_do_not_outlast_the_minutes(
+    farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_LEAST_COMPARE", 3.0)
+    tracker, members = farm
+    stopped: list[float] = []
+
+    def stop() -> None:
+        for member in members:
+            member.signal(STOP)
+        stopped.append(time.monotonic())
+
+    halt = once(lambda event: event.kind == "compare", stop)
+    begun = time.monotonic()
+    try:
+        summary, _, events = tune_here(measurer_of(tracker), tmp_path, 6, halt, minutes=0.75)
+        ended = time.monotonic()
+    finally:
+        for member in members:
+            member.signal(CONT)
+    assert not summary.tasks[0].confirmed
+    assert ended - max(begun + 45, stopped[0]) < 15
+    assert "no time is left for the final comparison; it waits for " in notes(events)
+    waits = [event.message for event in events if event.kind == "compare"]
+    assert waits[0].startswith("comparing, waits for board-")
+    # The same command makes up for it.
+    assert wait_until(lambda: all_free(tracker, 3))
+    assert tune_here(measurer_of(tracker), tmp_path, 6)[0].tasks[0].confirmed
 
 
 def test_a_hot_board_cools_down_and_its_trial_is_repeated(

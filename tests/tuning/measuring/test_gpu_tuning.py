@@ -329,7 +329,10 @@ def test_a_board_without_the_gpu_says_so(tmp_path: Path, found: GpuInfo | None, 
     task = task_values(WorkloadTask(small_workload(), "jetson-nano"))
     assert json.loads(session.handle(json.dumps({"op": "hello", "options": asdict(OPTIONS)})))["done"]["gpu"] == found
     for request in ({"op": "prepare", "seed": 0}, {"op": "run", "file": "1.zip", "best": None}):
-        assert json.loads(session.handle(json.dumps({**request, "task": task}))) == {"broken": words}
+        assert json.loads(session.handle(json.dumps({**request, "task": task}))) == {
+            "broken": words,
+            "name": "b",
+        }
 
 
 def test_tuning_on_a_board_with_a_gpu(

@@ -4,168 +4,51 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from farm_helpers import small_workload
+from fake_farm import COOL, HOT, REFERENCE, TASK, FakeFarm, FakeProcess
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_task import ToyTask
 
 from gf_tvm.errors import FarmError
 from gf_tvm.farm.server import versions
 from gf_tvm.farm.tracker import Board
-from gf_tvm.machine.profiles import get_profile
 from gf_tvm.tuning.log import LogMismatch, log_path, read_log
 from gf_tvm.tuning.loop import tune_tasks
 from gf_tvm.tuning.measuring import board, board_link, farm_measurer, health, worker
 from gf_tvm.tuning.measuring.board import BoardSession
 from gf_tvm.tuning.measuring.board_link import State
-from gf_tvm.tuning.measuring.farm_measurer import FarmMeasurer
-from gf_tvm.tuning.measuring.jobs import Job
 from gf_tvm.tuning.measuring.measurer import Measurer
 from gf_tvm.tuning.measuring.options import FarmOptions, MeasureOptions
 from gf_tvm.tuning.measuring.process import CandidateFailed, Ended
-from gf_tvm.tuning.measuring.reference import reference_task
 from gf_tvm.tuning.measuring.result import Result
 from gf_tvm.tuning.options import SearchOptions
-from gf_tvm.tuning.task import Candidate, WorkloadTask
-
-HOST = get_profile("host").name
-TASK = WorkloadTask(small_workload(), HOST)
-REFERENCE = reference_task(HOST)
-COOL = {"throttled": [], "celsius": 50.0, "mhz": 1500.0, "governor": "performance"}
-HOT = {**COOL, "celsius": 85.0}
-
-
-class FakeProcess:
-    """A link whose board answers what the test says."""
-
-    alive = True
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, dict[str, Any]]] = []
-        self.answers: deque[Any] = deque()
-        self.ended = False
-        self.connection = SimpleNamespace(poll=lambda seconds: False)
-
-    def send(self, task: object, request: Callable[..., Any], timeout: float, /, **arguments: Any) -> None:
-        assert timeout > 0
-        name = request.__name__
-        self.sent.append((name, json.loads(arguments["request"]) if name == "call" else arguments))
-
-    def receive(self) -> Any:
-        answer = self.answers.popleft()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def end(self) -> int:
-        self.ended = True
-        return 0
-
-
-class Farm:
-    """A measurer that was never entered, and its boards."""
-
-    def __init__(self, clock: list[float], **options: Any) -> None:
-        self.clock = clock
-        self.measurer = FarmMeasurer(
-            MeasureOptions(), FarmOptions(("127.0.0.1", 9), "rpi4", **options), "a board", reference=REFERENCE
-        )
-        self.run, self.jobs = self.measurer._run, self.measurer._run.jobs
-        assert self.run.reference is not None
-        self.run.reference.path = self.run.reference.library = Path("reference.so")
-
-    def board(self, name: str, **info: Any) -> BoardSession:
-        """A board that the tracker has given."""
-        slot = BoardSession(len(self.measurer._sessions), self.run)
-        self.measurer._sessions.append(slot)
-        return self.greet(slot, name, **info)
-
-    def greet(self, slot: BoardSession, name: str, **info: Any) -> BoardSession:
-        slot.process = FakeProcess()  # type: ignore[assignment]
-        slot.state = State.CONNECTING
-        self.answer(slot, f"{name}:9000", plain=True)
-        assert slot.state == State.GREETING
-        told = {"name": name, "cores": 4, "threads": 1, "versions": versions(), "emulated": False, "sensors": COOL}
-        self.answer(slot, {**told, **info})
-        return slot
-
-    def answer(self, slot: BoardSession, value: Any, plain: bool = False) -> None:
-        """The board answers the request that it works on."""
-        process: Any = slot.process
-        process.answers.append(value if plain else json.dumps({"done": value}))
-        slot.take_answer()
-
-    def job(self, number: int = 1) -> Job:
-        made = Job(TASK, {"candidate": Path(f"/nonexistent/{number}.so")}, Candidate.of_config({"i": number}))
-        self.jobs.waiting.append(made)
-        return made
-
-    def start(self, slot: BoardSession) -> None:
-        """Give the board work, up to the point where it runs."""
-        assert slot.state == State.FREE
-        slot.give_work()
-        if slot.state == State.PREPARING:
-            self.answer(slot, 0.5)
-        assert slot.state == State.UPLOADING
-        self.answer(slot, None, plain=True)
-        assert slot.state == State.RUNNING
-
-    def end_run(self, slot: BoardSession, seconds: float | None, sensors: dict[str, Any] = COOL) -> None:
-        result = Result("crash") if seconds is None else Result("ok", (seconds,), 0.0)
-        self.answer(slot, {"result": asdict(result), "sensors": sensors})
-
-    def refer(self, slot: BoardSession, seconds: float | None) -> None:
-        """The board runs the reference kernel."""
-        slot.reference_due = 0
-        self.start(slot)
-        assert slot.job is not None
-        assert slot.job.task is REFERENCE
-        self.end_run(slot, seconds)
-
-    def work(self, slot: BoardSession, sensors: dict[str, Any] = COOL) -> None:
-        """One candidate on a board that is not due for the reference."""
-        slot.reference_due = max(slot.reference_due, 1)
-        self.job()
-        self.start(slot)
-        self.end_run(slot, 1e-3, sensors)
-
-    def troubles(self, name: str) -> dict[str, int]:
-        return dict(self.run.health.boards[name].troubles)
-
-    def notes(self) -> str:
-        found = "\n".join(self.run.notes)
-        self.run.notes.clear()
-        return found
-
-    def after(self, seconds: float) -> None:
-        self.clock[0] += seconds
-        for slot in self.measurer._sessions:
-            slot.watch(self.measurer._tracker.last_sign(slot.name))
+from gf_tvm.tuning.task import Candidate, TuningError
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Farm]:
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeFarm]:
     clock = [1000.0]
     for module in (board, farm_measurer, health):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    return lambda **options: Farm(clock, **options)
+    return lambda **options: FakeFarm(clock, **options)
 
 
 @pytest.fixture
-def farm(make: Callable[..., Farm]) -> Farm:
+def farm(make: Callable[..., FakeFarm]) -> FakeFarm:
     return make()
 
 
 # -------------------------------------------------------------------------------------------------------------- drift
 
 
-def test_the_reference_is_measured_first_and_now_and_then(farm: Farm) -> None:
+def test_the_reference_is_measured_first_and_now_and_then(farm: FakeFarm) -> None:
     slot = farm.board("a")
     for number in range(60):
         farm.job(number)
@@ -179,7 +62,7 @@ def test_the_reference_is_measured_first_and_now_and_then(farm: Farm) -> None:
     assert farm.run.health.boards["a"].trials == 49
 
 
-def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: Farm) -> None:
+def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: FakeFarm) -> None:
     slot = farm.board("a")
     for seconds in (1e-3, 1.19e-3, 0.5e-3):
         farm.refer(slot, seconds)
@@ -205,7 +88,7 @@ def test_a_board_that_became_slower_is_put_aside_and_comes_back(farm: Farm) -> N
     assert farm.troubles("a") == {"drift": 2}
 
 
-def test_a_board_that_is_slower_than_the_others_is_put_aside(farm: Farm) -> None:
+def test_a_board_that_is_slower_than_the_others_is_put_aside(farm: FakeFarm) -> None:
     slots = [farm.board(name) for name in "abc"]
     for slot, seconds in zip(slots, (1e-3, 1.1e-3, 1.5e-3), strict=True):
         farm.refer(slot, seconds)
@@ -218,7 +101,7 @@ def test_a_board_that_is_slower_than_the_others_is_put_aside(farm: Farm) -> None
 
 @pytest.mark.parametrize("options", [{"drift": None}, {"drift": 0.2}])
 def test_boards_are_not_watched_for_drift_where_that_says_nothing(
-    make: Callable[..., Farm], options: dict[str, Any]
+    make: Callable[..., FakeFarm], options: dict[str, Any]
 ) -> None:
     farm = make(**options)
     farm.run.emulated = options["drift"] is not None
@@ -229,7 +112,7 @@ def test_boards_are_not_watched_for_drift_where_that_says_nothing(
     assert slot.job.task is TASK
 
 
-def test_a_board_on_which_the_reference_fails_is_put_aside(farm: Farm) -> None:
+def test_a_board_on_which_the_reference_fails_is_put_aside(farm: FakeFarm) -> None:
     slot = farm.board("a")
     farm.refer(slot, None)
     assert slot.state == State.ASIDE
@@ -241,7 +124,7 @@ def test_a_board_on_which_the_reference_fails_is_put_aside(farm: Farm) -> None:
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def test_three_losses_in_a_row_put_a_board_aside(farm: Farm) -> None:
+def test_three_losses_in_a_row_put_a_board_aside(farm: FakeFarm) -> None:
     slot = farm.board("a")
     for number in range(3):
         assert slot.state == State.FREE, number
@@ -262,7 +145,7 @@ def test_three_losses_in_a_row_put_a_board_aside(farm: Farm) -> None:
     assert farm.troubles("a") == {"board lost": 3, "timeout": 1}
 
 
-def test_a_good_trial_forgives(farm: Farm) -> None:
+def test_a_good_trial_forgives(farm: FakeFarm) -> None:
     slot = farm.board("a")
     for _ in range(4):
         for _ in range(2):
@@ -273,7 +156,7 @@ def test_a_good_trial_forgives(farm: Farm) -> None:
     assert farm.troubles("a") == {"board lost": 8}
 
 
-def test_the_tracker_is_asked_later_each_time(farm: Farm) -> None:
+def test_the_tracker_is_asked_later_each_time(farm: FakeFarm) -> None:
     slot = BoardSession(0, farm.run)
     waits = []
     for _ in range(6):
@@ -286,7 +169,7 @@ def test_the_tracker_is_asked_later_each_time(farm: Farm) -> None:
     assert farm.troubles("") == {"no board": 6}
 
 
-def test_a_candidate_that_is_lost_with_four_boards_is_given_up(farm: Farm) -> None:
+def test_a_candidate_that_is_lost_with_four_boards_is_given_up(farm: FakeFarm) -> None:
     slots = [farm.board(name) for name in "abcd"]
     job = farm.job()
     for slot, failure in zip(
@@ -306,7 +189,7 @@ def test_a_candidate_that_is_lost_with_four_boards_is_given_up(farm: Farm) -> No
     assert [farm.troubles(name) for name in "abcd"] == [{"board lost": 1}, {"timeout": 1}, *[{"board lost": 1}] * 2]
 
 
-def test_a_lost_candidate_goes_to_another_board_first(farm: Farm) -> None:
+def test_a_lost_candidate_goes_to_another_board_first(farm: FakeFarm) -> None:
     first, second = farm.board("a"), farm.board("b")
     first.reference_due = second.reference_due = 9
     lost, other = farm.job(1), farm.job(2)
@@ -327,7 +210,7 @@ def test_a_lost_candidate_goes_to_another_board_first(farm: Farm) -> None:
     assert done == [({"i": 2}, 1e-3), ({"i": 1}, 2e-3)]
 
 
-def test_a_board_that_cannot_work_keeps_its_session(farm: Farm) -> None:
+def test_a_board_that_cannot_work_keeps_its_session(farm: FakeFarm) -> None:
     """No memory or a full disk there: aside, held, and the candidate is another board's."""
     slot = farm.board("a")
     slot.reference_due = 1
@@ -341,7 +224,7 @@ def test_a_board_that_cannot_work_keeps_its_session(farm: Farm) -> None:
     assert not farm.jobs.done
 
 
-def test_a_silent_board_is_lost(farm: Farm) -> None:
+def test_a_silent_board_is_lost(farm: FakeFarm) -> None:
     slot = farm.board("a")
     signs = farm.measurer._tracker._signs
     signs["a", "a:9000"] = (1, farm.clock[0])
@@ -369,7 +252,7 @@ def test_a_silent_board_is_lost(farm: Farm) -> None:
         ({"threads": 8}, "it has 4 cores for 8 threads; use --threads 4"),
     ],
 )
-def test_refused(farm: Farm, info: dict[str, Any], complaint: str) -> None:
+def test_refused(farm: FakeFarm, info: dict[str, Any], complaint: str) -> None:
     slot = farm.board("a", **info)
     assert slot.state == State.ASIDE
     assert f"a is put aside for this run: {complaint}" in farm.notes()
@@ -378,20 +261,20 @@ def test_refused(farm: Farm, info: dict[str, Any], complaint: str) -> None:
     assert slot.state == State.ASIDE
 
 
-def test_other_versions_of_what_need_not_agree(farm: Farm) -> None:
+def test_other_versions_of_what_need_not_agree(farm: FakeFarm) -> None:
     assert farm.board("a", versions={**versions(), "torch": "1.0", "python": "3.10.1"}).state == State.FREE
 
 
-def test_real_boards_are_refused_among_emulated_ones(farm: Farm) -> None:
+def test_real_boards_are_refused_among_emulated_ones(farm: FakeFarm) -> None:
     farm.run.emulated = True
     assert farm.board("a", emulated=True).state == State.FREE
     assert farm.board("b", emulated=False).state == State.ASIDE
     assert farm.measurer.made["emulated"] is True
 
 
-@pytest.mark.parametrize(("limit", "slots"), [(None, 5), (2, 2), (9, 5)])
+@pytest.mark.parametrize(("limit", "slots"), [(None, 4), (2, 2), (9, 4)])
 def test_no_more_boards_than_asked_for(
-    make: Callable[..., Farm], monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
+    make: Callable[..., FakeFarm], monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
 ) -> None:
     farm = make(boards=limit)
     monkeypatch.setattr(board_link, "Process", lambda *_, **__: FakeProcess())
@@ -411,11 +294,69 @@ def test_options_of_a_farm(name: str, value: float) -> None:
         FarmOptions(("127.0.0.1", 9), "rpi4", **{name: value})  # type: ignore[arg-type]
 
 
+# --------------------------------------------------------------------------------------------------------------- waits
+
+
+@given(
+    refused=st.lists(st.booleans(), min_size=1, max_size=4),
+    listed=st.integers(0, 5),
+    asking=st.booleans(),
+    limit=st.none() | st.integers(1, 4),
+)
+def test_a_run_ends_when_it_can_use_no_board_at_all_and_not_before(
+    refused: list[bool], listed: int, asking: bool, limit: int | None
+) -> None:
+    farm = FakeFarm([0.0], boards=limit)
+    for number, old in enumerate(refused):
+        found = {**versions(), "gf-tvm": "0.0.1"} if old else versions()
+        farm.board(f"b{number}", versions=found)
+    if asking:
+        farm.measurer._sessions.append(BoardSession(9, farm.run))
+        farm.measurer._sessions[-1].state = State.CONNECTING
+    farm.measurer._tracker.listed = [Board("rpi4", f"b{i}:9000", {}) for i in range(listed)]
+    farm.measurer._last_work = time.monotonic()
+    if all(refused) and not asking and listed <= len(refused):
+        with pytest.raises(TuningError, match=r"^no board with the key 'rpi4' can be used: b0: it has gf-tvm 0.0.1, "):
+            farm.measurer._check_patience()
+    else:
+        farm.measurer._check_patience()
+
+
+def test_what_happens_in_a_comparison_is_told_when_it_happens_and_the_comparison_ends_in_time(
+    farm: FakeFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = farm.board("a")
+    slot.reference_due = 9
+    told: list[tuple[float, str, str]] = []
+
+    def step() -> None:
+        farm.clock[0] += 1.0
+        if slot.state is State.FREE:
+            farm.start(slot)
+        if farm.clock[0] == 1005.0:
+            farm.run.notes.append("something happened")
+
+    monkeypatch.setattr(farm.measurer, "_step", step)
+    farm.measurer._builders = SimpleNamespace(drop=lambda: None)  # type: ignore[assignment]
+    compared = farm.measurer.compare(
+        *(TASK, {"ours": Path("/nonexistent/1.so")}, 7),
+        over=lambda: farm.clock[0] > 1060,
+        say=lambda kind, line: told.append((farm.clock[0], kind, line)),
+    )
+    assert compared is None
+    assert farm.clock[0] == 1061.0
+    assert told == [
+        (1001.0, "compare", "comparing, waits for a (running)"),
+        (1005.0, "note", "something happened"),
+        (1061.0, "note", "no time is left for the final comparison; it waits for a (running)"),
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------- heat
 
 
 @pytest.mark.parametrize("sensors", [HOT, {**COOL, "throttled": ["undervoltage"]}])
-def test_a_hot_board_rests_until_it_is_cool(farm: Farm, sensors: dict[str, Any]) -> None:
+def test_a_hot_board_rests_until_it_is_cool(farm: FakeFarm, sensors: dict[str, Any]) -> None:
     slot = farm.board("a")
     slot.reference_due = 9
     job = farm.job()
@@ -442,7 +383,7 @@ def test_a_hot_board_rests_until_it_is_cool(farm: Farm, sensors: dict[str, Any])
     assert farm.troubles("a") == {"throttled": 1}
 
 
-def test_a_board_that_stays_hot_is_put_aside(farm: Farm) -> None:
+def test_a_board_that_stays_hot_is_put_aside(farm: FakeFarm) -> None:
     slot = farm.board("a")
     farm.work(slot, HOT)
     farm.after(599)
@@ -456,7 +397,7 @@ def test_a_board_that_stays_hot_is_put_aside(farm: Farm) -> None:
     assert slot.state == State.FREE
 
 
-def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: Farm) -> None:
+def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: FakeFarm) -> None:
     slot = farm.board("a")
     job = farm.job()
     for number in range(3):
@@ -470,7 +411,7 @@ def test_a_board_that_is_throttled_again_and_again_is_put_aside(farm: Farm) -> N
     assert list(farm.jobs.waiting) == [job]
 
 
-def test_a_reference_on_a_hot_board_says_nothing(farm: Farm) -> None:
+def test_a_reference_on_a_hot_board_says_nothing(farm: FakeFarm) -> None:
     slot = farm.board("a")
     farm.start(slot)
     farm.end_run(slot, 9e-3, HOT)
@@ -508,7 +449,7 @@ class FakeMeasurer(Measurer):
     def build(self, task: Any, candidates: Sequence[Candidate]) -> Iterator[Any]:
         return ((candidate, Path(candidate.id), None) for candidate in candidates)
 
-    def compare(self, task: Any, libraries: dict[str, Path], seed: int, progress: Any) -> dict[str, Result]:  # type: ignore[override]
+    def compare(self, task: Any, libraries: dict[str, Path], seed: int, over: Any, say: Any) -> dict[str, Result]:  # type: ignore[override]
         return {name: Result("ok", (1e-3,), 0.0) for name in libraries}
 
     @staticmethod
