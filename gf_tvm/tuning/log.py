@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LogError
+from .traces import check_trace
 
 if TYPE_CHECKING:
     from ..core.workload import Workload
@@ -87,7 +88,7 @@ class Record:
         id: equal for equal candidates of one space.
         status: one of :data:`STATUSES`.
         config: choices in a space of our own.
-        trace: a MetaSchedule trace as plain JSON values.
+        trace: a MetaSchedule trace as plain JSON values, of what :mod:`gf_tvm.tuning.traces` allows.
         seconds: median time of one call; None unless ``status`` is "ok".
         runs: seconds per call of each repetition.
         excess: largest error against the float64 reference in units of what is allowed; None if it was not compared.
@@ -150,8 +151,13 @@ class Record:
                 raise ValueError("config must be an object of integers and strings")
             if value["id"] != config_id(config):
                 raise ValueError("id is not that of config")
-        elif not isinstance(value.get("trace"), list):
-            raise ValueError("trace must be a list")
+            if "trace" in value:
+                raise ValueError("trace is for the space metaschedule only")
+        else:
+            # A candidate with a configuration is scheduled by that, which nothing has checked here.
+            if "config" in value:
+                raise ValueError("config is for the space ours only")
+            check_trace(value.get("trace"))
         for name in ("seconds", "default_seconds"):
             if name in value and not _is_time(value[name]):
                 raise ValueError(f"{name} must be a number above 0")
