@@ -11,6 +11,7 @@ import re
 import zipfile
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+from . import archives
 from .driver import Device
 from .errors import ProgramError
 from .handles import Function
@@ -175,7 +176,8 @@ def load_file(path: str) -> Tuple[Program, str, bytes, str]:
     """
     try:
         with zipfile.ZipFile(os.fspath(path)) as archive:
-            entries = {name: archive.read(name) for name in archive.namelist()}
+            archives.check_sizes(archive, os.path.getsize(path))
+            entries = {name: archives.read_entry(archive, name) for name in archive.namelist()}
     # An encrypted entry is a RuntimeError, an unknown compression a NotImplementedError, a broken one zlib's error.
     except Exception as error:
         raise ProgramError(f"{path} is no file of a compiled program: {error}") from error

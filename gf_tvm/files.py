@@ -1,12 +1,18 @@
-"""Writing files so that a crash at any moment leaves what was there before, or all of what is new."""
+"""Writing files so that a crash at any moment leaves what was there before, or all of what is new; and reading them
+with a limit, before their contents take memory."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+#: Bytes of a JSON file that people write or a command has written. Parsed it takes up to 25 times as much memory.
+MAX_JSON = 32 << 20
 
 
 @contextmanager
@@ -24,6 +30,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def read_limited(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file or pipe that should have no more than ``most``, which are then all that is read of it.
+
+    Raises:
+        OSError: it cannot be read; EFBIG if it has more.
+    """
+    with open(path, "rb") as file:
+        # Memory is taken for what is asked for, so not for more than is there, nor for what is refused.
+        status = os.fstat(file.fileno())
+        size = status.st_size if stat.S_ISREG(status.st_mode) else most
+        data = file.read(size + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most / 1e6:.3g} MB")
+    return data
 
 
 def make_folder(folder: Path) -> None:

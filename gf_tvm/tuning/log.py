@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LogError
+from ..files import read_limited
 from .traces import check_trace
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ SPACES = ("ours", "metaschedule")
 #: ``cache`` and ``emulated`` are what :func:`comparable` makes of ``made``, which need not have them. A log has ``gpu``
 #: where a GPU runs the kernels, else ``cpu``.
 COMPARABLE = ("cpu", "gpu", "threads", "tvm", "cache", "emulated")
+
+#: Of one log and of one line. A record of ours has 0.5 kB, one with a trace 5 to 20 kB; parsed, a line takes up to 25
+#: times as much memory.
+MAX_BYTES = 128 << 20
+MAX_LINE = 1 << 20
 
 _CRC = ',"crc":"%08x"}'
 _CRC_LENGTH = len(_CRC % 0)
@@ -267,7 +273,7 @@ def read_log(path: Path, identity: Identity | None = None) -> Log:
         # A FIFO or a device would block or never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise LogError(f"{path}: not a tuning log but {'a folder' if path.is_dir() else 'a special file'}")
-        data = path.read_bytes()
+        data = read_limited(path, MAX_BYTES)
     except OSError as error:
         raise LogError(f"{path}: cannot read this tuning log: {error.strerror or error}") from None
     sound = data.rfind(b"\n") + 1
@@ -655,6 +661,8 @@ def _encode(value: Mapping[str, Any]) -> bytes:
 
 def _decode(line: bytes) -> dict[str, Any]:
     """The object of a line without its checksum. Raises ValueError."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"it has more than {MAX_LINE / 1e6:.3g} MB")
     body = line[:-_CRC_LENGTH] + b"}"
     if line[-_CRC_LENGTH:] != (_CRC % zlib.crc32(body)).encode("ascii"):
         raise ValueError("its checksum does not fit")
@@ -670,6 +678,8 @@ def _decode(line: bytes) -> dict[str, Any]:
 def _read_header(path: Path, line: bytes) -> tuple[Identity, dict[str, Any]]:
     # A file in another schema, or with no relation to this package, need not have our checksums: look at it first.
     try:
+        if len(line) > MAX_LINE:
+            raise ValueError
         schema = json.loads(line)["gf_tvm_log"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LogError(f"{path}: not a tuning log: no header in its first line") from None
