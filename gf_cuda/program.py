@@ -160,7 +160,9 @@ class Program:
                 archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), entries[name], zipfile.ZIP_DEFLATED)
         staged = f"{os.fspath(path)}.{os.getpid()}"
         try:
-            with open(staged, "wb") as opened:
+            if os.path.lexists(staged):
+                os.remove(staged)
+            with open(staged, "xb") as opened:  # never through a link
                 opened.write(packed.getvalue())
             os.replace(staged, path)
         finally:

@@ -15,6 +15,16 @@ from typing import BinaryIO
 MAX_JSON = 32 << 20
 
 
+def create(path: Path) -> BinaryIO:
+    """A new file under a name that this package chose, open for writing and reading. Raises OSError.
+
+    What lies there, left by a process that was killed or put there by someone else, is removed; where it is a link,
+    that to which it leads stays as it is.
+    """
+    path.unlink(missing_ok=True)
+    return open(path, "x+b")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that takes the place of ``path`` when the context ends without error.
@@ -23,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(staged, "w+b") as file:
+        with create(staged) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -52,5 +62,5 @@ def make_folder(folder: Path) -> None:
     """Create ``folder`` if it is missing, and make sure that files can be written into it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{os.getpid()}.tmp"
-    probe.write_bytes(b"")
+    create(probe).close()
     probe.unlink()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LogError
-from ..files import read_limited
+from ..files import create, read_limited
 from .traces import check_trace
 
 if TYPE_CHECKING:
@@ -481,8 +482,15 @@ class LogFolder:
     def _acquire(self) -> int:
         path = self.path / _LOCK
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            except OSError as error:
+                raise _no_lock(path, error) from None
+            try:
+                status = os.fstat(handle)
+                # It is emptied and signed below, under whatever other name it has.
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    raise _no_lock(path)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -577,7 +585,7 @@ class LogFolder:
                     "definition": identity.definition,
                     "made": dict(made),
                 }
-                with open(staged[path], "wb") as file:
+                with create(staged[path]) as file:
                     file.writelines(_encode(value) for value in (header, *(record.to_dict() for record in records)))
                     file.flush()
                     os.fsync(file.fileno())
@@ -714,6 +722,13 @@ def _is_number(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _no_lock(path: Path, error: OSError | None = None) -> Exception:
+    """What to raise where the lock is no file of ours, or cannot be opened."""
+    if error is not None and error.errno not in (errno.ELOOP, errno.EISDIR):
+        return error
+    return LogError(f"{path}: is a link, a folder or a special file, and must be a plain file or missing; remove it")
 
 
 def _same_file(handle: int, path: Path) -> bool:
