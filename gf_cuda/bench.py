@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     show(document)
     if args.json is not None:
         part = f"{args.json}.part"
-        with open(part, "w", encoding="utf-8") as file:
+        if os.path.lexists(part):
+            os.remove(part)
+        with open(part, "x", encoding="utf-8") as file:  # never through a link
             json.dump(document, file, indent=1)
             file.write("\n")
         os.replace(part, args.json)

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
-from . import nvrtc
+from . import archives, nvrtc
 from .driver import Device, get_driver
 from .errors import BundleError, CompileError, DriverError, NoCompilerError, ProgramError
 from .program import Executable, Program
@@ -352,7 +352,7 @@ def read_bytes(path: str, data: bytes) -> Bundle:
     def read_entry(name: str) -> bytes:
         # Only the compressed file stays in memory: a kernel's code is needed once, most of them never.
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return archive.read(name)
+            return archives.read_entry(archive, name)
 
     try:
         kernels = [Kernel(entry, read_entry, names, label) for entry in manifest["kernels"]]
@@ -379,14 +379,16 @@ def _unpack(label: str, data: bytes) -> Tuple[Dict[str, Any], List[str]]:
                     raise BundleError(f"{label}: entry {name!r} would leave the archive; not a gf_tvm bundle")
             if MANIFEST not in names or len(set(names)) != len(names):
                 raise BundleError(f"{label}: has entries {names}, a bundle has one {MANIFEST} and each other once")
-            manifest = json.loads(archive.read(MANIFEST).decode("utf-8"))
+            archives.check_sizes(archive, len(data))
+            manifest = json.loads(archives.read_entry(archive, MANIFEST, archives.MANIFEST_BYTES).decode("utf-8"))
             _check_schema(label, manifest)
             names.remove(MANIFEST)
             sums = manifest.get("sha256")
             if not isinstance(sums, dict) or set(sums) != set(names):
                 raise BundleError(f"{label}: its entries are not those that the manifest lists; copy or build it again")
             for name in names:
-                if hashlib.sha256(archive.read(name)).hexdigest() != sums[name]:
+                entry = archives.read_entry(archive, name)
+                if hashlib.sha256(entry).hexdigest() != sums[name]:
                     raise BundleError(f"{label}: wrong checksum of {name}; the file is damaged, copy or build it again")
     except BundleError:
         raise

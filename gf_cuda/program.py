@@ -11,6 +11,7 @@ import re
 import zipfile
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+from . import archives
 from .driver import Device
 from .errors import ProgramError
 from .handles import Function
@@ -159,7 +160,9 @@ class Program:
                 archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), entries[name], zipfile.ZIP_DEFLATED)
         staged = f"{os.fspath(path)}.{os.getpid()}"
         try:
-            with open(staged, "wb") as opened:
+            if os.path.lexists(staged):
+                os.remove(staged)
+            with open(staged, "xb") as opened:  # never through a link
                 opened.write(packed.getvalue())
             os.replace(staged, path)
         finally:
@@ -175,7 +178,8 @@ def load_file(path: str) -> Tuple[Program, str, bytes, str]:
     """
     try:
         with zipfile.ZipFile(os.fspath(path)) as archive:
-            entries = {name: archive.read(name) for name in archive.namelist()}
+            archives.check_sizes(archive, os.path.getsize(path))
+            entries = {name: archives.read_entry(archive, name) for name in archive.namelist()}
     # An encrypted entry is a RuntimeError, an unknown compression a NotImplementedError, a broken one zlib's error.
     except Exception as error:
         raise ProgramError(f"{path} is no file of a compiled program: {error}") from error

@@ -1,10 +1,13 @@
-"""Files: written so that a crash at any moment leaves what was there before, or all of what is new; places, sizes."""
+"""Files: written so that a crash at any moment leaves what was there before, or all of what is new; read with a limit,
+before their contents take memory; places, sizes."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,19 @@ from typing import BinaryIO
 
 #: Units of a size: powers of 1000, or with an i of 1024.
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+#: Bytes of a JSON file that people write or a command has written. Parsed it takes up to 25 times as much memory.
+MAX_JSON = 32 << 20
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file under a name that this package chose, open for writing and reading. Raises OSError.
+
+    What lies there, left by a process that was killed or put there by someone else, is removed; where it is a link,
+    that to which it leads stays as it is.
+    """
+    path.unlink(missing_ok=True)
+    return open(path, "x+b")
 
 
 @contextmanager
@@ -22,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(staged, "w+b") as file:
+        with create(staged) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -31,11 +47,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         staged.unlink(missing_ok=True)
 
 
+def read_limited(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file or pipe that should have no more than ``most``, which are then all that is read of it.
+
+    Raises:
+        OSError: it cannot be read; EFBIG if it has more.
+    """
+    with open(path, "rb") as file:
+        # Memory is taken for what is asked for, so not for more than is there, nor for what is refused.
+        status = os.fstat(file.fileno())
+        size = status.st_size if stat.S_ISREG(status.st_mode) else most
+        data = file.read(size + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most / 1e6:.3g} MB")
+    return data
+
+
 def make_folder(folder: Path) -> None:
     """Create ``folder`` if it is missing, and make sure that files can be written into it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{os.getpid()}.tmp"
-    probe.write_bytes(b"")
+    create(probe).close()
     probe.unlink()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GfTvmError
+from ..files import MAX_JSON, read_limited
 
 
 class ConfigError(GfTvmError):
@@ -46,7 +47,7 @@ def add_config_option(parser: argparse.ArgumentParser, schema: str) -> None:
 def _read(path: Path, schema: str, known: list[str]) -> dict[str, Any]:
     """The file's settings. Raises ConfigError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_limited(path, MAX_JSON).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 from unicodedata import category
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..errors import GfTvmError
+from ..files import create
 
 #: Seconds between two lines of progress where the output is not a terminal (a log file, a CI job).
 LINE_INTERVAL = 10.0
@@ -82,8 +83,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         if _in_place(target):
             os.close(os.open(target, os.O_WRONLY | os.O_APPEND))
             return
-        stage, descriptor = _open_stage(target)
-        os.close(descriptor)
+        stage, file = _open_stage(target)
+        file.close()
         stage.unlink()
     except OSError as error:
         raise _cannot_write(target, error) from None
@@ -109,13 +110,13 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
     try:
         if _in_place(target):
-            with open(target, "a", encoding="utf-8") as file:
-                file.write(text)
+            with open(target, "ab") as device:
+                device.write(text.encode())
             return
-        stage, descriptor = _open_stage(target)
+        stage, file = _open_stage(target)
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with file:
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(stage, os.path.realpath(target))
@@ -131,7 +132,7 @@ def _in_place(target: Path) -> bool:
     return target.parent == Path("/dev") or (target.exists() and not target.is_file() and not target.is_dir())
 
 
-def _open_stage(target: Path) -> tuple[Path, int]:
+def _open_stage(target: Path) -> tuple[Path, BinaryIO]:
     """Create the file that is renamed to ``target`` when complete. Raises OSError if one of the two is impossible."""
     real = Path(os.path.realpath(target))
     if real.is_dir():
@@ -140,7 +141,7 @@ def _open_stage(target: Path) -> tuple[Path, int]:
         raise PermissionError(13, "Permission denied")
     stage = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     # Not tempfile.mkstemp: its files can be read by nobody else, and the result would keep that.
-    return stage, os.open(stage, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    return stage, create(stage)
 
 
 def _cannot_write(target: Path, error: OSError) -> OutputError:

@@ -16,12 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gf_cuda.archives import MANIFEST_BYTES, check_sizes, read_entry
+
 from ..errors import BundleError
 
 #: Of bundles for CPUs and for GPUs.
 SCHEMA, CUDA_SCHEMA = 1, 2
 MANIFEST = "manifest.json"
 LIBRARY = "kernels.so"
+#: Of a whole bundle; a kernel takes 10 to 50 kB.
+MAX_BYTES = 1 << 30
 
 
 def checksums(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -37,7 +41,8 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes | None]:
         data: the file's bytes.
 
     Raises:
-        BundleError: it is truncated or altered, has entries that it should not have, or another schema.
+        BundleError: it is truncated or altered, unpacks to more than bundles do, has entries that it should not have,
+            or another schema.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -45,12 +50,13 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes | None]:
             for name in names:
                 if "/" in name or "\\" in name or ".." in name:
                     raise BundleError(f"{path.name}: entry {name!r} would leave the archive; not a gf_tvm bundle")
-            manifest = json.loads(archive.read(MANIFEST)) if MANIFEST in names else None
+            check_sizes(archive, len(data))
+            manifest = json.loads(read_entry(archive, MANIFEST, MANIFEST_BYTES)) if MANIFEST in names else None
             if isinstance(manifest, dict) and manifest.get("schema") == CUDA_SCHEMA:
                 return manifest, None
             if sorted(names) != sorted({MANIFEST, LIBRARY}):
                 raise BundleError(f"{path.name}: has entries {names}, a bundle has {MANIFEST} and {LIBRARY}")
-            library = archive.read(LIBRARY)
+            library = read_entry(archive, LIBRARY)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         raise BundleError(f"{path.name}: truncated, damaged or not a gf_tvm bundle ({error})") from None
     if not isinstance(manifest, dict):

@@ -13,8 +13,9 @@ import torch
 
 from ..core.geometry import Geometry
 from ..errors import BundleError
+from ..files import read_limited
 from . import cpu_library
-from .format import unpack
+from .format import MAX_BYTES, unpack
 from .kernel import Kernel
 
 _loaded: dict[str, Library] = {}
@@ -119,7 +120,7 @@ def load(path: str | os.PathLike[str]) -> Library:
     """
     path = Path(path).absolute()
     try:
-        data = path.read_bytes()
+        data = read_limited(path, MAX_BYTES)
     except OSError as error:
         raise BundleError(f"cannot read bundle {path}: {error.strerror}") from None
     digest = hashlib.sha256(data).hexdigest()
@@ -132,7 +133,7 @@ def load(path: str | os.PathLike[str]) -> Library:
 def _open(path: Path, data: bytes, digest: str) -> Library:
     manifest, library = unpack(path, data)
     if library is None:
-        from . import cuda_library  # here, because it imports gf_cuda, which CPUs do without
+        from . import cuda_library  # here, because CPUs do without it
 
         manifest, for_gpu = cuda_library.open_bundle(path, data)
         return Library(path, digest, manifest, for_gpu, cuda_library.device_type())

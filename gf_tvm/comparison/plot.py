@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GfTvmError
+from ..files import create
 from ..shapes.cases import format_patch
 from .rows import Row
 from .run import Comparison
@@ -105,7 +106,8 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.part{path.suffix}")
     try:
-        figure.savefig(part, dpi=150)
+        with create(part) as file:
+            figure.savefig(file, dpi=150, format=path.suffix.removeprefix("."))
         os.replace(part, path)
     except OSError as error:
         raise GfTvmError(f"cannot write '{path}': {error.strerror or error}") from None

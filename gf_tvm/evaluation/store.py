@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import make_folder, replacing
+from ..files import MAX_JSON, make_folder, read_limited, replacing
 from ..training.checkpoint import file_name
 from .results import EvaluationError
 
@@ -37,7 +37,7 @@ class Store:
         """
         path = self._path(label, key)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_limited(path, MAX_JSON))
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -577,9 +577,11 @@ def verify_library(
 
 def _is_for_gpu(path: Path) -> bool:
     """Whether it is a bundle for NVIDIA GPUs; what cannot be read is left to who reads it."""
+    from gf_cuda.archives import MANIFEST_BYTES, read_entry
+
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read("manifest.json").decode("utf-8"))
+            manifest = json.loads(read_entry(archive, "manifest.json", MANIFEST_BYTES).decode("utf-8"))
         return isinstance(manifest, dict) and manifest.get("kind") == "cuda"
     except Exception:  # whatever a damaged archive makes zipfile raise
         return False

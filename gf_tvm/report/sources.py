@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GeometryError, LogError, ReportError
+from ..files import MAX_JSON, read_limited
 from . import fields
 from .fields import check
 
@@ -137,9 +138,11 @@ def read(path: str | os.PathLike[str]) -> Source:
         ReportError: it cannot be read, is not JSON, is of another kind or schema version, lacks a field (which one,
             and in which row), or has no rows.
     """
+    from ..tuning.log import MAX_BYTES
+
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, MAX_BYTES if path.suffix == ".jsonl" else MAX_JSON).decode("utf-8")
     except OSError as error:
         raise ReportError(f"{path}: cannot read: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from ..core.geometry import Geometry, Pair, Patch, as_pair
 from ..core.workload import DTYPES, Workload
 from ..errors import GeometryError
+from ..files import MAX_JSON, read_limited
 
 _REQUIRED = ("n", "ci", "co", "h", "w", "kernel")
 _DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "dtype": "float32"}
@@ -66,7 +66,7 @@ def load_cases(path: str | os.PathLike[str], patches: Sequence[Patch] | None = N
         GeometryError: the file cannot be read or does not describe convolutions; names file, case and field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_limited(path, MAX_JSON).decode("utf-8-sig")
     except OSError as error:
         raise GeometryError(f"{path}: cannot read this shapes file: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import MAX_JSON, read_limited, replacing
 
 FORMAT = "gf_tvm.features/1"
 ALIGNMENT = 64
@@ -78,7 +78,7 @@ def read(path: Path, identity: dict[str, Any], layouts: list[TensorSpec]) -> lis
         return None
     offsets, size = _offsets(layouts)
     try:
-        head = json.loads(description.read_text(encoding="utf-8"))
+        head = json.loads(read_limited(description, MAX_JSON))
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise Refused(f"{description.name} is not of format {FORMAT!r}")
         for name, expected in (("identity", identity), ("tensors", _described(layouts))):

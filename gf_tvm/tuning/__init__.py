@@ -4,6 +4,7 @@ Names are imported on first use: a board's processes measure without loading the
 before it:
 
 ============  =========================================================================================
+traces        which of MetaSchedule's instructions a log may have
 log           the files of measured trials
 merge         puts logs of several farms together, and says what logs have
 task          what is tuned: definition, space, arguments and reference of one workload
@@ -15,7 +16,8 @@ options       how much to search, where, and when to stop
 loop          all of these, over and over: :func:`gf_tvm.tune`
 ============  =========================================================================================
 
-``log`` and ``merge`` need neither TVM nor PyTorch. ``measuring`` imports nothing from here but ``task`` and ``log``.
+``traces``, ``log`` and ``merge`` need neither TVM nor PyTorch. ``measuring`` imports nothing from here but ``task``
+and ``log``.
 """
 
 from typing import TYPE_CHECKING

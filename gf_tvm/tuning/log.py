@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LogError
-from ..files import same_file
+from ..files import create, read_limited, same_file
+from .traces import check_trace
 
 if TYPE_CHECKING:
     from ..core.workload import Workload
@@ -49,6 +51,11 @@ SPACES = ("ours", "metaschedule")
 #: ``cache`` and ``emulated`` are what :func:`comparable` makes of ``made``, which need not have them. A log has ``gpu``
 #: where a GPU runs the kernels, else ``cpu``.
 COMPARABLE = ("cpu", "gpu", "threads", "tvm", "cache", "emulated")
+
+#: Of one log and of one line. A record of ours has 0.5 kB, one with a trace 5 to 20 kB; parsed, a line takes up to 25
+#: times as much memory.
+MAX_BYTES = 128 << 20
+MAX_LINE = 1 << 20
 
 _CRC = ',"crc":"%08x"}'
 _CRC_LENGTH = len(_CRC % 0)
@@ -88,7 +95,7 @@ class Record:
         id: equal for equal candidates of one space.
         status: one of :data:`STATUSES`.
         config: choices in a space of our own.
-        trace: a MetaSchedule trace as plain JSON values.
+        trace: a MetaSchedule trace as plain JSON values, of what :mod:`gf_tvm.tuning.traces` allows.
         seconds: median time of one call; None unless ``status`` is "ok".
         runs: seconds per call of each repetition.
         excess: largest error against the float64 reference in units of what is allowed; None if it was not compared.
@@ -150,8 +157,13 @@ class Record:
                 raise ValueError("config must be an object of integers and strings")
             if value["id"] != config_id(config):
                 raise ValueError("id is not that of config")
-        elif not isinstance(value.get("trace"), list):
-            raise ValueError("trace must be a list")
+            if "trace" in value:
+                raise ValueError("trace is for the space metaschedule only")
+        else:
+            # A candidate with a configuration is scheduled by that, which nothing has checked here.
+            if "config" in value:
+                raise ValueError("config is for the space ours only")
+            check_trace(value.get("trace"))
         for name in ("seconds", "default_seconds"):
             if name in value and not _is_time(value[name]):
                 raise ValueError(f"{name} must be a number above 0")
@@ -280,7 +292,7 @@ def read_log(path: Path, identity: Identity | None = None) -> Log:
         # A FIFO or a device would block or never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise LogError(f"{path}: not a tuning log but {'a folder' if path.is_dir() else 'a special file'}")
-        data = path.read_bytes()
+        data = read_limited(path, MAX_BYTES)
     except OSError as error:
         raise LogError(f"{path}: cannot read this tuning log: {error.strerror or error}") from None
     sound = data.rfind(b"\n") + 1
@@ -488,8 +500,15 @@ class LogFolder:
     def _acquire(self) -> int:
         path = self.path / _LOCK
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            except OSError as error:
+                raise _no_lock(path, error) from None
+            try:
+                status = os.fstat(handle)
+                # It is emptied and signed below, under whatever other name it has.
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    raise _no_lock(path)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -577,7 +596,7 @@ class LogFolder:
         try:
             for path, (identity, made, records) in logs.items():
                 lines = [_header_line(path, identity, made), *(_record_line(path, record) for record in records)]
-                with open(staged[path], "wb") as file:
+                with create(staged[path]) as file:
                     file.writelines(lines)
                     file.flush()
                     os.fsync(file.fileno())
@@ -694,6 +713,8 @@ def _encode(value: Mapping[str, Any]) -> bytes:
 
 def _decode(line: bytes) -> dict[str, Any]:
     """The object of a line without its checksum. Raises ValueError."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"it has more than {MAX_LINE / 1e6:.3g} MB")
     body = line[:-_CRC_LENGTH] + b"}"
     if line[-_CRC_LENGTH:] != (_CRC % zlib.crc32(body)).encode("ascii"):
         raise ValueError("its checksum does not fit")
@@ -709,6 +730,8 @@ def _decode(line: bytes) -> dict[str, Any]:
 def _read_header(path: Path, line: bytes) -> tuple[Identity, dict[str, Any]]:
     # A file in another schema, or with no relation to this package, need not have our checksums: look at it first.
     try:
+        if len(line) > MAX_LINE:
+            raise ValueError
         schema = json.loads(line)["gf_tvm_log"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LogError(f"{path}: not a tuning log: no header in its first line") from None
@@ -743,6 +766,13 @@ def _is_number(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _no_lock(path: Path, error: OSError | None = None) -> Exception:
+    """What to raise where the lock is no file of ours, or cannot be opened."""
+    if error is not None and error.errno not in (errno.ELOOP, errno.EISDIR):
+        return error
+    return LogError(f"{path}: is a link, a folder or a special file, and must be a plain file or missing; remove it")
 
 
 def _sync_folder(path: Path) -> None:

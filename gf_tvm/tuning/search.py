@@ -15,6 +15,7 @@ from .measuring.process import describe
 from .measuring.result import Result
 from .metaschedule import metaschedule, tune_context
 from .task import Candidate, Config, SearchSpace, Task, TuningError
+from .traces import check_trace
 
 #: Trials before the cost model is asked.
 WARM_UP = 8
@@ -268,7 +269,7 @@ class MetaScheduleSearch(Search):
         self._feed(candidates, results)
 
     def propose(self, count: int) -> list[Candidate]:
-        """Up to ``count`` new candidates."""
+        """Up to ``count`` new candidates. Raises TuningError if the rules make a trace that no log may have."""
         chosen: dict[str, Candidate] = {}
         for _ in range(_EMPTY_ROUNDS):
             proposed = self._context.generate_measure_candidates()
@@ -279,8 +280,14 @@ class MetaScheduleSearch(Search):
                 if identity in self._known or len(chosen) == count:
                     continue
                 self._known.add(identity)
+                trace = _plain(measured.sch.trace.as_json())
+                try:
+                    check_trace(trace)
+                except ValueError as error:
+                    # Measured it would make a log that nobody reads.
+                    raise TuningError(f"MetaSchedule made a schedule that a log may not have: {error}") from None
                 self._pending[identity] = measured
-                chosen[identity] = Candidate("metaschedule", identity, trace=_plain(measured.sch.trace.as_json()))
+                chosen[identity] = Candidate("metaschedule", identity, trace=trace)
             if chosen:
                 break
         return list(chosen.values())

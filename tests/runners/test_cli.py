@@ -355,10 +355,10 @@ def test_paths_that_cannot_be_written(tmp_path: Path, check: Callable[[Path], No
 
 
 def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:  # not chmod: root may write everywhere
+    def refuse(*_: object) -> None:  # not chmod: root may write everywhere
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(_output.os, "open", refuse)
+    monkeypatch.setattr(_output, "create", refuse)
     with pytest.raises(OutputError, match="Permission denied"):
         check_writable(tmp_path / "a.json")
 

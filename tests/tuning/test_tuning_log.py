@@ -36,7 +36,14 @@ def trial(number: int, seconds: float | None = 1e-3, **changes: Any) -> Record:
     return replace(record, **changes)
 
 
-TRACE: list[Any] = [[["GetBlock", [], ["c", "main"], ["b0"]]], [[1, [8, 8]]]]
+TRACE: list[Any] = [
+    [
+        ["GetSBlock", [], ["c", "main"], ["b0"]],
+        ["GetLoops", ["b0"], [], ["l1", "l2"]],
+        ["SamplePerfectTile", ["l1"], [2, 64], ["v3", "v4"]],
+    ],
+    [[2, [8, 8]]],
+]
 RECORDS = [
     trial(1),
     trial(2, None, status="crash", runs=(), excess=None, message="while running: its process ended with SIGSEGV"),
@@ -240,7 +247,9 @@ def poisons() -> dict[str, bytes]:
         "board is text": record(board="pi-2"),
         "board has a list": record(board={"name": ["pi-2"]}),
         "board has an endless number": record(board={"mhz": 10**400}),
-        "trace is text": record(space="metaschedule", trace="x"),
+        "trace is text": record(space="metaschedule", config=None, trace="x"),
+        "trace beside a config": record(trace=TRACE),
+        "config beside a trace": record(space="metaschedule", trace=TRACE),
     }
 
 

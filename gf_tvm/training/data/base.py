@@ -86,9 +86,14 @@ class Dataset:
         return h.hexdigest()
 
 
-def check_memory(count: int, image_size: int, data: str) -> None:
-    """Raise ModelError if ``count`` images would not fit into memory, before the system kills the process."""
-    needed = 3 * count * CHANNELS * image_size**2 * 4  # as read, as split, and what it takes to normalise them
+def check_memory(count: int, image_size: int, data: str, raw: int = 0) -> None:
+    """Raise ModelError if ``count`` images would not fit into memory, before the system kills the process.
+
+    Args:
+        raw: bytes that they take before they are resized.
+    """
+    resized = count * CHANNELS * image_size**2 * 4
+    needed = max(raw + resized, 3 * resized)  # as read, as split, and what it takes to normalise them
     available = available_bytes()
     if available is not None and needed > available:
         raise ModelError(

@@ -7,7 +7,9 @@ values of an array.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,10 +17,14 @@ import numpy as np
 import torch
 
 from ...errors import ModelError
+from ...files import read_limited
 from .base import CHANNELS, Images, check_memory, resize
 
 #: Pixels per side of the published images.
 SIDE = 32
+
+#: Of one file; the largest, CIFAR-100's training images, has 155 MB.
+MAX_BYTES = 512 << 20
 
 #: By the file that only this data set has: files of training and test images, file and key of the names, labels.
 _CIFAR = {
@@ -100,10 +106,18 @@ class _Unpickler(pickle.Unpickler):
         return self._KNOWN[module, name]
 
 
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError if a pickle numbers its values beyond its own length: room is made up to the largest number."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > len(data):
+            raise ValueError(f"it numbers a value {argument}, but has {len(data)} bytes")
+
+
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        with open(path, "rb") as file:
-            content = _Unpickler(file, encoding="bytes").load()
+        data = read_limited(path, MAX_BYTES)
+        _check_memo(data)
+        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except FileNotFoundError:
         raise ModelError(f"{str(path.parent)!r} has no {path.name}, a file of CIFAR") from None
     except OSError as error:
