@@ -9,6 +9,8 @@ Source: CVPR 2023 paper, section 3; notation of docs/mathematics.md.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,14 +24,34 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _patch_sums(t: Tensor, offset: tuple[int, int], window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Sum of ``t`` (n, c, h, w) over each patch, the map's surroundings counting as zero -> (n, c, ph, pw)."""
-    h, w = t.shape[-2:]
-    after = (grid[0] * window[0] - offset[0] - h, grid[1] * window[1] - offset[1] - w)
+    """Sum of ``t`` (n, c, h, w) over each patch, the map's surroundings counting as zero -> (n, c, ph, pw), a copy."""
+    n, c, h, w = t.shape
     t = t.to(sum_dtype(t.dtype))
+    if grid == (1, 1):
+        rows, cols = (
+            slice(max(-before, 0), max(size - before, 0)) for before, size in zip(offset, window, strict=True)
+        )
+        return t[:, :, rows, cols].sum(dim=(2, 3), keepdim=True)
+    after = (grid[0] * window[0] - offset[0] - h, grid[1] * window[1] - offset[1] - w)
     if any(offset) or any(after):
         # A negative pad cuts rows off: those that belong to no patch.
         t = F.pad(t, (offset[1], after[1], offset[0], after[0]))
-    return F.avg_pool2d(t, window, stride=window, divisor_override=1)
+    if t.device.type != "cpu":
+        return F.avg_pool2d(t, window, stride=window, divisor_override=1)
+    if window == (1, 1):
+        return t.clone()
+    t = _short_sum(t.view(n, c, grid[0], window[0], grid[1] * window[1]), 3)
+    return _short_sum(t.view(n, c, *grid, window[1]), 4)
+
+
+def _short_sum(t: Tensor, dim: int) -> Tensor:
+    """Sum over a dimension, slice by slice if it is short: ``sum`` and ``avg_pool2d`` take up to 8 times as long."""
+    if t.shape[dim] > 8:
+        return t.sum(dim)
+    total, *rest = t.unbind(dim)
+    for piece in rest:
+        total = total + piece
+    return total
 
 
 def filter_input(x: Tensor, geometry: Geometry) -> Tensor:
@@ -44,13 +66,53 @@ def filter_grad(grad_y: Tensor, geometry: Geometry) -> Tensor:
     sums = _patch_sums(grad_y, (rows.out_offset, cols.out_offset), geometry.patch, geometry.grid)
     if rows.out_exact and cols.out_exact:
         return sums.mul_(1.0 / (geometry.patch[0] * geometry.patch[1]))
-    return sums.div_(_counts(rows, sums)[:, None] * _counts(cols, sums))
+    if _is_plain(sums):
+        return sums.div_(_kept_counts(rows, cols, sums.dtype))
+    return sums.div_(_counts(rows, cols, sums.dtype, sums.device))
 
 
-def _counts(axis: Axis, like: Tensor) -> Tensor:
-    """Outputs in each patch of an axis, with ``like``'s dtype; made where it lies, so that no GPU is waited for."""
-    start = torch.arange(axis.patches, dtype=like.dtype, device=like.device) * axis.patch - axis.out_offset
-    return (start + axis.patch).clamp(max=axis.out) - start.clamp(min=0)
+def _counts(rows: Axis, cols: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Outputs in each patch (ph, pw); made where they are needed, so that no GPU is waited for."""
+    counts = []
+    for axis in (rows, cols):
+        start = torch.arange(axis.patches, dtype=dtype, device=device) * axis.patch - axis.out_offset
+        counts.append((start + axis.patch).clamp(max=axis.out) - start.clamp(min=0))
+    return counts[0][:, None] * counts[1]
+
+
+# Small maps take less time than making these anew.
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether ``t`` is on the CPU and may meet tensors that were kept: nothing traces or transforms what is done."""
+    return (
+        type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+@lru_cache(maxsize=256)
+def _kept_counts(rows: Axis, cols: Axis, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # whose tensors autograd could not use later
+        return _counts(rows, cols, dtype, torch.device("cpu"))
+
+
+@lru_cache(maxsize=256)
+def _kept_patches(rows: Axis, cols: Axis) -> Tensor:
+    """The number of the patch of each pixel that lies in one, row by row."""
+    with torch.inference_mode(False):
+        row, col = (
+            (torch.arange(*_covered(axis)) + axis.in_offset).div(axis.window, rounding_mode="floor")
+            for axis in (rows, cols)
+        )
+        return (row[:, None] * cols.patches + col).flatten()
+
+
+def _covered(axis: Axis) -> tuple[int, int]:
+    """The pixels of the input that lie in patches: the first one, and the one after the last."""
+    return max(0, -axis.in_offset), min(axis.size, axis.patches * axis.window - axis.in_offset)
 
 
 def input_grad(g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -67,22 +129,40 @@ def input_grad(g: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         )
         g = F.pad(g, (before[1], total[1] - before[1], before[0], total[0] - before[0]))
         return F.conv2d(g, rotated, dilation=geometry.grid_dilation, groups=groups)
-    taps = weight.sum(dim=(2, 3))
+    taps = _window_sums(weight)
     if geometry.depthwise:
         return g * taps.view(1, -1, 1, 1)
+    if groups == 1 and ph * pw < 64:  # one product, which reads W~ once
+        g = g.transpose(0, 1).reshape(geometry.co, n * ph * pw)
+        return torch.mm(taps.t(), g).view(geometry.ci, n, ph, pw).transpose(0, 1)
     taps = taps.view(groups, geometry.co_group, geometry.ci_group).transpose(1, 2)
     g = g.reshape(n, groups, geometry.co_group, ph * pw)
     return torch.matmul(taps, g).view(n, geometry.ci, ph, pw)
 
 
+def _window_sums(weight: Tensor) -> Tensor:
+    """W~ (co, ci/groups), the sum of W over its window."""
+    co, ci_group, *kernel = weight.shape
+    if kernel == [1, 1]:
+        return weight.view(co, ci_group)
+    if weight.device.type != "cpu":
+        return weight.sum(dim=(2, 3))
+    # On CPUs a third of the time of sum.
+    weight = weight.reshape(co * ci_group, kernel[0] * kernel[1])
+    return torch.mv(weight, weight.new_ones(weight.shape[1])).view(co, ci_group)
+
+
 def weight_grad(g: Tensor, filtered_x: Tensor, geometry: Geometry) -> Tensor:
     """g~ (n, co, ph, pw) and x~ (n, ci, ph, pw) -> grad_W (co, ci/groups, kh, kw), one value for all taps."""
+    groups, patches = geometry.groups, g.shape[0] * g.shape[2] * g.shape[3]
     if geometry.depthwise:
         sums = (g * filtered_x).sum(dim=(0, 2, 3))
+    elif groups == 1:
+        left = g.transpose(0, 1).reshape(geometry.co, patches)
+        sums = torch.mm(left, filtered_x.permute(0, 2, 3, 1).reshape(patches, geometry.ci))
     else:
-        groups = geometry.groups
-        left = g.transpose(0, 1).reshape(groups, geometry.co_group, -1)
-        right = filtered_x.permute(1, 0, 2, 3).reshape(groups, geometry.ci_group, -1)
+        left = g.transpose(0, 1).reshape(groups, geometry.co_group, patches)
+        right = filtered_x.permute(1, 0, 2, 3).reshape(groups, geometry.ci_group, patches)
         sums = torch.matmul(left, right.transpose(1, 2))
     return sums.reshape(geometry.co, geometry.ci_group, 1, 1).expand(geometry.weight_shape).contiguous()
 
@@ -92,11 +172,21 @@ def expand(grad_x_grid: Tensor, geometry: Geometry) -> Tensor:
     rows, cols = geometry.rows, geometry.cols
     (ph, pw), (wh, ww) = geometry.grid, (rows.window, cols.window)
     n, c = grad_x_grid.shape[:2]
-    full = grad_x_grid[:, :, :, None, :, None].expand(n, c, ph, wh, pw, ww).reshape(n, c, ph * wh, pw * ww)
-    if rows.in_exact and cols.in_exact:
-        return full
-    top, left = rows.in_offset, cols.in_offset
-    return F.pad(full, (-left, geometry.w - (pw * ww - left), -top, geometry.h - (ph * wh - top)))
+    if geometry.grid == (1, 1) and geometry.covers_input:
+        return grad_x_grid.expand(n, c, geometry.h, geometry.w).contiguous()
+    if geometry.h * geometry.w <= 1024 and _is_plain(grad_x_grid):
+        (top, bottom), (left, right) = _covered(rows), _covered(cols)
+        covered = grad_x_grid.reshape(n * c, ph * pw).index_select(1, _kept_patches(rows, cols))
+        full = covered.view(n, c, bottom - top, right - left)
+        return full if geometry.covers_input else F.pad(full, (left, geometry.w - right, top, geometry.h - bottom))
+    # Columns first: then whole rows are copied, which takes half of the time.
+    full = grad_x_grid[..., None].expand(n, c, ph, pw, ww).reshape(n, c, ph, pw * ww)
+    if not cols.in_exact:
+        full = F.pad(full, (-cols.in_offset, geometry.w - (pw * ww - cols.in_offset)))
+    full = full[:, :, :, None].expand(n, c, ph, wh, geometry.w).reshape(n, c, ph * wh, geometry.w)
+    if not rows.in_exact:
+        full = F.pad(full, (0, 0, -rows.in_offset, geometry.h - (ph * wh - rows.in_offset)))
+    return full.contiguous()
 
 
 def backward(

@@ -42,8 +42,11 @@ def conv2d(
 
     Contiguous tensors reach the kernels uncopied, unless they are slices at an address that vector loads cannot take.
     Channels-last and other tensors are made contiguous where a kernel reads them; the result then is channels last as
-    torch's is, gradients are contiguous. Under autocast tensors are cast as torch casts them for its conv2d. Second
-    derivatives are not defined: asking for one raises GfTvmError.
+    torch's is, gradients are contiguous. Under autocast tensors are cast as torch casts them for its conv2d.
+
+    Transforms of ``torch.func`` give filtered gradients; tangents (``jvp``, ``torch.autograd.forward_ad``) are exact.
+    Second derivatives are not defined: asking for one raises DerivativeError. While ``torch.jit.trace``,
+    ``torch.export`` or ``torch.onnx`` record a program, and where no gradient is recorded, this is torch's conv2d.
 
     Args:
         x: (n, ci, h, w) or (ci, h, w); a real floating dtype. n may be 0.
@@ -59,7 +62,8 @@ def conv2d(
         (n, co, hy, wy) or (co, hy, wy).
 
     Raises:
-        GeometryError: shapes, dtypes or settings that do not describe a filtered convolution.
+        GeometryError: shapes, dtypes or settings that do not describe a filtered convolution; torch's own error where
+            a program is recorded, or compiled without gradients.
     """
     batched = x.dim() == 4
     if not batched and x.dim() != 3:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class FilteredConv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with a filtered backward pass; see :func:`gf_tvm.functional.conv2d`.
 
+    The arguments up to ``dtype`` are those of ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the
+    padding belongs to the map that is filtered.
+
     Args:
-        in_channels to dtype: as for ``torch.nn.Conv2d``. With a ``padding_mode`` other than "zeros" the padding belongs
-            to the map that is filtered.
         patch: pixels of the output that share one gradient; an integer or a pair (height, width). It has no default:
             code that makes another layer of a layer's type, as adapters do, would change the patch unnoticed.
         library: what :func:`gf_tvm.load` returned, or None for plain PyTorch operators.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import brute_force
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import KINDS, NEEDS, SEEDS, geometries, kinds, tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gf_tvm.core import reference
 from gf_tvm.core.geometry import Geometry
@@ -252,3 +254,98 @@ def test_geometry_survives_json_and_has_its_own_key(geometry: Geometry) -> None:
     other = Geometry(**(geometry.to_dict() | {"patch": [geometry.patch[0] + 1, geometry.patch[1]]}))
     assert other != geometry
     assert other.key != geometry.key
+
+
+# Results are copies, and what is kept between calls serves later ones
+
+
+@settings(max_examples=150)
+@given(geometry=geometries(smallest_n=1), seed=SEEDS)
+def test_results_are_contiguous_copies(geometry: Geometry, seed: int) -> None:
+    """Patches of one pixel, say, leave nothing to compute; what comes in must still stay as it is."""
+    x, weight, _, grad_y = tensors(geometry, seed)
+    versions = [t._version for t in (x, weight, grad_y)]
+    sums, means = reference.filter_input(x, geometry), reference.filter_grad(grad_y, geometry)
+    grads = reference.backward(grad_y, sums, weight, geometry)
+    assert [t._version for t in (x, weight, grad_y)] == versions
+    inputs = {t.untyped_storage().data_ptr() for t in (x, weight, grad_y)}
+    for result in (sums, means, *grads):
+        assert result is not None
+        assert result.untyped_storage().data_ptr() not in inputs
+    assert all(grad is not None and grad.is_contiguous() for grad in grads)
+
+
+@settings(max_examples=200)
+@given(geometry=geometries(smallest_n=1, largest_out=40), seed=SEEDS)
+def test_expansion_of_small_and_large_maps(geometry: Geometry, seed: int) -> None:
+    """What is kept serves small maps only, and nothing that is transformed: both ways are the definition."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randn(geometry.n, geometry.ci, *geometry.grid, generator=generator, dtype=torch.float64)
+    expected = torch.zeros(geometry.x_shape, dtype=torch.float64)
+    for i in range(geometry.grid[0]):
+        for j in range(geometry.grid[1]):
+            rows, cols = geometry.rows.in_range(i), geometry.cols.in_range(j)
+            expected[:, :, rows.start : rows.stop, cols.start : cols.stop] = grid[:, :, i : i + 1, j : j + 1]
+    for actual in (
+        reference.expand(grid, geometry),
+        torch.vmap(lambda t: reference.expand(t, geometry))(grid[None])[0],
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@settings(max_examples=60)
+@given(geometry=geometries(smallest_n=1), seed=SEEDS, value=st.sampled_from([float("inf"), float("nan")]))
+def test_what_is_not_finite_stays_in_its_patch(geometry: Geometry, seed: int, value: float) -> None:
+    x, _, _, grad_y = tensors(geometry, seed)
+    for t, run in ((x, reference.filter_input), (grad_y, reference.filter_grad)):
+        before = run(t, geometry)
+        t.view(-1)[seed % t.numel()] = value
+        after = run(t, geometry)
+        finite = after.isfinite()
+        assert int((~finite).sum()) <= 1
+        torch.testing.assert_close(after[finite], before[finite])
+    grid = torch.randn(1, geometry.ci, *geometry.grid, generator=torch.Generator().manual_seed(seed))
+    finite = reference.expand(grid, geometry)
+    grid[0, 0, 0, 0] = value
+    row, col = geometry.rows.in_range(0), geometry.cols.in_range(0)
+    changed = reference.expand(grid, geometry)
+    assert int((~changed.isfinite()).sum()) == len(row) * len(col)
+    torch.testing.assert_close(changed[0, 1:], finite[0, 1:])
+
+
+def in_fake_tensors(run: Callable[..., object], *given: Tensor) -> None:
+    with FakeTensorMode() as mode:
+        run(*(mode.from_tensor(t) for t in given))
+
+
+def in_inference_mode(run: Callable[..., object], *given: Tensor) -> None:
+    with torch.inference_mode():
+        run(*(t.clone() for t in given))
+
+
+def in_grad(run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> None:
+    torch.func.grad(lambda *at: sum(t.sum() for t in run(*at)))(*given)
+
+
+def in_vmap(run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> None:
+    torch.vmap(run)(*(t[None] for t in given))
+
+
+@pytest.mark.parametrize("first", [in_fake_tensors, in_inference_mode, in_grad, in_vmap])
+@pytest.mark.parametrize("geometry", [Geometry(2, 3, 4, 7, 6, 3, 2, 1, 1), Geometry(1, 2, 2, 9, 9, 3, 4, 2, 0, 1, 2)])
+def test_whoever_comes_first_leaves_nothing_to_others(first: Callable[..., None], geometry: Geometry) -> None:
+    x, weight, _, grad_y = tensors(geometry, 0)
+
+    def run(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
+        return reference.backward(grad_y, reference.filter_input(x, geometry), weight, geometry)  # type: ignore[return-value]
+
+    reference._kept_counts.cache_clear()
+    reference._kept_patches.cache_clear()
+    expected = run(x, weight, grad_y)
+    reference._kept_counts.cache_clear()
+    reference._kept_patches.cache_clear()
+    first(run, x, weight, grad_y)
+    leaves = [t.requires_grad_() for t in (x, weight, grad_y)]
+    actual = run(*leaves)
+    torch.autograd.grad(sum(t.square().sum() for t in actual), leaves)  # keeps what indexes for its backward pass
+    torch.testing.assert_close(actual, expected)
