@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if gpu is not None:
         # tvm_ffi would compile a helper for passing PyTorch's tensors, for minutes on a Jetson Nano. None are passed.
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
     if os.geteuid() == 0 and not args.allow_root:
         raise FarmError(
             "a server runs what clients send, and as root that can do anything; use another user, "
@@ -79,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     # After the checks: whoever has mistyped an option need not wait for it.
     from ...tuning.measuring.board_service import BoardService, preload
 
-    advertise = None if args.advertise is None else parse_address(args.advertise, "--advertise")
     options = ServerOptions(
         key=args.key,
         name=args.name or socket.gethostname(),
