@@ -13,7 +13,7 @@ from . import packs, segmenter
 from .compiled import Bound, backward_of
 from .forward import Call, Forward, Product
 from .graph import Add, Conv, Drop, Gate, Map, Norm, Region, Shape, Slice, View
-from .lowering import Factor, Kept, Mean, Situation, lower
+from .lowering import Factor, Kept, Mean, Resampling, Situation, lower
 from .segment import Segment
 from .steps import Step
 
@@ -125,7 +125,7 @@ def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:
     return [
         slot
         for slot, what in enumerate(slots)
-        if isinstance(what, Mean) and all(isinstance(region.ops[i], Map) for i, _ in what.factor)
+        if isinstance(what, Mean) and all(isinstance(region.ops[i], (Map, *Resampling)) for i, _ in what.factor)
     ]
 
 
@@ -150,7 +150,7 @@ def _slot_shape(what: Mean | Kept, region: Region, situation: Situation) -> tupl
         geometry = op.geometry(situation.shape(op.inputs[0]))
         return geometry.saved_shape if what.what == "x~" else geometry.weight_shape
     if isinstance(op, Gate) and len(op.inputs) == 2:
-        return situation.shape(op.inputs[1])
+        return (situation.shape(op.inputs[1])[0], situation.shape(op.inputs[0])[1], 1, 1)
     n, c, _, _ = situation.shape(region.result(what.op))
     return (n if isinstance(op, Drop) else 1, c, 1, 1)
 
@@ -208,5 +208,5 @@ def _schedule(
                 forget_products=tuple(sorted(key for key, last in last_use.items() if last == i)),
             )
         )
-        assert not made_at[i] or isinstance(op, Map | Gate | Norm)
+        assert not made_at[i] or isinstance(op, (Map, Gate, Norm, *Resampling))
     return tuple(result)
