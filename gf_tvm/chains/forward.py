@@ -33,7 +33,8 @@ class Forward:
 
     Attributes:
         keep: slots that are filled from the operation itself (x~, weight, scale, gate).
-        stash: whether its derivative (normalised map, input) is a factor of some product.
+        stash: whether its derivative (normalised map, input) is a factor of some product, or products are taken
+            through it.
         inplace: whether nobody reads its first input any more, so that it may be overwritten.
         products: what can be made now.
         forget: values, and forget_products: products, that are of no use after this operation.

@@ -6,12 +6,14 @@ where they come from is the business of :mod:`.capture`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.geometry import Geometry, Pair
 from ..errors import GeometryError
+from .sampling import Sampling, nearest, padded, pooled, pooled_size
 
 #: (n, c, h, w) of a value.
 Shape = tuple[int, int, int, int]
@@ -113,15 +115,16 @@ class Scale(Op):
 
 @dataclass(frozen=True)
 class Gate(Op):
-    """x times one value per channel, and perhaps per image: squeeze-excitation, or a trained scale.
+    """x times one value per channel, per image or both: squeeze-excitation, a trained scale, stochastic depth.
 
-    The scale is the second input, of shape (n or 1, c, 1, 1), or, if there is one input only, ``tensors[0]``.
+    The scale is the second input, of shape (n or 1, c or 1, 1, 1), or, if there is one input only, ``tensors[0]``. A
+    gradient is only given to one with a value per channel.
     """
 
     def shape(self, *inputs: Shape) -> Shape:
         if len(inputs) == 2:
             x, s = inputs
-            if s[2:] != (1, 1) or s[1] != x[1] or s[0] not in (1, x[0]):
+            if s[2:] != (1, 1) or s[1] not in (1, x[1]) or s[0] not in (1, x[0]):
                 raise Misfit("multiplies two maps", _broadcast(x, s))
         return inputs[0]
 
@@ -190,23 +193,104 @@ class View(Op):
 
 @dataclass(frozen=True)
 class Resize(Op):
-    """Another height and width: exact on the patch grid from a single pixel, or where nothing changes.
+    """Another height and width: exact on the patch grid from a single pixel, of nearest neighbours, or where nothing
+    changes.
 
     Attributes:
         mode, corners: as ``torch.nn.functional.interpolate`` takes them.
         size: the result's (height, width).
+        scale: what PyTorch is told in its place, (vertical, horizontal), and may round the ratio of sizes by; or None.
     """
 
     mode: str = "nearest"
     corners: bool | None = None
     size: Pair = (1, 1)
+    scale: tuple[float, float] | None = None
 
     def shape(self, *inputs: Shape) -> Shape:
         x = inputs[0]
         result: Shape = (*x[:2], *self.size)
-        if x[2:] != (1, 1) and result != x:
+        same = result == x and self.scale is None
+        if x[2:] != (1, 1) and not same and self.along(x) is None:
             raise Misfit("cannot stay on the patch grid", result)
         return result
+
+    def along(self, x: Shape) -> tuple[Sampling, Sampling] | None:
+        """Where every pixel is a pixel of ``x``, what that is vertically and horizontally. Else None."""
+        if self.mode not in ("nearest", "nearest-exact") or min(self.size) < 1:
+            return None
+        exact = self.mode == "nearest-exact"
+        axes = zip(x[2:], self.size, self.scale or (None, None), strict=True)
+        rows, cols = (nearest(*axis, exact) for axis in axes)
+        return None if rows is None or cols is None else (rows, cols)
+
+
+@dataclass(frozen=True)
+class Pad(Op):
+    """A constant around a map, and channels of it before and after its own; negative numbers cut off.
+
+    Attributes:
+        rows, cols, channels: how many (before, after).
+        value: the constant.
+    """
+
+    rows: Pair = (0, 0)
+    cols: Pair = (0, 0)
+    channels: Pair = (0, 0)
+    value: float = 0.0
+
+    def shape(self, *inputs: Shape) -> Shape:
+        n, *sizes = inputs[0]
+        pads = (self.channels, self.rows, self.cols)
+        c, h, w = (size + before + after for size, (before, after) in zip(sizes, pads, strict=True))
+        # What begins or ends beyond the map holds nothing of it.
+        if min(c, h, w) < 1 or any(s + min(p) < 1 for s, p in zip(sizes, pads, strict=True)):
+            raise Misfit("leaves nothing of a map")
+        return (n, c, h, w)
+
+    def along(self, x: Shape) -> tuple[Sampling, Sampling]:
+        """What it does vertically and horizontally."""
+        return padded(x[2], *self.rows), padded(x[3], *self.cols)
+
+
+@dataclass(frozen=True)
+class WindowPool(Op):
+    """Pooling by windows: ``kind`` "mean" or "max", the other settings as of PyTorch's.
+
+    Attributes:
+        include_pad: whether padding counts as pixels of a mean, as PyTorch's ``count_include_pad``.
+        divisor: what sums are divided by instead of the number of pixels, as PyTorch's ``divisor_override``.
+    """
+
+    kind: str = "mean"
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    ceil: bool = False
+    include_pad: bool = True
+    divisor: int | None = None
+
+    @property
+    def ratio(self) -> float:
+        """The result's pixels, in those of :meth:`along`."""
+        return 1.0 if self.divisor is None else math.prod(self.kernel) / self.divisor
+
+    def shape(self, *inputs: Shape) -> Shape:
+        n, c, *sizes = inputs[0]
+        axes = zip(sizes, self.kernel, self.stride, self.padding, strict=True)
+        h, w = (pooled_size(*axis, self.ceil) for axis in axes)
+        if min(h, w) < 1 or any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
+            raise Misfit("has windows that do not fit the map")
+        return (n, c, h, w)
+
+    def along(self, x: Shape) -> tuple[Sampling, Sampling]:
+        """What it does vertically and horizontally; of a maximum, means over the same windows."""
+        include_pad, fixed = self.include_pad and self.kind == "mean", self.divisor is not None
+        rows, cols = (
+            pooled(*axis, self.ceil, include_pad, fixed)
+            for axis in zip(x[2:], self.kernel, self.stride, self.padding, strict=True)
+        )
+        return rows, cols
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pool, Region, Resize, Scale, Shape, Slice, View
-from .grids import Cuts, Grid, fits, shared
+from .graph import (
+    Add,
+    Cat,
+    Conv,
+    Drop,
+    Gate,
+    Map,
+    Norm,
+    Op,
+    Pad,
+    Pool,
+    Region,
+    Resize,
+    Scale,
+    Shape,
+    Slice,
+    View,
+    WindowPool,
+)
+from .grids import Cuts, Grid, fits, pixels, shared
+from .sampling import Back, Sampling
 from .steps import (
     Channels,
     ConvInput,
@@ -33,8 +52,12 @@ from .steps import (
 )
 
 #: Operations whose derivatives (of a batch norm the normalised map, of a gate its input) are multiplied, each with the
-#: channel of its map that is the factor's first one; in the order of execution.
+#: channel of its map that is the factor's first one; in the order of execution. One of ``Resampling`` among them stands
+#: for the product of those before it, taken through it.
 Factor = tuple[tuple[int, int], ...]
+
+#: Operations that move pixels, or make them from several.
+Resampling = (Pad, WindowPool, Resize)
 
 #: More terms than that at one value are not worth their means: a chain of k residual blocks needs k (k + 1) / 2.
 MAX_TERMS = 8
@@ -42,7 +65,11 @@ MAX_TERMS = 8
 
 @dataclass(frozen=True)
 class Term:
-    """A gradient: a register on ``grid``, for the channels ``start`` and following of a value, times a factor."""
+    """A gradient: a register on ``grid``, for the channels ``start`` and following of a value, times a factor.
+
+    ``grid`` cuts the map of the factor's last operation. Where the factor has others of ``Resampling``, what is between
+    that map and the value, the gradient is that product taken back through them.
+    """
 
     register: int
     grid: Grid
@@ -181,6 +208,8 @@ class _Lowering:
         return self.slot_of[what]
 
     def _mean(self, factor: Factor, width: int, grid: Grid) -> int | None:
+        while factor and isinstance(self.region.ops[factor[0][0]], Resampling):
+            factor = factor[1:]  # nothing to be taken through it: what is one is one behind it
         return self._slot(Mean(factor, width, grid)) if factor else None
 
     def _add(self, value: int, term: Term) -> None:
@@ -214,7 +243,12 @@ class _Lowering:
         """The register with the sum of all terms, averaged over the patches of ``grid``."""
         parts = []
         for term in terms:
-            if not fits(grid, term.grid):
+            image = self._image(grid, term.factor)
+            if image is None:
+                reason = f"patches at {self._name(value)} do not fit the windows of what comes after it"
+                self.out.problems.setdefault(blame, reason)
+                continue
+            if not fits(image, term.grid):
                 (ah, aw), (bh, bw) = grid.shape, term.grid.shape
                 _, _, h, w = self.at.shape(value)
                 self.out.problems.setdefault(
@@ -223,24 +257,41 @@ class _Lowering:
                     "in different places",
                 )
                 continue
-            rows, cols = shared(grid.rows, term.grid.rows), shared(grid.cols, term.grid.cols)
+            rows, cols = shared(image.rows, term.grid.rows), shared(image.cols, term.grid.cols)
             cells = Grid(rows.cells, cols.cells)
             identical = cells == grid == term.grid
             if identical and not term.factor and len(terms) == 1 and (term.start, term.width) == (0, channels):
                 return term.register
-            parts.append(
-                Part(
-                    term.register,
-                    self._mean(term.factor, term.width, cells),
-                    *(term.start, term.width, rows, cols),
-                    *(_shares(cuts, s.cells, s.in_a) for cuts, s in ((grid.rows, rows), (grid.cols, cols))),
-                )
-            )
+            shares = [_shares(cuts, s.cells, s.in_a) for cuts, s in ((grid.rows, rows), (grid.cols, cols))]
+            if all(len(set(axis)) == 1 for axis in shares) and cells == image == term.grid:
+                # Equal for all patches: together with what is element-wise, not cell by cell.
+                term = self._times(term, shares[0][0] * shares[1][0])
+                shares = [(1.0,) * len(axis) for axis in shares]
+            mean = self._mean(term.factor, term.width, cells)
+            parts.append(Part(term.register, mean, term.start, term.width, rows, cols, shares[0], shares[1]))
         if not parts:
             return None
         dst = self._register(channels, grid)
         self.out.steps.append(Gather(dst, channels, grid, tuple(parts)))
         return dst
+
+    def _image(self, grid: Grid, factor: Factor) -> Grid | None:
+        """The patches of a value, on the map of the last operation of a factor of its gradient.
+
+        None where that needs windows that lie in two patches.
+        """
+        for i, _ in factor:
+            along = self._along(self.region.ops[i])
+            if along is None:
+                continue
+            rows, cols = (axis.image(cuts) for axis, cuts in zip(along, (grid.rows, grid.cols), strict=True))
+            if rows is None or cols is None:
+                return None
+            grid = Grid(rows, cols)
+        return grid
+
+    def _along(self, op: Op) -> tuple[Sampling, Sampling] | None:
+        return op.along(self.at.shape(op.inputs[0])) if isinstance(op, Resampling) else None
 
     # One operation
 
@@ -277,8 +328,10 @@ class _Lowering:
                 self._deliver(i, op.inputs[0], replace(term, start=term.start + op.start))
         elif isinstance(op, Pool):
             self._pool(i, op, terms)
-        elif isinstance(op, Resize):
+        elif isinstance(op, Resize) and (self.at.small(op.inputs[0]) or op.along(self.at.shape(op.inputs[0])) is None):
             self._resize(i, op, terms)
+        elif isinstance(op, Resampling):
+            self._resample(i, op, terms)
         else:
             raise AssertionError(f"no rule for {op}")
 
@@ -324,6 +377,9 @@ class _Lowering:
         x = op.inputs[0]
         second = op.inputs[1] if len(op.inputs) == 2 else None
         trained = self.at.needs[second] if second is not None else op.tensors[0] in self.at.trained
+        if trained and second is not None and self.at.shape(second)[1] != self.at.shape(x)[1]:
+            self.out.problems.setdefault(self.region.result(i), f"{op.name} needs the gradient of a sum over channels")
+            return
         for term in terms:
             if trained:
                 mean = self._mean(tuple(sorted(((i, term.start), *term.factor))), term.width, term.grid)
@@ -351,15 +407,19 @@ class _Lowering:
                 first, last = max(term.start, begin), min(term.start + term.width, begin + width)
                 if first >= last or not self.at.needs[value]:
                     continue
-                skipped = first - term.start
-                part = term
-                if last - first < term.width:
-                    dst = self._register(last - first, term.grid)
-                    self.out.steps.append(Channels(dst, term.register, skipped, last - first))
-                    factor = tuple((j, offset + skipped) for j, offset in term.factor)
-                    part = Term(dst, term.grid, factor, 0, last - first)
+                part = self._channels(term, first, last)
                 self._deliver(i, value, replace(part, start=first - begin))
             begin += width
+
+    def _channels(self, term: Term, first: int, last: int) -> Term:
+        """Channels of a term, counted as the value's: from ``first`` up to ``last``."""
+        if last - first == term.width:
+            return term
+        skipped = first - term.start
+        dst = self._register(last - first, term.grid)
+        self.out.steps.append(Channels(dst, term.register, skipped, last - first))
+        factor = tuple((j, offset + skipped) for j, offset in term.factor)
+        return Term(dst, term.grid, factor, first, last - first)
 
     def _pool(self, i: int, op: Pool, terms: list[Term]) -> None:
         _, c, h, w = self.at.shape(op.inputs[0])
@@ -386,6 +446,50 @@ class _Lowering:
         if mean is not None:
             self._deliver(i, x, self._times(Term(mean, Grid.whole((1, 1)), (), 0, c), h * w))
 
+    def _resample(self, i: int, op: Pad | WindowPool | Resize, terms: list[Term]) -> None:
+        """Of a term without factors, what is constant over pieces of the input; else the factor's mean moves."""
+        x, y = op.inputs[0], self.region.result(i)
+        along = self._along(op)
+        if not self.at.needs[x] or along is None:
+            return
+        _, c, h, w = self.at.shape(x)
+        before = op.channels[0] if isinstance(op, Pad) else 0
+        for term in terms:
+            first, last = max(term.start, before), min(term.start + term.width, before + c)
+            if first >= last:
+                continue
+            part = self._channels(term, first, last)
+            part = replace(part, start=first - before)
+            if isinstance(op, WindowPool):
+                part = self._times(part, op.ratio)
+            found = None
+            if not part.factor and not (isinstance(op, WindowPool) and op.kind == "max"):
+                grids = zip(along, (part.grid.rows, part.grid.cols), strict=True)
+                rows, cols = (axis.back(cuts) for axis, cuts in grids)
+                if rows is not None and cols is not None:
+                    found = self._back(part, rows, cols)
+            if found is None and all(axis.means for axis in along):
+                factor = tuple(sorted(((i, part.start), *part.factor)))
+                image = self._image(Grid.whole((h, w)), factor)
+                if image is not None:
+                    found = replace(part, factor=factor, grid=_within(part.grid, image))
+            if found is None or not any(pixels(found.grid)):
+                reason = f"{op.name} needs windows that lie in one patch each"
+                self.out.problems.setdefault(y, reason)
+            else:
+                self._deliver(i, x, found)
+
+    def _back(self, term: Term, rows: Back, cols: Back) -> Term:
+        """A term without factors on pieces of the input."""
+        grid = Grid(rows.cuts, cols.cuts)
+        if rows.factor is not None and cols.factor is not None:
+            return self._times(replace(term, grid=grid), rows.factor * cols.factor)
+        dst = self._register(term.width, grid)
+        weights = [axis.weights or (axis.factor or 0.0,) * axis.cuts.patches for axis in (rows, cols)]
+        part = Part(term.register, None, 0, term.width, rows.sums, cols.sums, weights[0], weights[1])
+        self.out.steps.append(Gather(dst, term.width, grid, (part,)))
+        return replace(term, register=dst, grid=grid)
+
     def _times(self, term: Term, factor: float) -> Term:
         if factor == 1:
             return term
@@ -404,4 +508,10 @@ def _shares(whole: Cuts, cells: Cuts, owners: Sequence[int]) -> tuple[float, ...
     return tuple(count / whole.counts[owner] for count, owner in zip(cells.counts, owners, strict=True))
 
 
-__all__ = ["MAX_TERMS", "Factor", "Kept", "Lowered", "Mean", "Situation", "Term", "lower"]
+def _within(grid: Grid, image: Grid) -> Grid:
+    """A grid without what lies outside of the patches of another one."""
+    axes = ((grid.rows, image.rows), (grid.cols, image.cols))
+    return Grid(*(Cuts(a.size, tuple(min(max(p, b.points[0]), b.points[-1]) for p in a.points)) for a, b in axes))
+
+
+__all__ = ["MAX_TERMS", "Factor", "Kept", "Lowered", "Mean", "Resampling", "Situation", "Term", "lower"]

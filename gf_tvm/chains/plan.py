@@ -14,7 +14,7 @@ from . import elementwise, packs, segmenter
 from .compiled import Bound, backward_of
 from .forward import Call, Forward, Product
 from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
-from .lowering import Factor, Kept, Mean, Situation, lower
+from .lowering import Factor, Kept, Mean, Resampling, Situation, lower
 from .segment import Segment
 from .steps import Step
 
@@ -126,7 +126,7 @@ def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:
     """Slots that hold means of derivatives of element-wise functions, where something bounds these."""
 
     def bounded(op: Op) -> bool:
-        return isinstance(op, Map) and elementwise.is_bounded(op.kind)
+        return isinstance(op, Resampling) or (isinstance(op, Map) and elementwise.is_bounded(op.kind))
 
     return [
         slot
@@ -156,7 +156,7 @@ def _slot_shape(what: Mean | Kept, region: Region, situation: Situation) -> tupl
         geometry = op.geometry(situation.shape(op.inputs[0]))
         return geometry.saved_shape if what.what == "x~" else geometry.weight_shape
     if isinstance(op, Gate) and len(op.inputs) == 2:
-        return situation.shape(op.inputs[1])
+        return (situation.shape(op.inputs[1])[0], situation.shape(op.inputs[0])[1], 1, 1)
     n, c, _, _ = situation.shape(region.result(what.op))
     return (n if isinstance(op, Drop) else 1, c, 1, 1)
 
@@ -214,5 +214,5 @@ def _schedule(
                 forget_products=tuple(sorted(key for key, last in last_use.items() if last == i)),
             )
         )
-        assert not made_at[i] or isinstance(op, Map | Gate | Norm)
+        assert not made_at[i] or isinstance(op, (Map, Gate, Norm, *Resampling))
     return tuple(result)

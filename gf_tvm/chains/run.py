@@ -20,9 +20,9 @@ from ..ops.dispatch import without_autocast
 from ..ops.functional import cast_for_convolution
 from . import elementwise, grids, kernels
 from .forward import Call, Forward
-from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Pool, Resize, Scale, Slice, View
+from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pad, Pool, Resize, Scale, Slice, View, WindowPool
 from .grids import vector
-from .lowering import Factor, Mean
+from .lowering import Factor, Mean, Resampling
 from .packs import UNPACKED, Layout, Packed
 from .plan import Plan
 from .steps import (
@@ -174,10 +174,12 @@ class _Forward:
         for product in step.products:
             factor, width = product.factor, product.width
             (_, offset) = factor[-1]
-            assert stash is not None
-            result = stash if (offset, width) == (0, stash.shape[1]) else stash[:, offset : offset + width]
-            if len(factor) > 1:
-                result = _product(self.products[factor[:-1], width], result)
+            own = None if stash is None else _some(stash, offset, width)
+            if isinstance(step.op, Resampling):
+                result = _through(step.op, self.products[factor[:-1], width], own)
+            else:
+                assert own is not None
+                result = own if len(factor) == 1 else _product(self.products[factor[:-1], width], own)
             self.products[factor, width] = result
             for slot in product.means:
                 mean = self.plan.slots[slot]
@@ -215,7 +217,11 @@ class _Forward:
 
 
 def _channels(t: Tensor, start: int, width: int) -> Tensor:
-    return t if (start, width) == (0, t.shape[1]) else t[:, start : start + width].contiguous()
+    return _some(t, start, width).contiguous()
+
+
+def _some(t: Tensor, start: int, width: int) -> Tensor:
+    return t if (start, width) == (0, t.shape[1]) else t[:, start : start + width]
 
 
 def _product(before: Tensor, factor: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def _operation(
         assert scale is not None
         scale = scale if scale.dim() == 4 else scale.unsqueeze(0)
         if "gate" in step.keep:
-            kept[step.keep["gate"]] = scale
+            kept[step.keep["gate"]] = scale.expand(-1, x.shape[1], -1, -1)
         return x * scale, x if step.stash else None
     if isinstance(op, Scale):
         return x * op.factor, None
@@ -264,9 +270,44 @@ def _operation(
             kept[step.keep["gate"]] = noise
         return x * noise, None
     if isinstance(op, Resize):
-        return F.interpolate(x, op.size, mode=op.mode, align_corners=op.corners), None
+        return _resize(op, x), None
+    if isinstance(op, Pad):
+        return F.pad(x, (*op.cols, *op.rows, *op.channels), value=op.value), None
+    if isinstance(op, WindowPool):
+        return _pool(op, x, step.stash)
     assert isinstance(op, Pool)
     return x.mean(dim=(2, 3), keepdim=True), None
+
+
+def _resize(op: Resize, x: Tensor) -> Tensor:
+    if op.scale is not None:
+        # Told the size, PyTorch may round the ratio differently.
+        return F.interpolate(x, scale_factor=op.scale, mode=op.mode, align_corners=op.corners)
+    return F.interpolate(x, op.size, mode=op.mode, align_corners=op.corners)
+
+
+def _pool(op: WindowPool, x: Tensor, places: bool) -> tuple[Tensor, Tensor | None]:
+    """The result, and of maxima, if wanted, where in a plane they are."""
+    how = (op.kernel, op.stride, op.padding)
+    if op.kind == "mean":
+        return F.avg_pool2d(x, *how, op.ceil, op.include_pad, op.divisor), None
+    if not places:
+        return F.max_pool2d(x, *how, ceil_mode=op.ceil), None
+    return F.max_pool2d_with_indices(x, *how, ceil_mode=op.ceil)
+
+
+def _through(op: Op, product: Tensor, places: Tensor | None) -> Tensor:
+    """A product of derivatives taken through an operation; of maxima it is that at their ``places``."""
+    if isinstance(op, Pad):
+        return F.pad(product, (*op.cols, *op.rows))
+    if isinstance(op, Resize):
+        return _resize(op, product)
+    assert isinstance(op, WindowPool)
+    if op.kind == "mean":
+        product = product.to(reference.sum_dtype(product.dtype))
+        return F.avg_pool2d(product, op.kernel, op.stride, op.padding, op.ceil, count_include_pad=False)
+    assert places is not None
+    return product.flatten(2).gather(2, places.flatten(2)).view(places.shape)
 
 
 def _convolution(op: Conv, step: Forward, x: Tensor, own: Sequence[Tensor | None], kept: dict[int, Tensor]) -> Tensor:

@@ -249,7 +249,7 @@ CALLS: list[tuple[Any, tuple[str, Settings] | None]] = [
     ((_aten.clamp_max_.default, 1), ("clamp", (None, 1))),
     ((_aten.clamp.default, True, 6), None),
     ((_aten.leaky_relu.default, math.nan), None),
-    ((_aten.leaky_relu.default, object()), None),
+    ((_aten.leaky_relu.default, NotImplemented), None),
     ((_aten.clamp.Tensor, torch.zeros(()), None), None),
     ((_aten.pow.Tensor_Scalar, 2), ("square", ())),
     ((_aten.pow_.Scalar, 2.0), ("square", ())),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,7 +65,6 @@ class ConvolutionStep(nn.Module):
         self.site, self.patch, self.digest = site, chosen.patch, chosen.library
         a = site.arguments
         self._settings = (a.stride, a.padding, a.dilation, a.groups)
-        self._uneven = a.uneven
 
     @property
     def geometry(self) -> Geometry:
@@ -75,13 +73,9 @@ class ConvolutionStep(nn.Module):
         assert a is not None
         n, ci, h, w = value_of(a.x).shape
         co, _, kh, kw = value_of(a.weight).shape
-        h, w = h + self._uneven[0], w + self._uneven[1]
         return Geometry(n, ci, co, h, w, (kh, kw), self.patch, a.stride, a.padding, a.dilation, a.groups)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns = self._uneven
-        if rows or columns:
-            x = F.pad(x, (0, columns, 0, rows))
         x, weight, bias = cast_for_convolution(x, weight, bias)
         y: Tensor = operators.conv2d(x, weight, bias, *self._settings, self.patch, self.digest, weight.requires_grad)[0]
         return y

@@ -24,6 +24,10 @@ IN_PLACE = "gf_tvm_in_place"
 SOURCE, PATH = "gf_tvm_source", "gf_tvm_path"
 
 
+class NotTaken(Exception):
+    """Why a graph cannot be put into ATen operators."""
+
+
 class _Runner(fx.Interpreter):
     """Runs a captured graph on tensors without values, and records calls of graphs as they are."""
 
@@ -62,6 +66,9 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None) -> fx.
 
     Args:
         given: tensors without values and numbers to take it for; None: those that Dynamo captured it for.
+
+    Raises:
+        NotTaken: PyTorch's tracer does not take it.
     """
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx import traceback
@@ -74,15 +81,50 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None) -> fx.
     # Their own mode, so that what an operator makes on the way has no values either.
     fake = next((t.fake_mode for t in given if isinstance(t, FakeTensor)), nullcontext())
     with traceback.preserve_node_meta(), fake:
-        found: fx.GraphModule = make_fx(lambda *args: _Runner(captured).run(*args), pre_dispatch=True)(*given)
+        try:
+            found: fx.GraphModule = make_fx(lambda *args: _Runner(captured).run(*args), pre_dispatch=True)(*given)
+        except Exception as error:  # PyTorch's tracers run the user's model on tensors without values
+            raise NotTaken(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     for ours, theirs in zip(placeholders(found.graph), placeholders(captured.graph), strict=True):
         ours.meta[SOURCE] = theirs.name
         path = _path(theirs)
         if path is not None:
             ours.meta[PATH] = path
+    _pad_explicitly(found.graph)
     for node in checkpoints(found.graph):
         name = str(node.args[0].target)
         setattr(found, name, to_aten(getattr(found, name)))
+    return found
+
+
+def _pad_explicitly(graph: fx.Graph) -> None:
+    """Write "same" that is uneven as a padding of its own, so that convolutions have numbers."""
+    aten: Any = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.conv2d.padding:
+            continue
+        given = arguments_of(node)
+        kernel, dilation = value_of(given["weight"]).shape[2:], given["dilation"]
+        total = [d * (k - 1) for d, k in zip((dilation[0], dilation[-1]), kernel, strict=True)]
+        odd = [t % 2 for t in total]
+        if given["padding"] != "same" or not any(odd):
+            continue
+        pad = [0, odd[1], 0, odd[0]]
+        with graph.inserting_before(node):
+            padded = graph.call_function(aten.constant_pad_nd.default, (given["input"], pad))
+        padded.meta = {**node.meta, "val": torch.nn.functional.pad(value_of(given["input"]), pad)}
+        node.target, node.kwargs = aten.conv2d.default, {}
+        rest = (given["stride"], [t // 2 for t in total], dilation, given["groups"])
+        node.args = (padded, given["weight"], given["bias"], *rest)
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """What an operator is called with, by name, defaults filled in."""
+    assert isinstance(node.target, OpOverload)
+    found: dict[str, Any] = {}
+    for number, argument in enumerate(node.target._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        found[argument.name] = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name, default)
     return found
 
 

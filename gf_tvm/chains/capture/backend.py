@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
-from .aten import has_symbols, to_aten, without_values
+from .aten import NotTaken, has_symbols, to_aten, without_values
 from .sites import Choice, Chosen, choose, module_of, sites_of
 
 logger = logging.getLogger("gf_tvm")
@@ -73,8 +73,8 @@ class Backend:
         interrupted = str(reason.reason).splitlines()[0] if reason is not None and reason.graph_break else None
         try:
             aten = to_aten(graph, given)
-        except Exception as error:  # PyTorch's tracers run the user's model on tensors without values
-            logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", _line(error))
+        except NotTaken as error:
+            logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", error)
             return graph
         whole = interrupted is None and (self.whole is None or self.whole())
         chosen = choose(sites_of(aten), self.choice, whole)
@@ -151,7 +151,3 @@ def _steps(graph: fx.GraphModule) -> list[fx.Node]:
 
 def _may_be_convolution(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and "conv" in str(getattr(node.target, "__name__", node.target))
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

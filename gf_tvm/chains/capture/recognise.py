@@ -12,8 +12,26 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from .. import elementwise
-from ..graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Outside, Pool, Resize, Scale, Shape, Slice, View
-from .aten import value_of
+from ..graph import (
+    Add,
+    Cat,
+    Conv,
+    Drop,
+    Gate,
+    Map,
+    Norm,
+    Op,
+    Outside,
+    Pad,
+    Pool,
+    Resize,
+    Scale,
+    Shape,
+    Slice,
+    View,
+    WindowPool,
+)
+from .aten import arguments_of, value_of
 from .sites import Arguments, Filter, Site, name_of
 
 _aten: Any = torch.ops.aten
@@ -118,12 +136,7 @@ class Call:
 
     def __init__(self, node: fx.Node, known: Known) -> None:
         self.node, self.known = node, known
-        self.arguments: dict[str, Any] = {}
-        assert isinstance(node.target, OpOverload)
-        for number, argument in enumerate(node.target._schema.arguments):
-            default = argument.default_value if argument.has_default_value() else None
-            given = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name, default)
-            self.arguments[argument.name] = given
+        self.arguments = arguments_of(node)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -172,8 +185,6 @@ def _convolution(node: fx.Node, site: Site, known: Known) -> Recognised:
         return _unfiltered(site, a, known) or apart("is not filtered")
     if a.weight not in known.early or (a.bias is not None and a.bias not in known.early):
         return apart("has a weight that is computed from the network's input")
-    if a.uneven != (0, 0):
-        return apart("pads one side more than the other before it filters")
     kernel = value_of(a.weight).shape
     op = Conv(
         site.name,
@@ -192,7 +203,7 @@ def _convolution(node: fx.Node, site: Site, known: Known) -> Recognised:
 
 def _unfiltered(site: Site, a: Arguments, known: Known) -> Recognised | None:
     kernel = value_of(a.weight).shape
-    plain = (tuple(kernel[2:]), a.stride, a.padding, a.uneven) == ((1, 1), (1, 1), (0, 0), (0, 0))
+    plain = (tuple(kernel[2:]), a.stride, a.padding) == ((1, 1), (1, 1), (0, 0))
     if _is_small(a.x) and plain and a.weight in known.early and (a.bias is None or a.bias in known.early):
         op = Conv(site.name, (), groups=a.groups, co=kernel[0], filtered=False)
         return Found(op, (a.x,), (a.weight, a.bias))
@@ -283,7 +294,7 @@ def _multiply(c: Call) -> Recognised | None:
             and one[:-3] in ((), (1,))
         ):
             return Found(Gate(c.name, ()), (map_,), (scale,)) if _dtype(scale) == _dtype(map_) else None
-        if _is_small(scale) and one[1] == channels and value_of(c.node).shape == value_of(map_).shape:
+        if _is_small(scale) and one[1] in (1, channels) and value_of(c.node).shape == value_of(map_).shape:
             return Found(Gate(c.name, ()), (map_, scale))
     return c.outside("multiplies two maps")
 
@@ -388,21 +399,46 @@ def _pixels_in_a_row(node: fx.Node) -> fx.Node | None:
 
 
 def _adaptive_pool(c: Call) -> Recognised | None:
-    if _is_map(c["self"]) and not is_flat(c["self"]) and list(c["output_size"]) == [1, 1]:
-        return Found(Pool(c.name, ()), (c["self"],))
-    return None
-
-
-def _average_pool(c: Call) -> Recognised | None:
-    x = c["self"]
+    x, wanted = c["self"], tuple(c["output_size"])
     if not _is_map(x) or is_flat(x):
         return None
-    size = tuple(value_of(x).shape[2:])
-    kernel = tuple(c["kernel_size"]) * (2 // len(c["kernel_size"]))
-    padded = any(p != 0 for p in c["padding"])
-    if kernel == size and not padded and c["divisor_override"] is None and value_of(c.node).shape[2:] == (1, 1):
+    h, w = value_of(x).shape[2:]
+    if wanted == (1, 1):
         return Found(Pool(c.name, ()), (x,))
-    return None
+    if h % wanted[0] or w % wanted[1]:
+        return None
+    kernel = (h // wanted[0], w // wanted[1])
+    return Same(x) if kernel == (1, 1) else Found(WindowPool(c.name, (), kernel=kernel, stride=kernel), (x,))
+
+
+def _window_pool(kind: str) -> Callable[[Call], Recognised | None]:
+    def rule(c: Call) -> Recognised | None:
+        x = c["self"]
+        if not _is_map(x) or is_flat(x) or _pair(c.arguments.get("dilation") or [1]) != (1, 1):
+            return None
+        kernel, padding = _pair(c["kernel_size"]), _pair(c["padding"])
+        divisor = c.arguments.get("divisor_override")
+        plain = kind == "mean" and divisor is None and padding == (0, 0)
+        if plain and kernel == tuple(value_of(x).shape[2:]) and value_of(c.node).shape[2:] == (1, 1):
+            return Found(Pool(c.name, ()), (x,))
+        op = WindowPool(
+            c.name,
+            (),
+            kind=kind,
+            kernel=kernel,
+            stride=_pair(c["stride"] or c["kernel_size"]),
+            padding=padding,
+            ceil=bool(c["ceil_mode"]),
+            include_pad=bool(c.arguments.get("count_include_pad", True)),
+            divisor=divisor,
+        )
+        return Found(op, (x,))
+
+    return rule
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    return (value[0], value[-1])
 
 
 def _resize(mode: str) -> Callable[[Call], Recognised | None]:
@@ -411,7 +447,9 @@ def _resize(mode: str) -> Callable[[Call], Recognised | None]:
         if not _is_map(x):
             return None
         h, w = value_of(c.node).shape[2:]
-        return Found(Resize(c.name, (), mode=mode, corners=c.arguments.get("align_corners"), size=(h, w)), (x,))  # type: ignore[arg-type]
+        scale = None if c["scale_factors"] is None else tuple(c["scale_factors"])
+        how = {"mode": mode, "corners": c.arguments.get("align_corners"), "size": (h, w), "scale": scale}
+        return Found(Resize(c.name, (), **how), (x,))  # type: ignore[arg-type]
 
     return rule
 
@@ -481,7 +519,15 @@ def _contiguous(c: Call) -> Recognised | None:
 
 
 def _pad(c: Call) -> Recognised | None:
-    return Same(c["self"]) if all(p == 0 for p in c["pad"]) else None
+    pads, x = [int(p) for p in c["pad"]], c["self"]
+    if not any(pads):
+        return Same(x)
+    if c.arguments.get("mode", "constant") != "constant":
+        return c.outside(f"pads in mode {c['mode']!r}")
+    if not _is_map(x) or is_flat(x) or len(pads) > 6 or not _is_number(c["value"] or 0):
+        return None
+    cols, rows, channels = ((*pads[k : k + 2], 0, 0)[:2] for k in (0, 2, 4))
+    return Found(Pad(c.name, (), rows=rows, cols=cols, channels=channels, value=float(c["value"] or 0)), (x,))
 
 
 def _alias(c: Call) -> Recognised | None:
@@ -507,7 +553,8 @@ _RULES: dict[OpOverload, Rule] = {
     _aten.slice.Tensor: _slice,
     _aten.mean.dim: _mean,
     _aten.adaptive_avg_pool2d.default: _adaptive_pool,
-    _aten.avg_pool2d.default: _average_pool,
+    _aten.avg_pool2d.default: _window_pool("mean"),
+    _aten.max_pool2d.default: _window_pool("max"),
     _aten.upsample_nearest2d.vec: _resize("nearest"),
     _aten._upsample_nearest_exact2d.vec: _resize("nearest-exact"),
     _aten.upsample_bilinear2d.vec: _resize("bilinear"),

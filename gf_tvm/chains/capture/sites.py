@@ -12,21 +12,20 @@ from torch import Tensor, fx
 
 from ...core.geometry import Pair, as_pair
 from ...errors import ModelError
-from .aten import PATH, SOURCE, checkpoints, value_of
+from .aten import PATH, SOURCE, arguments_of, checkpoints, value_of
 
 _aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a two-dimensional convolution is called with; ``padding`` may be (top, bottom, left, right)."""
+    """What a two-dimensional convolution is called with."""
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     stride: Pair
     padding: Pair
-    uneven: Pair  # rows and columns that "same" adds after the map, more than before it
     dilation: Pair
     groups: int
 
@@ -121,7 +120,7 @@ def _collect(module: fx.GraphModule, found: list[Site], weights: dict[str, dict[
                     x, weight, bias, stride, padding, dilation, groups, patch, library, _ = node.args
                     pairs = (as_pair(p, "", 0) for p in (stride, padding, dilation))
                     s, p, d = pairs
-                    arguments = Arguments(x, weight, bias, s, p, (0, 0), d, groups)
+                    arguments = Arguments(x, weight, bias, s, p, d, groups)
                     own = as_pair(patch, "patch", 1)
                     found.append(Site(user, named(node, weight), arguments, None, own, library))
         elif isinstance(node.target, torch._ops.OpOverload):
@@ -131,9 +130,7 @@ def _collect(module: fx.GraphModule, found: list[Site], weights: dict[str, dict[
 
 
 def _plain(node: fx.Node) -> tuple[Arguments | None, str | None]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = arguments_of(node)
     x, weight = given["input"], given["weight"]
     shapes = [value_of(t) for t in (x, weight)]
     if not all(isinstance(t, Tensor) for t in shapes):
@@ -143,14 +140,12 @@ def _plain(node: fx.Node) -> tuple[Arguments | None, str | None]:
     if shapes[0].dim() != 4:
         return None, "its input is a single image without a batch"
     stride, dilation = as_pair(_pair(given["stride"]), "stride", 1), as_pair(_pair(given["dilation"]), "dilation", 1)
-    padding, uneven = given["padding"], (0, 0)
-    if isinstance(padding, str):
-        same = (0, 0)
-        if padding == "same":
-            same = tuple(d * (k - 1) for d, k in zip(dilation, shapes[1].shape[2:], strict=True))  # type: ignore[assignment]
-        padding, uneven = (same[0] // 2, same[1] // 2), (same[0] % 2, same[1] % 2)
+    padding = given["padding"]
+    if isinstance(padding, str):  # "valid", or "same" where that is even
+        same = padding == "same"
+        padding = [d * (k - 1) // 2 if same else 0 for d, k in zip(dilation, shapes[1].shape[2:], strict=True)]
     padding = as_pair(_pair(padding), "padding", 0)
-    return Arguments(x, weight, given["bias"], stride, padding, uneven, dilation, int(given["groups"])), None
+    return Arguments(x, weight, given["bias"], stride, padding, dilation, int(given["groups"])), None
 
 
 def _pair(value: Any) -> Any:
