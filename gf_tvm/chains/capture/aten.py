@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 IN_PLACE = "gf_tvm_in_place"
 #: In ``meta`` of what a graph takes: Dynamo's name of it; and of a parameter or buffer its fully qualified name.
 SOURCE, PATH = "gf_tvm_source", "gf_tvm_path"
+#: In ``meta`` of a step: fully qualified name and class of the module whose code computes it.
+MODULE = "gf_tvm_module"
 
 
 class NotTaken(Exception):
@@ -59,13 +61,14 @@ class _Runner(fx.Interpreter):
         return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
-def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None) -> fx.GraphModule:
+def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None, prefix: str = "") -> fx.GraphModule:
     """The same graph in ATen operators, and the graphs of checkpointed parts.
 
     Every step has its result without values as ``meta["val"]``.
 
     Args:
         given: tensors without values and numbers to take it for; None: those that Dynamo captured it for.
+        prefix: fully qualified name, with a dot behind it, of the module whose frame Dynamo captured.
 
     Raises:
         NotTaken: PyTorch's tracer does not take it.
@@ -87,13 +90,18 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None) -> fx.
             raise NotTaken(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     for ours, theirs in zip(placeholders(found.graph), placeholders(captured.graph), strict=True):
         ours.meta[SOURCE] = theirs.name
-        path = _path(theirs)
+        path = path_of(theirs)
         if path is not None:
-            ours.meta[PATH] = path
+            ours.meta[PATH] = prefix + path
+    for node in found.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if stack:
+            path, kind = stack[-1]
+            node.meta[MODULE] = _qualified(str(path), prefix), kind
     _pad_explicitly(found.graph)
     for node in checkpoints(found.graph):
         name = str(node.args[0].target)
-        setattr(found, name, to_aten(getattr(found, name)))
+        setattr(found, name, to_aten(getattr(found, name), prefix=prefix))
     return found
 
 
@@ -134,8 +142,14 @@ def checkpoints(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target is kind]
 
 
-def _path(placeholder: fx.Node) -> str | None:
-    """Fully qualified name of a parameter or buffer, relative to what was compiled."""
+def _qualified(path: str, prefix: str) -> str:
+    """From how the compiled function reaches a module: "L['module'].layer4.0", or with brackets."""
+    parts = path.replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").split(".")
+    return (prefix + ".".join(part for part in parts[2:] if part != "_modules")).rstrip(".")
+
+
+def path_of(placeholder: fx.Node) -> str | None:
+    """Name of a parameter or buffer that Dynamo captured, relative to the module whose frame it captured."""
     given = placeholder.meta.get("grapharg")
     source = getattr(given, "source", None)
     if source is None:

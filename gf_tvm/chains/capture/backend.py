@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
-from .aten import NotTaken, has_symbols, to_aten, without_values
+from .aten import NotTaken, has_symbols, path_of, placeholders, to_aten, without_values
 from .sites import Choice, Chosen, choose, module_of, sites_of
 
 logger = logging.getLogger("gf_tvm")
@@ -46,6 +46,7 @@ class Backend:
         chain: whether gradients stay on the patch grid between them.
         means: dtype in which chains keep the means of derivatives; None: as they are summed.
         find_kernels: gets everything that was put together.
+        names: fully qualified names of the model's parameters and buffers, by id.
         whole: asked whether a graph that does not end early is the model's only one.
         captured: told of each graph once.
         runs: told of a graph whenever it runs.
@@ -55,6 +56,7 @@ class Backend:
     chain: bool = True
     means: torch.dtype | None = None
     find_kernels: FindKernels | None = None
+    names: Callable[[], Mapping[int, str]] | None = None
     whole: Callable[[], bool] | None = None
     captured: Callable[[Captured], None] | None = None
     runs: Callable[[Captured], None] | None = None
@@ -71,8 +73,11 @@ class Backend:
         """The graph with chains in it, for inputs of these sizes; ``given``: see :func:`.aten.to_aten`."""
         reason = getattr(graph, "compile_subgraph_reason", None)
         interrupted = str(reason.reason).splitlines()[0] if reason is not None and reason.graph_break else None
+        prefix = self._prefix(graph, inputs)
+        if prefix and interrupted is None:
+            interrupted = f"{prefix.rstrip('.')} is captured by itself"
         try:
-            aten = to_aten(graph, given)
+            aten = to_aten(graph, given, prefix)
         except NotTaken as error:
             logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", error)
             return graph
@@ -96,6 +101,15 @@ class Backend:
             return module(*given) if watch is None else _Watched(module, watch).run(*given)
 
         return run
+
+    def _prefix(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
+        """Of names of modules: what Dynamo captured may be the frame of a part of the model."""
+        names = {} if self.names is None else self.names()
+        for node, tensor in zip(placeholders(graph.graph), inputs, strict=True):
+            name, path = names.get(id(tensor)), path_of(node)
+            if name is not None and path is not None and name.endswith(f".{path}"):
+                return name.removesuffix(path)
+        return ""
 
 
 class _ForEachSize:

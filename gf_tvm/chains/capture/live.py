@@ -132,6 +132,7 @@ class Filtered:
                 self.settings.chain,
                 self.settings.means,
                 self.find_kernels,
+                names=self._names,
                 whole=self._is_first,
                 captured=self._captured,
                 runs=self._runs,
@@ -139,6 +140,10 @@ class Filtered:
             limits = {"recompile_limit": _SITUATIONS} if _HAS_LIMIT else {}
             self._function = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
         return self._function
+
+    def _names(self) -> dict[int, str]:
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return {id(tensor): name for name, tensor in tensors}
 
     def _is_first(self) -> bool:
         return not getattr(self._running, "started", False)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ...core.geometry import Pair, as_pair
 from ...errors import ModelError
-from .aten import PATH, SOURCE, arguments_of, checkpoints, value_of
+from .aten import MODULE, PATH, SOURCE, arguments_of, checkpoints, value_of
 
 _aten: Any = torch.ops.aten
 
@@ -58,15 +58,8 @@ class Filter:
 
 
 def module_of(node: fx.Node) -> tuple[str, type[Any] | None]:
-    """Path, relative to what was compiled, and class of the module whose code computes a step."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "", None
-    path, kind = list(stack.values())[-1]
-    # Dynamo names the module by how the compiled function reaches it: "L['module'].layer4.0", or with brackets.
-    parts = str(path).replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").split(".")
-    parts = [part for part in parts[2:] if part != "_modules"]
-    return ".".join(parts), kind
+    """Fully qualified name and class of the module whose code computes a step."""
+    return node.meta.get(MODULE, ("", None))
 
 
 def name_of(node: fx.Node) -> str:
