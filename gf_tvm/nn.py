@@ -177,6 +177,7 @@ def filter_model(
     library: Library | None = None,
     chain: bool = True,
     means: torch.dtype | None = None,
+    rest: str | None = None,
 ) -> M:
     """Give convolutions of ``model`` a filtered backward pass, in place.
 
@@ -204,6 +205,8 @@ def filter_model(
             ``torch.bfloat16``; None keeps them as they are summed (float32, for float64 float64). Rounding is at most
             5e-4 of a mean in float16 (below 6e-5: 3e-8), 4e-3 in bfloat16; means of ReLU and ReLU6 over patches of
             2^k pixels are exact, up to 2048 pixels in float16 and 256 in bfloat16.
+        rest: a backend of ``torch.compile``, such as "inductor", that compiles what is neither a chain nor a filtered
+            convolution; None: that runs as it is. Under an outer ``torch.compile`` it is that one's backend.
 
     Returns:
         ``model``.
@@ -229,8 +232,8 @@ def filter_model(
         names=frozenset(selection.filterable),
         library="" if library is None else library.digest,
     )
-    if chain or selection.captured or last is not None:
-        chain_model(model, means, choice, chain, bool(selection.captured), find_kernels)
+    if chain or selection.captured or last is not None or rest is not None:
+        chain_model(model, means, choice, chain, bool(selection.captured), rest, find_kernels)
     else:
         unchain_model(model)
     logger.info("%s", filter_report(model))
@@ -238,7 +241,7 @@ def filter_model(
 
 
 #: What ``options`` of :func:`compile_backend` may hold.
-_OPTIONS = ("patch", "last", "layers", "library", "chain", "means")
+_OPTIONS = ("patch", "last", "layers", "library", "chain", "means", "rest")
 
 
 def compile_backend(
@@ -249,7 +252,7 @@ def compile_backend(
     Modules stay what they are; convolutions are filtered in the captured graph.
 
     Args:
-        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain`` and ``means``, as for
+        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means`` and ``rest``, as for
             :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into several. Without
             ``last`` and ``layers``: convolutions that are filtered modules already.
 
@@ -279,7 +282,9 @@ def compile_backend(
         else:
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
-    return Backend(choice, bool(given.get("chain", True)), given.get("means"), find_kernels)(graph, inputs)
+    return Backend(choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels)(
+        graph, inputs
+    )
 
 
 def unfilter_model(model: M) -> M:

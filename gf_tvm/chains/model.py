@@ -87,6 +87,7 @@ def chain_model(
     choice: Choice | None = None,
     chain: bool = True,
     captured: bool = False,
+    rest: str | None = None,
     find_kernels: FindKernels | None = None,
 ) -> M:
     """Make ``model`` compile itself, with chains of its filtered convolutions, in place; returns ``model``.
@@ -97,10 +98,11 @@ def chain_model(
         choice: of convolutions that are no filtered modules themselves; None: of those only.
         chain: without, each convolution is filtered by itself.
         captured: whether ``choice`` has convolutions that are no filtered modules.
+        rest: backend of ``torch.compile`` for what is neither a chain nor a filtered convolution.
         find_kernels: looks for kernels of what was captured.
     """
     check_means(means)
-    return compile_model(model, Settings(choice, chain, means, captured), find_kernels)
+    return compile_model(model, Settings(choice, chain, means, captured, rest), find_kernels)
 
 
 def unchain_model(model: M) -> M:

@@ -20,6 +20,7 @@ from ..run import run_chain
 from .aten import IN_PLACE, checkpoints, placeholders, stretches, switches, value_of, without_changes
 from .recognise import Known, early_steps, shape_of
 from .regions import Stretch, as_stretch
+from .rest import Backend, compile_rest
 from .sites import Arguments, Chosen, Filter, Site, name_of
 
 _aten: Any = torch.ops.aten
@@ -118,6 +119,7 @@ def assemble(
     trained: Sequence[bool],
     chain: bool = True,
     means: torch.dtype | None = None,
+    rest: Backend | None = None,
 ) -> Assembled:
     """Put a graph together.
 
@@ -125,8 +127,12 @@ def assemble(
         aten: of :func:`.aten.to_aten`; its in-place steps are rewritten here.
         trained: by input of the graph, whether its gradient is needed.
         chain: whether filtered convolutions form chains.
+        rest: what compiles the steps that are neither chains nor filtered convolutions; None: they run one by one.
     """
-    return _Assembly(aten, chosen, trained, chain, means).run()
+    found = _Assembly(aten, chosen, trained, chain, means, rest).run()
+    if rest is not None:
+        found.module = compile_rest(found.module, rest)
+    return found
 
 
 class _Assembly:
@@ -137,8 +143,9 @@ class _Assembly:
         trained: Sequence[bool],
         chain: bool,
         means: torch.dtype | None,
+        rest: Backend | None,
     ) -> None:
-        self.aten, self.chosen, self.chain, self.means = aten, chosen, chain, means
+        self.aten, self.chosen, self.chain, self.means, self.rest = aten, chosen, chain, means, rest
         self.checkpoints = set(checkpoints(aten.graph))
         self.sites = {site.node: site for site in chosen.sites}
         without_changes(aten.graph)
@@ -180,7 +187,7 @@ class _Assembly:
     def _copy(self, node: fx.Node) -> None:
         new = self.graph.node_copy(node, self._new)
         again = node.meta.get(IN_PLACE)
-        if again is not None and self.known.source(node.args[0]) not in self.from_chains:  # type: ignore[arg-type]
+        if again is not None and self.rest is None and self.known.source(node.args[0]) not in self.from_chains:  # type: ignore[arg-type]
             new.target = again
         self.env[node] = new
 
@@ -202,7 +209,7 @@ class _Assembly:
             body, *given = node.args
             assert isinstance(body, fx.Node)
             flags = [isinstance(g, fx.Node) and self.needs[self.known.source(g)] for g in given]
-            inner = assemble(self.parts[str(body.target)], self.chosen, flags, self.chain, self.means)
+            inner = assemble(self.parts[str(body.target)], self.chosen, flags, self.chain, self.means, self.rest)
             self.result.chains += inner.chains
             self.result.convolutions += inner.convolutions
             self.result.alone |= inner.alone

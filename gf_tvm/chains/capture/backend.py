@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
 from .aten import NotTaken, has_symbols, path_of, placeholders, to_aten, without_values
+from .rest import Backend as Rest
 from .sites import Choice, Chosen, choose, module_of, sites_of
 
 logger = logging.getLogger("gf_tvm")
@@ -45,6 +46,7 @@ class Backend:
         choice: which convolutions are filtered; None: those that are by their own modules.
         chain: whether gradients stay on the patch grid between them.
         means: dtype in which chains keep the means of derivatives; None: as they are summed.
+        rest: backend of ``torch.compile`` for what is neither a chain nor a filtered convolution; None: it runs as is.
         find_kernels: gets everything that was put together.
         names: fully qualified names of the model's parameters and buffers, by id.
         whole: asked whether a graph that does not end early is the model's only one.
@@ -55,6 +57,7 @@ class Backend:
     choice: Choice | None = None
     chain: bool = True
     means: torch.dtype | None = None
+    rest: Rest | None = None
     find_kernels: FindKernels | None = None
     names: Callable[[], Mapping[int, str]] | None = None
     whole: Callable[[], bool] | None = None
@@ -84,7 +87,7 @@ class Backend:
         whole = interrupted is None and (self.whole is None or self.whole())
         chosen = choose(sites_of(aten), self.choice, whole)
         trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
-        assembled = assemble(aten, chosen, trained, self.chain, self.means)
+        assembled = assemble(aten, chosen, trained, self.chain, self.means, self.rest)
         found = Captured(assembled, chosen, interrupted)
         for step in assembled.chains:
             logger.info("a chain of %d: %s", len(step.plan.convolutions), ", ".join(step.plan.convolutions))

@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo
 
 from ...errors import GfTvmError
 from .backend import Backend, Captured, FindKernels
+from .rest import Backend as Rest
 from .sites import Choice
 
 logger = logging.getLogger("gf_tvm")
@@ -50,6 +51,7 @@ class Settings:
     chain: bool
     means: torch.dtype | None
     captured: bool = False
+    rest: str | None = None
 
 
 class Filtered:
@@ -69,7 +71,7 @@ class Filtered:
         self.last: list[Captured] | str = NOT_RUN
         self.breaks: dict[str, None] = {}
         self._running = threading.local()
-        self._function: Callable[..., Any] | None = None
+        self._functions: dict[Any, Callable[..., Any]] = {}
         # Not by setattr: a copy of the module is still being made, and has none of its own parts yet.
         vars(module)[_STATE] = self
         vars(module)[_REPLICATE] = self.replicate
@@ -95,13 +97,13 @@ class Filtered:
         vars(replica)["_compiled_call_impl"] = _Call(self, replica)
         return replica
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's result, by what is compiled."""
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Rest | None = None) -> Any:
+        """The module's result, by what is compiled; ``rest``: see :class:`.backend.Backend`."""
         ran: list[Captured] = []
         before, self._running.graphs = getattr(self._running, "graphs", None), ran
         self._running.started = False
         try:
-            compiled = self._compiled()
+            compiled = self._compiled(self.settings.rest or rest)
             with _settings:
                 result = compiled(module, args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -122,8 +124,8 @@ class Filtered:
             logger.warning("%s runs unchained: %s", type(self.module).__name__, reason)
         self.last = reason
 
-    def _compiled(self) -> Callable[..., Any]:
-        if self._function is None:
+    def _compiled(self, rest: Rest | None) -> Callable[..., Any]:
+        if rest not in self._functions:
             # Code of its own for every model: Dynamo counts what it compiles by code.
             code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
             function = FunctionType(code, _call.__globals__)
@@ -131,6 +133,7 @@ class Filtered:
                 self.settings.choice,
                 self.settings.chain,
                 self.settings.means,
+                rest,
                 self.find_kernels,
                 names=self._names,
                 whole=self._is_first,
@@ -138,8 +141,8 @@ class Filtered:
                 runs=self._runs,
             )
             limits = {"recompile_limit": _SITUATIONS} if _HAS_LIMIT else {}
-            self._function = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
-        return self._function
+            self._functions[rest] = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
+        return self._functions[rest]
 
     def _names(self) -> dict[int, str]:
         tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
@@ -188,13 +191,13 @@ class _Call:
             if eager and wanted and torch.is_grad_enabled() and not _one_graph():
                 return self._eager(*args, **kwargs)
             return self.module._call_impl(*args, **kwargs)  # type: ignore[operator]
-        return self._run(*args, **kwargs)
+        return self._run(args, kwargs)
 
     @_disable_dynamo
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
+        return self._run(args, kwargs, _outer[-1])
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Rest | None = None) -> Any:
         own: Any = self.module._call_impl
         exact = not torch.is_grad_enabled() or torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag
         if exact or _by_modules.get():
@@ -202,7 +205,7 @@ class _Call:
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
             return self._transformed(transform.key().name, own, args, kwargs)
-        return self.filtered.run(self.module, args, kwargs)
+        return self.filtered.run(self.module, args, kwargs, rest)
 
     def _transformed(self, kind: str, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.func: module by module, where every convolution knows that it is filtered."""
@@ -218,7 +221,9 @@ def _one_graph() -> bool:
     """Whether ``torch.compile`` was told to make one graph. Runs while it traces, and says so once."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    one = getattr(InstructionTranslator.current_tx().output.root_tx, "one_graph", True)
+    output = InstructionTranslator.current_tx().output
+    one = getattr(output.root_tx, "one_graph", True)
+    _outer[:] = [_backend_of(output)]
     if one and not _said_one_graph:
         _said_one_graph.append(True)
         logger.warning("chains interrupt a compiled graph; under fullgraph=True each convolution is filtered by itself")
@@ -226,6 +231,16 @@ def _one_graph() -> bool:
 
 
 _said_one_graph: list[bool] = []
+#: The backend of the ``torch.compile`` around that was traced last: it compiles what is no chain in here, too.
+_outer: list[Rest | None] = [None]
+
+
+def _backend_of(output: Any) -> Rest | None:
+    given = output.compiler_fn
+    name = getattr(given, "_compiler_name", None) or getattr(given, "compiler_name", None)
+    return name if isinstance(name, str) and name in torch.compiler.list_backends(None) and name != "eager" else None
+
+
 # What torch.compiler.assume_constant_result sets, without importing the compiler: the function runs while it traces.
 _one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
