@@ -190,6 +190,33 @@ def test_nothing_of_full_size_is_kept() -> None:
         assert plan.kept_values < pixels, steps
 
 
+@pytest.mark.parametrize("steps", ["maxima", "means", "nearest", "padding", "stochastic depth"])
+def test_other_tensors(steps: str) -> None:
+    """Channels last, empty batches, 16 bits."""
+    exact = between(STAY[steps])
+    expected = exact.results(exact.plain())
+    exact.entries[0] = exact.entries[0].to(memory_format=torch.channels_last)
+    assert worst(exact.results(exact.chained()), expected) < 1e-10
+    half = between(STAY[steps], dtype=torch.float16)
+    assert worst([t.double() for t in half.results(half.chained())], expected) < 0.03
+    exact.entries = [t[:0] for t in exact.entries]
+    for t in exact.results(exact.chained()):
+        assert not t.any()
+
+
+def test_means_of_maxima_in_16_bits_are_exact() -> None:
+    """Derivatives of ReLU, taken where the maxima are, are 0 or 1 as before."""
+    b = Builder(4)
+    v = b.map(b.conv(b.entry(2, 4, 16, 16), 4, 3, padding=(1, 1)), "relu")
+    v = b.conv(b.map(b.pool(v, "max"), "relu"), 4, 3, padding=(1, 1))
+    case = b.case(b.add(lowering.Pool("mean", (v,))))
+    assert any(len(slot.factor) > 1 for plan in case.plans() for slot in plan.slots if isinstance(slot, Mean))
+    expected = case.results(case.chained())
+    case.means = torch.float16
+    assert all(plan.derivatives for plan in case.plans())
+    assert worst(case.results(case.chained()), expected) < 1e-12
+
+
 def _shifted(axis: Sampling, cuts: Cuts) -> Cuts | None:
     found = _IMAGE(axis, cuts)
     return found and replace(found, points=tuple(max(0, p - 1) for p in found.points))

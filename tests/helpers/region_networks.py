@@ -48,11 +48,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
 
 @dataclass
 class Case:
-    """A region with its entries and tensors, whose gradients are needed where they require them."""
+    """A region with its entries and tensors, whose gradients are needed where they require them.
+
+    ``means``: as of :func:`make_plan`.
+    """
 
     region: Region
     entries: list[Tensor]
     tensors: list[Tensor]
+    means: torch.dtype | None = None
 
     def layout(self) -> Layout:
         shapes: list[Shape | None] = [_shape(t) for t in self.entries]
@@ -62,7 +66,8 @@ class Case:
 
     def plans(self) -> list[Plan]:
         layout = self.layout()
-        return [make_plan(self.region, layout.situation, unit) for unit in layout.units if isinstance(unit, tuple)]
+        chains = [unit for unit in layout.units if isinstance(unit, tuple)]
+        return [make_plan(self.region, layout.situation, unit, self.means) for unit in chains]
 
     def plain(self) -> list[Tensor]:
         """The exits, operation by operation, every convolution filtered by itself."""
@@ -80,7 +85,7 @@ class Case:
                 op = self.region.ops[unit]
                 values[self.region.result(unit)] = apply(op, [values[v] for v in op.inputs], self.tensors)
             else:
-                plan = make_plan(self.region, layout.situation, unit)
+                plan = make_plan(self.region, layout.situation, unit, self.means)
                 found = run_chain(plan, [values[v] for v in plan.entries], [self.tensors[t] for t in plan.tensors])
                 values.update(zip(plan.exits, found, strict=True))
         return [values[v] for v in self.region.exits]
