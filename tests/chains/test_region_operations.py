@@ -65,7 +65,7 @@ def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(found) if all(t.isfinite().all() for t in actual) else float("inf")
 
 
-RANDOM = settings(max_examples=150, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+RANDOM = settings(max_examples=200, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 @RANDOM
@@ -155,7 +155,15 @@ def test_what_ends_no_chain(steps: str, patch: int) -> None:
 ENDS: dict[str, tuple[Callable[[Builder, int], int], str]] = {
     "windows that overlap": (lambda b, v: b.pool(v, "max", (3, 3), (2, 2), padding=(1, 1)), "do not fit the windows"),
     "windows across patches": (lambda b, v: b.pool(v, "max", (3, 3)), "do not fit the windows"),
-    "means over padding": (lambda b, v: b.pool(v, "mean", (2, 2), padding=(1, 1)), "lie in one patch"),
+    "means over padding": (lambda b, v: b.pool(v, "mean", (4, 2), padding=(2, 0)), "counts pixels beyond"),
+    "cut windows that are divided like whole ones": (
+        lambda b, v: b.pool(b.pad(v, (0, -1)), ceil=True, divisor=3),
+        "counts pixels beyond",
+    ),
+    "nothing with a gradient": (
+        lambda b, v: b.conv(b.pad(b.map(b.pad(v, (0, 4)), "relu"), (-16, 0)), 4, 1),
+        "takes nothing that has a gradient",
+    ),
     "bilinear": (lambda b, v: b.resize(v, mode="bilinear", corners=False, scale=(2.0, 2.0)), "cannot stay"),
     "a gradient for each image": (
         lambda b, v: b.add(Gate("gate", (v, b.conv(b.add(lowering.Pool("mean", (v,))), 1, 1, 1, filtered=False)))),
