@@ -145,8 +145,8 @@ def apply(op: Op, x: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     if isinstance(op, WindowPool):
         return F.max_pool2d(x[0], op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
     if isinstance(op, Resize):
-        how = {"size": op.size} if op.size is not None else {"scale_factor": op.scale}
-        return F.interpolate(x[0], mode=op.mode, align_corners=op.corners, **how)  # type: ignore[arg-type]
+        target: dict[str, Any] = {"size": op.size} if op.size is not None else {"scale_factor": op.scale}
+        return F.interpolate(x[0], mode=op.mode, align_corners=op.corners, **target)
     assert isinstance(op, Pool)
     return x[0].mean((2, 3), keepdim=True)
 
@@ -239,7 +239,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float64, smooth: bool = Fa
     n, c = choice.choice([1, 2, 3]), 4
     x = b.entry(n, c, choice.randint(5, 15), choice.randint(5, 15), needs=choice.random() < 0.5)
     noises = [b.entry(n, 1, 1, 1), b.entry(1, c, 1, 1), b.entry(n, c, 1, 1), b.entry(1, 1, 1, 1)]
-    patches = choice.choice([[2], [2], [4], [2, 4], [(2, 4), 3], [1, 2]])
+    patches: list[Any] = choice.choice([[2], [2], [4], [2, 4], [(2, 4), 3], [1, 2]])
     trained_norms = choice.random() < 0.5
     functions = ["silu", "tanh", "sigmoid"] if smooth else list(FUNCTIONS)
 
@@ -254,8 +254,8 @@ def random_case(seed: int, dtype: torch.dtype = torch.float64, smooth: bool = Fa
         return b.conv(v, c, kernel, choice.choice(patches), trained=choice.random() < 0.8, **how)
 
     def pad(v: int) -> int:
-        pads = [choice.choice([(0, 0), (0, 1), (1, 2), (3, 0), (-1, 0), (2, -2), (-1, -1)]) for _ in range(2)]
-        return b.pad(v, *pads, value=choice.choice([0.0, 0.0, 1.5]))
+        rows, cols = (choice.choice([(0, 0), (0, 1), (1, 2), (3, 0), (-1, 0), (2, -2), (-1, -1)]) for _ in range(2))
+        return b.pad(v, rows, cols, value=choice.choice([0.0, 0.0, 1.5]))
 
     def channels(v: int) -> int:
         more = b.pad(v, channels=(choice.randint(0, 3), choice.randint(0, 3)))
