@@ -474,7 +474,9 @@ class _Lowering:
                 if image is not None:
                     found = replace(part, factor=factor, grid=_within(part.grid, image))
             if found is None or not any(pixels(found.grid)):
-                reason = f"{op.name} needs windows that lie in one patch each"
+                means = all(axis.means for axis in along)
+                reason = "takes nothing that has a gradient" if means else "counts pixels beyond the map"
+                reason = f"{op.name} {reason}"
                 self.out.problems.setdefault(y, reason)
             else:
                 self._deliver(i, x, found)

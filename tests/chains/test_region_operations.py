@@ -65,7 +65,7 @@ def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(found) if all(t.isfinite().all() for t in actual) else float("inf")
 
 
-RANDOM = settings(max_examples=150, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+RANDOM = settings(max_examples=200, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 @RANDOM
@@ -155,7 +155,15 @@ def test_what_ends_no_chain(steps: str, patch: int) -> None:
 ENDS: dict[str, tuple[Callable[[Builder, int], int], str]] = {
     "windows that overlap": (lambda b, v: b.pool(v, "max", (3, 3), (2, 2), padding=(1, 1)), "do not fit the windows"),
     "windows across patches": (lambda b, v: b.pool(v, "max", (3, 3)), "do not fit the windows"),
-    "means over padding": (lambda b, v: b.pool(v, "mean", (2, 2), padding=(1, 1)), "lie in one patch"),
+    "means over padding": (lambda b, v: b.pool(v, "mean", (4, 2), padding=(2, 0)), "counts pixels beyond"),
+    "cut windows that are divided like whole ones": (
+        lambda b, v: b.pool(b.pad(v, (0, -1)), ceil=True, divisor=3),
+        "counts pixels beyond",
+    ),
+    "nothing with a gradient": (
+        lambda b, v: b.conv(b.pad(b.map(b.pad(v, (0, 4)), "relu"), (-16, 0)), 4, 1),
+        "takes nothing that has a gradient",
+    ),
     "bilinear": (lambda b, v: b.resize(v, mode="bilinear", corners=False, scale=(2.0, 2.0)), "cannot stay"),
     "a gradient for each image": (
         lambda b, v: b.add(Gate("gate", (v, b.conv(b.add(lowering.Pool("mean", (v,))), 1, 1, 1, filtered=False)))),
@@ -188,6 +196,33 @@ def test_nothing_of_full_size_is_kept() -> None:
         (plan,) = between(STAY[steps], patch=4).plans()
         pixels = 2 * 4 * 16 * 12
         assert plan.kept_values < pixels, steps
+
+
+@pytest.mark.parametrize("steps", ["maxima", "means", "nearest", "padding", "stochastic depth"])
+def test_other_tensors(steps: str) -> None:
+    """Channels last, empty batches, 16 bits."""
+    exact = between(STAY[steps])
+    expected = exact.results(exact.plain())
+    exact.entries[0] = exact.entries[0].to(memory_format=torch.channels_last)
+    assert worst(exact.results(exact.chained()), expected) < 1e-10
+    half = between(STAY[steps], dtype=torch.float16)
+    assert worst([t.double() for t in half.results(half.chained())], expected) < 0.03
+    exact.entries = [t[:0] for t in exact.entries]
+    for t in exact.results(exact.chained()):
+        assert not t.any()
+
+
+def test_means_of_maxima_in_16_bits_are_exact() -> None:
+    """Derivatives of ReLU, taken where the maxima are, are 0 or 1 as before."""
+    b = Builder(4)
+    v = b.map(b.conv(b.entry(2, 4, 16, 16), 4, 3, padding=(1, 1)), "relu")
+    v = b.conv(b.map(b.pool(v, "max"), "relu"), 4, 3, padding=(1, 1))
+    case = b.case(b.add(lowering.Pool("mean", (v,))))
+    assert any(len(slot.factor) > 1 for plan in case.plans() for slot in plan.slots if isinstance(slot, Mean))
+    expected = case.results(case.chained())
+    case.means = torch.float16
+    assert all(plan.derivatives for plan in case.plans())
+    assert worst(case.results(case.chained()), expected) < 1e-12
 
 
 def _shifted(axis: Sampling, cuts: Cuts) -> Cuts | None:

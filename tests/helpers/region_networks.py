@@ -49,11 +49,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
 
 @dataclass
 class Case:
-    """A region with its entries and tensors, whose gradients are needed where they require them."""
+    """A region with its entries and tensors, whose gradients are needed where they require them.
+
+    ``means``: as of :func:`make_plan`.
+    """
 
     region: Region
     entries: list[Tensor]
     tensors: list[Tensor]
+    means: torch.dtype | None = None
 
     def layout(self) -> Layout:
         shapes: list[Shape | None] = [_shape(t) for t in self.entries]
@@ -63,7 +67,8 @@ class Case:
 
     def plans(self) -> list[Plan]:
         layout = self.layout()
-        return [make_plan(self.region, layout.situation, unit) for unit in layout.units if isinstance(unit, tuple)]
+        chains = [unit for unit in layout.units if isinstance(unit, tuple)]
+        return [make_plan(self.region, layout.situation, unit, self.means) for unit in chains]
 
     def plain(self) -> list[Tensor]:
         """The exits, operation by operation, every convolution filtered by itself."""
@@ -81,7 +86,7 @@ class Case:
                 op = self.region.ops[unit]
                 values[self.region.result(unit)] = apply(op, [values[v] for v in op.inputs], self.tensors)
             else:
-                plan = make_plan(self.region, layout.situation, unit)
+                plan = make_plan(self.region, layout.situation, unit, self.means)
                 found = run_chain(plan, [values[v] for v in plan.entries], [self.tensors[t] for t in plan.tensors])
                 values.update(zip(plan.exits, found, strict=True))
         return [values[v] for v in self.region.exits]
@@ -239,7 +244,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float64, smooth: bool = Fa
     n, c = choice.choice([1, 2, 3]), 4
     x = b.entry(n, c, choice.randint(5, 15), choice.randint(5, 15), needs=choice.random() < 0.5)
     noises = [b.entry(n, 1, 1, 1), b.entry(1, c, 1, 1), b.entry(n, c, 1, 1), b.entry(1, 1, 1, 1)]
-    patches = choice.choice([[2], [2], [4], [2, 4], [(2, 4), 3], [1, 2]])
+    patches: list[Any] = choice.choice([[2], [2], [4], [2, 4], [(2, 4), 3], [1, 2]])
     trained_norms = choice.random() < 0.5
     functions = ["silu", "tanh", "sigmoid"] if smooth else list(FUNCTIONS)
 
@@ -254,8 +259,8 @@ def random_case(seed: int, dtype: torch.dtype = torch.float64, smooth: bool = Fa
         return b.conv(v, c, kernel, choice.choice(patches), trained=choice.random() < 0.8, **how)
 
     def pad(v: int) -> int:
-        pads = [choice.choice([(0, 0), (0, 1), (1, 2), (3, 0), (-1, 0), (2, -2), (-1, -1)]) for _ in range(2)]
-        return b.pad(v, *pads, value=choice.choice([0.0, 0.0, 1.5]))
+        rows, cols = (choice.choice([(0, 0), (0, 1), (1, 2), (3, 0), (-1, 0), (2, -2), (-1, -1)]) for _ in range(2))
+        return b.pad(v, rows, cols, value=choice.choice([0.0, 0.0, 1.5]))
 
     def channels(v: int) -> int:
         more = b.pad(v, channels=(choice.randint(0, 3), choice.randint(0, 3)))
@@ -307,7 +312,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float64, smooth: bool = Fa
 
     def fitting(v: int) -> int:
         """What a product of derivatives can be taken through, where patches fit, between two functions."""
-        v = function(v)
+        v = norm(v) if choice.random() < 0.4 else function(v)
         size = choice.choice([(2, 2), (2, 2), (1, 2)])
         kind = choice.choice(["mean", "max", "resize", "pad", "any size"])
         if kind == "resize":
