@@ -86,9 +86,8 @@ def build(
 
     Raises:
         BuildError: nothing to build, a dtype that the device has no kernels of, programs for a GPU, a kernel that does
-            not compile, or nothing to link (or, for a GPU, to compile CUDA) with.
+            not compile, nothing to link (or, for a GPU, to compile CUDA) with, or ``out`` cannot be written.
         LogError: a tuning log is damaged.
-        OSError: ``out`` cannot be written.
     """
     from .tuning.log import shipped_logs
 
@@ -124,15 +123,20 @@ def build(
         if progress is not None:
             progress(next(count), len(workloads) + len(programs), built)
 
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        if profile.gpu:
-            manifest, files = _make_cuda(scheduled(), profile, Path(folder), done)
-        else:
-            config_of = _config_of(profile, folders)
-            manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
-        staged = Path(folder) / "bundle"
-        write(staged, manifest, files)
-        os.replace(staged, out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            if profile.gpu:
+                manifest, files = _make_cuda(scheduled(), profile, Path(folder), done)
+            else:
+                config_of = _config_of(profile, folders)
+                manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
+            staged = Path(folder) / "bundle"
+            write(staged, manifest, files)
+            os.replace(staged, out)
+    except OSError as error:
+        if error.errno is None:  # not one of the system
+            raise
+        raise BuildError(f"cannot write {str(out)!r}: {error.strerror}") from error
     return BuildReport(out, tuple(kernels), tuple(program.key for program in programs))
 
 

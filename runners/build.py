@@ -57,12 +57,14 @@ def run(args: argparse.Namespace) -> int:
     workloads = workloads_of(cases_from(args), args.chain)
     programs = [] if profile.gpu else programs_from(args)
     report = build_with_progress(workloads, profile, args.logs, args.out, programs)
+    size = report.path.stat().st_size
+    if args.json is not None:
+        write_json(args.json, _document(report, profile, size))
     rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
     print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
     print_reasons(report)
     counts = Counter(kernel.schedule for kernel in report.kernels)
     summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
-    size = report.path.stat().st_size
     chains = f" and {len(programs)} whole chains" if programs else ""
     print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}){chains}, {size / 1e3:.0f} kB")
     if runtime is not None:
@@ -75,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{wheel}: for the board: pip3 install {wheel.name}; python3 -m gf_cuda check {report.path.name}")
     elif profile.gpu and profile.measured == "rpc":
         print("a board without gf_tvm needs gf_cuda and PyTorch to use it: --runtime DIR writes gf_cuda's wheel")
-    if args.json is not None:
-        write_json(args.json, _document(report, profile, size))
     return 0
 
 

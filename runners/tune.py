@@ -136,9 +136,9 @@ def run(args: argparse.Namespace) -> int:
         if events is not None:
             events.close()
         signal.signal(signal.SIGTERM, before)
-    _print(summary, workloads)
     if args.json is not None:
         write_json(args.json, summary.to_dict())
+    _print(summary, workloads)
     return 0
 
 
