@@ -60,7 +60,7 @@ def _warn_of_missing(
     """Say which classes a part has no images of, though it should have some of every class."""
     if skew == 1.0:  # no common class: that is what it means
         return
-    there = set(labels.unique().tolist())
+    there = set(labels.tolist())
     said = []
     for name, members in zip(PARTS, index, strict=True):
         if lacking := sorted(there - set(labels[members].tolist())):
