@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .bundle import signing
 from .bundle.format import CUDA_SCHEMA, LIBRARY, SCHEMA, checksums, write
 from .core.workload import Workload
 from .errors import BuildError
@@ -71,6 +72,7 @@ def build(
     progress: Callable[[int, int, BuiltKernel | Program], None] | None = None,
     shipped: bool = True,
     programs: Iterable[Program] = (),
+    sign: str | os.PathLike[str] | None = None,
 ) -> BuildReport:
     """Compile ``workloads`` for a device and write the bundle ``out``, whole or not at all.
 
@@ -84,16 +86,20 @@ def build(
             gets its default schedule.
         programs: functions to compile besides, equal keys once. Their parts have the schedules that the logs say.
 
+        sign: PEM file of an Ed25519 private key to sign the bundle with, for ``gf_tvm.load(..., trusted=)``. Needs
+            cryptography (the extra ``sign``).
+
     Raises:
-        BuildError: nothing to build, a dtype that the device has no kernels of, programs for a GPU, a kernel that does
-            not compile, or nothing to link (or, for a GPU, to compile CUDA) with.
+        BuildError: a key that cannot be used, nothing to build, a dtype that the device has no kernels of, programs for
+            a GPU, a kernel that does not compile, nothing to link (or, for a GPU, to compile CUDA) with, or ``out``
+            cannot be written.
         LogError: a tuning log is damaged.
-        OSError: ``out`` cannot be written.
     """
     from .tuning.log import shipped_logs
 
     if isinstance(profile, str):
         profile = get_profile(profile)
+    key = None if sign is None else signing.private_key(sign)
     workloads = list(dict.fromkeys(workloads))
     programs = list({program.key: program for program in programs}.values())
     if not workloads and not programs:
@@ -124,15 +130,22 @@ def build(
         if progress is not None:
             progress(next(count), len(workloads) + len(programs), built)
 
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        if profile.gpu:
-            manifest, files = _make_cuda(scheduled(), profile, Path(folder), done)
-        else:
-            config_of = _config_of(profile, folders)
-            manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
-        staged = Path(folder) / "bundle"
-        write(staged, manifest, files)
-        os.replace(staged, out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            if profile.gpu:
+                manifest, files = _make_cuda(scheduled(), profile, Path(folder), done)
+            else:
+                config_of = _config_of(profile, folders)
+                manifest, files = _make_cpu(scheduled(), profile, Path(folder), done, programs, config_of)
+            if key is not None:
+                manifest = signing.signed(manifest, key)
+            staged = Path(folder) / "bundle"
+            write(staged, manifest, files)
+            os.replace(staged, out)
+    except OSError as error:
+        if error.errno is None:  # not one of the system
+            raise
+        raise BuildError(f"cannot write {str(out)!r}: {error.strerror}") from error
     return BuildReport(out, tuple(kernels), tuple(program.key for program in programs))
 
 

@@ -38,7 +38,12 @@ def check_logs(logs: list[Path]) -> None:
 
 
 def build_with_progress(
-    workloads: list[Workload], profile: DeviceProfile, logs: list[Path], out: Path, programs: Sequence[Program] = ()
+    workloads: list[Workload],
+    profile: DeviceProfile,
+    logs: list[Path],
+    out: Path,
+    programs: Sequence[Program] = (),
+    sign: Path | None = None,
 ) -> BuildReport:
     """:func:`gf_tvm.build`, with a progress bar."""
     from ..building import BuiltKernel, build
@@ -49,7 +54,7 @@ def build_with_progress(
             name = built.key if not isinstance(built, BuiltKernel) else f"{built.schedule} {built.workload.kernel}"
             progress.update(done, name)
 
-        return build(workloads, profile, logs, out, update, programs=programs)
+        return build(workloads, profile, logs, out, update, programs=programs, sign=sign)
 
 
 def print_reasons(report: BuildReport) -> None:

@@ -39,7 +39,27 @@ def add_parser(subparsers: Any) -> None:
         help="for a GPU: also write gf_cuda's wheel, all that a board needs in addition to PyTorch",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was built as JSON")
+    parser.add_argument("--sign", type=Path, metavar="KEY.pem", help="sign the bundle with this Ed25519 private key")
+    parser.add_argument(
+        "--make-key",
+        action=_MakeKey,
+        type=Path,
+        metavar="KEY.pem",
+        help="only make a key to sign with, and KEY.pub.pem for those who load what it has signed",
+    )
     parser.set_defaults(run=run)
+
+
+class _MakeKey(argparse.Action):
+    """Makes a key and ends the command, as --help does, whatever else is required."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        from ..bundle.signing import make_key
+
+        private, public = make_key(arguments[1])
+        print(f"{private}: keep it to yourself, for --sign")
+        print(f"{public}: for gf_tvm.load(..., trusted=[...])")
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
     runtime = None if args.runtime is None else _runtime_folder(args.runtime, profile)
     workloads = workloads_of(cases_from(args), args.chain)
     programs = [] if profile.gpu else programs_from(args)
-    report = build_with_progress(workloads, profile, args.logs, args.out, programs)
+    report = build_with_progress(workloads, profile, args.logs, args.out, programs, args.sign)
+    size = report.path.stat().st_size
+    if args.json is not None:
+        write_json(args.json, _document(report, profile, size))
     rows = [(k.schedule, k.workload.kernel, k.workload.geometry.key, k.workload.dtype) for k in report.kernels]
     print(format_table(("schedule", "kernel", "convolution", "dtype"), rows))
     print_reasons(report)
     counts = Counter(kernel.schedule for kernel in report.kernels)
     summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
-    size = report.path.stat().st_size
     chains = f" and {len(programs)} whole chains" if programs else ""
     print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}){chains}, {size / 1e3:.0f} kB")
     if runtime is not None:
@@ -75,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{wheel}: for the board: pip3 install {wheel.name}; python3 -m gf_cuda check {report.path.name}")
     elif profile.gpu and profile.measured == "rpc":
         print("a board without gf_tvm needs gf_cuda and PyTorch to use it: --runtime DIR writes gf_cuda's wheel")
-    if args.json is not None:
-        write_json(args.json, _document(report, profile, size))
     return 0
 
 

@@ -15,7 +15,7 @@ from ._output import ProgressBar, check_results, format_table, write_json
 from ._rows import digits, label
 
 if TYPE_CHECKING:
-    from ..building import Program
+    from ..building import BuildReport, Program
     from ..bundle.library import Library
     from ..comparison.chains import ChainCase
     from ..comparison.run import Comparison
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     chains = chains_from(args) if args.chain else []
     cases = cases_from(args)
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
-    library = _library(args, cases, chains, profile)
+    library, built = _library(args, cases, chains, profile)
     parts = 1000
     with ProgressBar(parts, "comparing", unit="part") as progress:
 
@@ -70,25 +70,29 @@ def run(args: argparse.Namespace) -> int:
 
         options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
         result = compare(cases, library, profile.name, args.threads, chains=chains, **options)
-    print_comparison(result)
-    if args.chain:
-        print_chains(result)
     if args.json is not None:
         write_json(args.json, result.to_dict())
     if args.plot is not None:
         from ..comparison.plot import plot
 
         plot(result, args.plot)
+    if built is not None:
+        print_reasons(built)
+    print_comparison(result)
+    if args.chain:
+        print_chains(result)
     return 0
 
 
-def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: Any) -> Library:
-    """The bundle that was named, or one that is built from the logs and forgotten after this run."""
+def _library(
+    args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: Any
+) -> tuple[Library, BuildReport | None]:
+    """The bundle that was named, or one that is built from the logs and forgotten after this run, and its report."""
     from ..bundle.library import load
     from ..shapes import workloads_of
 
     if args.library is not None:
-        return load(args.library)
+        return load(args.library), None
     # Without the workloads that training calls in a model's first trained layer: they are not compared.
     workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
     programs: list[Program] = []
@@ -99,8 +103,7 @@ def _library(args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[C
         programs += chain_comparison.programs(chains)
     with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
         report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb", programs)
-        print_reasons(report)
-        return load(report.path)  # its code stays mapped when the file is gone
+        return load(report.path), report  # its code stays mapped when the file is gone
 
 
 def print_comparison(result: Comparison) -> None:

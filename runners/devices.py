@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         measured = {"here": "here", "rpc": "on boards"}[profile.measured]
         rows.append((profile.name, profile.description, *_cpu(profile), measured, here))
     headers = ("device", "description", "float32 lanes", "L1 / L2 (KiB)", "threads", "measured", "runs here")
-    print(format_table(headers, rows))
     if args.json is not None:
         listed = [{**asdict(profile), "runs_here": runs_here(profile)} for profile in profiles]
         write_json(args.json, {"host": host, "devices": listed})
+    print(format_table(headers, rows))
     return 0

@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
     library = None if args.library is None else load(args.library)
     with _Lines() as lines, torch_threads(args.threads):
         evaluation = evaluate(config, args.out, library=library, callback=lines)
-    _print(evaluation, args.out)
     if args.json is not None:
         write_json(args.json, evaluation.to_dict())
+    _print(evaluation, args.out)
     return 0
 
 

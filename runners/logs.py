@@ -59,10 +59,10 @@ def run_show(args: argparse.Namespace) -> int:
         except LogError as error:
             damaged.append(str(error))
     headers = ("device", "kernel", "convolution", "trials", "failed", "best ms", "default ms", "gain", "boards", "note")
-    print(format_table(headers, [_row(summary) for summary in found]))
     if args.json is not None:
         logs = [{**asdict(summary), "gain": summary.gain} for summary in found]
         write_json(args.json, {"logs": logs, "damaged": damaged})
+    print(format_table(headers, [_row(summary) for summary in found]))
     for line in damaged:
         print(f"gf-tvm: error: {line}", file=sys.stderr)
     return 2 if damaged else 0

@@ -173,9 +173,9 @@ def run(args: argparse.Namespace) -> int:
             callback=lines,
             metrics=metrics,
         )
-    _print_summary(results)
     if args.json is not None:
         write_json(args.json, {"schema": SCHEMA, "runs": [result.to_dict() for result in results]})
+    _print_summary(results)
     return 0
 
 

@@ -138,9 +138,9 @@ def run(args: argparse.Namespace) -> int:
         display.close()
         if events is not None:
             events.close()
-    _print(summary, workloads)
     if args.json is not None:
         write_json(args.json, summary.to_dict())
+    _print(summary, workloads)
     return 0
 
 

@@ -7,6 +7,7 @@ from it.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import tempfile
 import threading
@@ -78,13 +79,18 @@ def _map_kernels(
     path: Path, manifest: dict[str, Any], library: bytes
 ) -> tuple[list[CpuKernel], dict[str, Callable[..., None]]]:
     start_runtime()
-    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
-        file = Path(folder) / LIBRARY
-        file.write_bytes(library)
-        try:
-            module = load_library(file)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
+    place = ""
+    try:
+        place = f" ({tempfile.gettempdir()})"
+        with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
+            file = Path(folder) / LIBRARY
+            file.write_bytes(library)
+            module = _load(path, file)
+    except OSError as error:
+        raise BundleError(
+            f"{path.name}: cannot unpack the kernels into a temporary folder: {error.strerror or error}{place}; "
+            "set TMPDIR to a folder that has room"
+        ) from None
     # The folder may go: the code is mapped.
     try:
         kernels = [
@@ -97,6 +103,18 @@ def _map_kernels(
         return kernels, programs
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
+
+
+def _load(path: Path, file: Path) -> Any:
+    try:
+        return load_library(file)
+    except (RuntimeError, OSError, ValueError) as error:
+        if os.statvfs(file.parent).f_flag & os.ST_NOEXEC:
+            raise BundleError(
+                f"{path.name}: the kernels cannot be mapped from {file.parent.parent}, which is mounted noexec; set "
+                "TMPDIR to a folder that is not"
+            ) from None
+        raise BundleError(f"{path.name}: the kernels do not load: {str(error).strip().splitlines()[-1]}") from None
 
 
 def _launch(function: Callable[..., None], *tensors: Tensor) -> None:

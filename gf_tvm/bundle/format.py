@@ -51,7 +51,9 @@ def unpack(path: Path, data: bytes) -> tuple[dict[str, Any], bytes | None]:
                 if "/" in name or "\\" in name or ".." in name:
                     raise BundleError(f"{path.name}: entry {name!r} would leave the archive; not a gf_tvm bundle")
             check_sizes(archive, len(data))
-            manifest = json.loads(read_entry(archive, MANIFEST, MANIFEST_BYTES)) if MANIFEST in names else None
+            manifest = (
+                json.loads(read_entry(archive, MANIFEST, MANIFEST_BYTES).decode("utf-8")) if MANIFEST in names else None
+            )
             if isinstance(manifest, dict) and manifest.get("schema") == CUDA_SCHEMA:
                 return manifest, None
             if sorted(names) != sorted({MANIFEST, LIBRARY}):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.geometry import Geometry
 from ..errors import BundleError
 from ..files import read_limited
-from . import cpu_library
+from . import cpu_library, signing
 from .format import MAX_BYTES, unpack
 from .kernel import Kernel
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _loaded: dict[str, Library] = {}
 _lock = threading.Lock()
@@ -111,27 +114,39 @@ def get_library(digest: str) -> Library:
         raise BundleError(f"no bundle with digest {digest[:12]}… is loaded in this process") from None
 
 
-def load(path: str | os.PathLike[str]) -> Library:
-    """Load a bundle that ``gf-tvm build`` made.
+def load(path: str | os.PathLike[str], trusted: Iterable[str | os.PathLike[str]] | None = None) -> Library:
+    """Load a bundle that ``gf-tvm build`` made. It is native code, which may do whatever this process may.
+
+    Args:
+        path: the file.
+        trusted: PEM files of public keys: the bundle must be signed with one of them (``gf-tvm build --sign``), which
+            is checked before any of its code is loaded. None: whoever made it is trusted. Needs cryptography (the
+            extra ``sign``).
 
     Raises:
-        BundleError: the file is missing, truncated or altered, has entries it should not have, or was made for
-            another architecture, CPU, GPU, schema or TVM version; or it is for GPUs, and none can be used here.
+        BundleError: it is not signed with a trusted key; the file is missing, truncated or altered, has entries it
+            should not have, or was made for another architecture, CPU, GPU, schema or TVM version; or it is for GPUs,
+            and none can be used here.
     """
     path = Path(path).absolute()
     try:
         data = read_limited(path, MAX_BYTES)
     except OSError as error:
         raise BundleError(f"cannot read bundle {path}: {error.strerror}") from None
+    keys = None if trusted is None else signing.public_keys(trusted)
     digest = hashlib.sha256(data).hexdigest()
     with _lock:
         if digest not in _loaded:
-            _loaded[digest] = _open(path, data, digest)
+            _loaded[digest] = _open(path, data, digest, keys)
+        elif keys is not None:
+            signing.check(path.name, _loaded[digest].manifest, keys)
         return _loaded[digest]
 
 
-def _open(path: Path, data: bytes, digest: str) -> Library:
+def _open(path: Path, data: bytes, digest: str, keys: list[Ed25519PublicKey] | None) -> Library:
     manifest, library = unpack(path, data)
+    if keys is not None:
+        signing.check(path.name, manifest, keys)
     if library is None:
         from . import cuda_library  # here, because CPUs do without it
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import tempfile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -107,31 +109,46 @@ def _last_line(text: str) -> str:
 def export(modules: list[Any], path: Path, profile: DeviceProfile) -> None:
     """Link compiled modules into the shared library ``path``.
 
+    Not by TVM's ``export_library``: it lets LLVM write the object files, which ends the process where a disk is full,
+    and knows a compiler by its name alone, without options of its own.
+
     Raises:
         BuildError: nothing to link with, or the linker failed.
-        OSError: no room, say, for the object files.
+        OSError: no room, say, for the object files, which lie beside ``path`` for the time.
     """
     linker = find_linker(profile)
     libraries = ("-Wl,--as-needed", "-lm")
     first, *others = modules
     for other in others:
         first.import_module(other)
-
-    # TVM's own linking knows a compiler by its name alone, without options of its own.
-    def link(output: str, objects: list[str], **_: Any) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        objects = _write_objects(first, Path(folder))
+        source = ("-x", "c", OPENMP, "-x", "none")
         done = subprocess.run(
-            [*linker, "-shared", "-fPIC", "-O2", "-o", output, "-x", "c", OPENMP, "-x", "none", *objects, *libraries],
+            [*linker, "-shared", "-fPIC", "-O2", "-o", str(path), *source, *objects, *libraries],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": folder},
             text=True,
             errors="replace",
             check=False,
         )
-        if done.returncode:
-            raise BuildError(f"linking {path.name} failed: {_last_line(done.stdout) or f'exit code {done.returncode}'}")
+    if done.returncode:
+        raise BuildError(f"linking {path.name} failed: {_last_line(done.stdout) or f'exit code {done.returncode}'}")
 
-    try:
-        first.export_library(str(path), fcompile=link)
-    except RuntimeError as error:
-        raise BuildError(f"linking {path.name} failed: {_last_line(str(error))}") from error
+
+def _write_objects(module: Any, folder: Path) -> list[str]:
+    """The object files of a module and all that it imports. Raises OSError."""
+    parts = list(module._collect_dso_modules())
+    if module.imports:
+        pack = tvm.get_global_func("runtime.ModulePackImportsToLLVM")
+        parts.append(pack(module, False, module.get_function("_get_target_string")(), ""))
+    objects = [str(folder / f"{number}.o") for number in range(len(parts))]
+    # LLVM writes to memory only.
+    with open(os.memfd_create("gf_tvm"), "rb") as memory:
+        for part, name in zip(parts, objects, strict=True):
+            part.write_to_file(f"/proc/self/fd/{memory.fileno()}", "o")
+            memory.seek(0)
+            Path(name).write_bytes(memory.read())
+    return objects

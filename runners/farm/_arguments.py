@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import re
 import sys
 import time
 
@@ -54,9 +55,22 @@ def parse_address(text: str, option: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise FarmError(f"{option} must be HOST:PORT with a port from 1 to 65535, got {text!r}")
-    return host, int(port)
+    number = int(port) if re.fullmatch("[0-9]{1,5}", port) else 0
+    if not _HOST.fullmatch(host) or not 0 < number < 1 << 16:
+        raise FarmError(f"{option} must be HOST:PORT with a port from 1 to 65535, got {text!r}{_meant(text)}")
+    return host, number
+
+
+#: A name, an IPv4 or an IPv6 address, the latter with a zone. Not a URL, a path or a user.
+_HOST = re.compile(r"[\w.-]+|[0-9A-Fa-f:.]+(%[\w.-]+)?")
+
+
+def _meant(text: str) -> str:
+    """What to write instead of a URL or USER@HOST, if that is what ``text`` is."""
+    found = re.fullmatch(r"(?:(?:[A-Za-z][A-Za-z0-9+.-]*:)?//)?(?:[^/@]*@)?([^/@]+?)(?::([0-9]+))?(?:/.*)?", text)
+    if found is None or not {"/", "@"} & set(text):
+        return ""
+    return f"; write {found[1]}:{found[2] or TRACKER_PORT}"
 
 
 def add_bind_arguments(parser: argparse.ArgumentParser, port: int) -> None:

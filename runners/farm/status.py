@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
     address = tracker_address(args)
     found = boards(address)
     now = time.time()
-    print(format_table(*_table(found, now), floats=".1f"))
-    if not found:
-        print(f"no board is registered with the tracker at {show(address)}")
     if args.json is not None:
         listed = [{"key": board.key, "address": board.address, **board.info} for board in found]
         write_json(args.json, {"tracker": show(address), "boards": listed})
+    print(format_table(*_table(found, now), floats=".1f"))
+    if not found:
+        print(f"no board is registered with the tracker at {show(address)}")
     return 0
 
 

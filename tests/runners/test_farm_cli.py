@@ -20,7 +20,7 @@ from farm_helpers import TrackerProcess, free_port
 
 from gf_tvm.farm.protocol import TrackerConnection
 from gf_tvm.runners.cli import main
-from gf_tvm.runners.farm._arguments import say_line
+from gf_tvm.runners.farm._arguments import parse_address, say_line
 from gf_tvm.tuning.measuring.options import FarmOptions
 
 NOWHERE = "127.0.0.1:9"
@@ -108,6 +108,22 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message:
 def test_an_address_that_is_none(capsys: pytest.CaptureFixture[str], text: str) -> None:
     line = fails(capsys, "farm", "status", f"--tracker={text}")
     assert f"--tracker must be HOST:PORT with a port from 1 to 65535, got {text!r}" in line
+
+
+@pytest.mark.parametrize("before", ["http://", "https://", "tcp://", "ssh://pi@", "pi@", "//", ""])
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "board-1.lan"])
+@pytest.mark.parametrize("port", [":9190", ":80", ""])
+@pytest.mark.parametrize("after", ["", "/", "/status?x=1"])
+def test_a_url_is_told_what_to_write(
+    capsys: pytest.CaptureFixture[str], before: str, host: str, port: str, after: str
+) -> None:
+    text = before + host + port + after
+    if {"/", "@"} & set(text):
+        line = fails(capsys, "farm", "status", "--tracker", text)
+        assert f"got {text!r}" in line
+        meant = f"{host}{port or ':9190'}"
+        assert line.rstrip().endswith(f"; write {meant}")
+        assert parse_address(meant, "--tracker") == (host.strip("[]"), int(meant.rpartition(":")[2]))
 
 
 def test_a_name_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +237,16 @@ def test_split(sizes: list[int], seed: int, skew: float, test_fraction: float) -
     mainly_a = 0
     for label, size in enumerate(sizes):
         shares = {round(size * skew), round(size * (1.0 - skew))}
+        if skew < 1.0:
+            least = min(2, size // 2)
+            shares = {min(max(share, least), size - least) for share in shares}
+            assert min(int(in_a[label]), int(in_b[label])) >= least
         assert int(in_a[label]) in shares
         mainly_a += int(in_a[label]) >= int(in_b[label]) and size > 0
         for train, test in (counts[:2], counts[2:]):
-            assert int(test[label]) == round(int(train[label] + test[label]) * test_fraction)
+            count = int(train[label] + test[label])
+            tested = round(count * test_fraction)
+            assert int(test[label]) == (min(max(tested, 1), count - 1) if count > 1 else tested)
     if skew == 1.0 and all(sizes):
         assert mainly_a == (len(sizes) + 1) // 2
         assert not bool((in_a * in_b).any())
@@ -293,6 +300,45 @@ def test_dataset(tmp_path: Path) -> None:
     x[7, 0, 0, 0] += 1
     np.savez(path, x=x, y=np.arange(200) % 4)
     assert load_dataset(path, image_size=6, seed=3).digest != dataset.digest
+
+
+@pytest.mark.filterwarnings("ignore:.*too few images of some classes")
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 99), st.floats(0.5, 0.99), st.booleans())
+def test_every_class_is_in_all_parts_or_is_named(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int, skew: float, large: bool
+) -> None:
+    sizes = [100 * large, *sizes] if large else sizes
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    path = tmp_path_factory.mktemp("data") / "d.npz"
+    np.savez(path, x=np.random.default_rng(0).random((len(labels), 4, 4), np.float32), y=labels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            dataset = load_dataset(str(path), image_size=4, seed=seed, skew=skew)
+        except ModelError as error:
+            assert "part would be empty" in str(error)  # noqa: PT017
+            return
+    said = "".join(str(warning.message) for warning in caught)
+    assert ("too few images of some classes" in said) == bool(said)
+    for name, part in dataset.parts.items():
+        present = set(part.y.tolist())
+        sentence = next((text for text in said.split("; ") if f"{name} has none of" in text), "")
+        for label, size in enumerate(sizes):
+            assert (label in present) != (repr(str(label)) in sentence.partition("none of")[2])
+            if size >= 4 or (size > 1 and name.endswith("train")):
+                assert label in present
+
+
+def test_classes_without_images_in_a_part_are_named(tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(4), [100, 3, 3, 3])
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).random((109, 4, 4), np.float32), y=labels)
+    with pytest.warns(UserWarning, match=r"pretrain_test has none of '\d'") as caught:
+        dataset = load_dataset(str(tmp_path / "d.npz"), image_size=4)
+    assert "_train has none" not in str(caught[0].message)
+    assert set(dataset.pretrain_train.y.tolist()) == set(dataset.finetune_train.y.tolist()) == {0, 1, 2, 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_dataset(str(tmp_path / "d.npz"), image_size=4, skew=1.0)  # no common class is what was asked for
 
 
 def test_constant_images_stay_finite(tmp_path: Path) -> None:

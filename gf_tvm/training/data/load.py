@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+
+from torch import Tensor
 
 from ...errors import ModelError
 from .base import PARTS, Dataset, Images
@@ -13,6 +16,9 @@ from .npz import load_npz
 from .scenes import load_scenes
 from .split import split_labels, split_parts
 from .voc import is_voc, load_voc
+
+# Classes that a warning names for each part.
+_NAMED = 8
 
 
 def load_dataset(
@@ -30,6 +36,8 @@ def load_dataset(
         skew, test_fraction: see :func:`split_parts`. Where pixels are labelled, the split takes each image for its
             dominant class: see :func:`split_labels`.
 
+    Warns of classes that a part has no images of, because there are too few to share.
+
     Raises:
         ModelError: nothing usable at ``data``, or too few images to split.
     """
@@ -38,11 +46,29 @@ def load_dataset(
     for name, members in zip(PARTS, index, strict=True):
         if len(members) == 0:
             raise ModelError(f"{data!r} has {len(images)} images: too few, its {name} part would be empty")
+    _warn_of_missing(data, split_labels(images), images.classes, index, skew)
     known = images.x[index[0]]
     mean = known.mean(dim=(0, 2, 3), keepdim=True)
     std = known.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)  # a constant channel stays finite
     a, a_test, b, b_test = (Images((images.x[i] - mean) / std, images.y[i], images.classes) for i in index)
     return Dataset(data, a, a_test, b, b_test, tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))
+
+
+def _warn_of_missing(
+    data: str, labels: Tensor, classes: tuple[str, ...], index: tuple[Tensor, ...], skew: float
+) -> None:
+    """Say which classes a part has no images of, though it should have some of every class."""
+    if skew == 1.0:  # no common class: that is what it means
+        return
+    there = set(labels.tolist())
+    said = []
+    for name, members in zip(PARTS, index, strict=True):
+        if lacking := sorted(there - set(labels[members].tolist())):
+            names = ", ".join(repr(classes[label]) for label in lacking[:_NAMED])
+            more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+            said.append(f"{name} has none of {names}{more}")
+    if said:
+        warnings.warn(f"{data!r} has too few images of some classes: {'; '.join(said)}", stacklevel=3)
 
 
 def load_images(data: str, image_size: int = 32, seed: int = 0) -> Images:

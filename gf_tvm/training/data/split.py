@@ -19,6 +19,12 @@ def split_labels(images: Images) -> Tensor:
     return torch.where(most > 0, label + 1, 0)
 
 
+def _rounded(count: int, share: float, least: int = 1) -> int:
+    """``share`` of ``count`` images as a whole number; where there are enough, ``least`` of them on either side."""
+    least = min(least, count // 2)
+    return min(max(round(count * share), least), count - least)
+
+
 def split_parts(
     y: Tensor,
     num_classes: int,
@@ -32,7 +38,8 @@ def split_parts(
     Half of the classes (drawn by ``seed``, rounded up) belong mainly to part A: a share ``skew`` of their images goes
     to A and the rest to B; the other classes the other way round. So every class is known to both parts, the sizes
     are about equal, and ``skew`` sets the distance from 0.5 (same distribution) to 1 (no common class). A share
-    ``test_fraction`` of each class in each part is its test set. Shares are rounded to whole images.
+    ``test_fraction`` of each class in each part is its test set. Shares are rounded to whole images, but where a class
+    has images enough, each part has at least one of it to train on (unless ``skew`` is 1), and one more to test with.
 
     Where the data's makers have set test images aside (``test``, (n) bool), ``test_fraction`` does not count:
     training and test images are distributed to the parts apart, and each part's test set is its share of the latter.
@@ -57,13 +64,13 @@ def split_parts(
         share = skew if label in main_a else 1.0 - skew
         if test is not None:
             for offset, group in enumerate((members[~test[members]], members[test[members]])):
-                share_a = round(len(group) * share)
+                share_a = _rounded(len(group), share, int(skew < 1.0))
                 parts[offset].append(group[:share_a])
                 parts[2 + offset].append(group[share_a:])
             continue
-        share_a = round(len(members) * share)
+        share_a = _rounded(len(members), share, 2 * int(skew < 1.0))
         for first, part in ((0, members[:share_a]), (2, members[share_a:])):
-            tested = round(len(part) * test_fraction)
+            tested = _rounded(len(part), test_fraction)
             parts[first].append(part[tested:])
             parts[first + 1].append(part[:tested])
     joined = [torch.cat(part) for part in parts]
