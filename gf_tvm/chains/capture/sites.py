@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,16 +60,19 @@ class Filter:
     library: str = ""
 
 
+#: Dynamo names a module by how the compiled function reaches it: "L['module'].layer4.0", with brackets or getattr where
+#: the code has them: "getattr(L['module'].layer4, '0').conv1".
+_PART = re.compile(r"""\.([^.,()\[\]]+)|\[(\d+)\]|(?:\[|, )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+
+
 def module_of(node: fx.Node) -> tuple[str, type[Any] | None]:
     """Path, relative to what was compiled, and class of the module whose code computes a step."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return "", None
     path, kind = list(stack.values())[-1]
-    # Dynamo names the module by how the compiled function reaches it: "L['module'].layer4.0", or with brackets.
-    parts = str(path).replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").split(".")
-    parts = [part for part in parts[2:] if part != "_modules"]
-    return ".".join(parts), kind
+    parts = [attribute or index or ast.literal_eval(text) for attribute, index, text in _PART.findall(str(path))]
+    return ".".join(part for part in parts[1:] if part != "_modules"), kind
 
 
 def name_of(node: fx.Node) -> str:
