@@ -101,7 +101,7 @@ def measure(
 
 def expected_of_chains(case: ChainCase) -> dict[tuple[Pair, tuple[str, ...]], float]:
     """What is expected of each chain of a case."""
-    run = gf_tvm.filter_model(copy.deepcopy(case.model), case.patch, layers=list(case.layers), chain=True)
+    run = gf_tvm.filter_model(copy.deepcopy(case.model), case.patch, layers=list(case.layers))
     with plain_operators_wanted():
         run(torch.zeros(case.input_shape))
     return {(case.patch, piece.convolutions): expected_gain(piece) for piece in pieces_of(run)}

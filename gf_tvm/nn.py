@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .chains.capture.backend import Backend
@@ -120,7 +120,7 @@ def select_layers(
             )
         return list(convs.items())[-last:]
     assert layers is not None
-    convs |= {name: module for name, module in model.named_modules() if _has_weight_of_its_own(module)}  # type: ignore[misc]
+    convs |= {name: module for name, module in model.named_modules() if _has_weight_of_its_own(module)}
     if callable(layers):
         selected = [(name, module) for name, module in convs.items() if layers(name, module)]
         if not selected:
@@ -366,7 +366,7 @@ def _has_weight_of_its_own(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd):
         return False
     parameters = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-    return any(p.dim() == 4 for p in parameters.values() if not isinstance(p, UninitializedTensorMixin))
+    return any(p.dim() == 4 for p in parameters.values() if not is_lazy(p))
 
 
 def shown_name(name: str) -> str:

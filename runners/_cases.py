@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..training.config import CHAIN_MEANS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,27 +50,42 @@ def add_case_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     source.add_argument("--cases", metavar="LIST", help="only these, by number or name: 4-7 or 1,3 or 'layer4.*'")
 
 
-def add_chain_argument(
-    parser: argparse.ArgumentParser, what: str = "also the kernels that chained convolutions call"
-) -> None:
-    """Add --chain."""
-    parser.add_argument("--chain", action="store_true", help=f"{what}, see gf-tvm train --chain")
+def add_chain_argument(parser: Any, text: str) -> None:
+    """Add --no-chain, which makes ``args.chain`` False; ``text``: its help."""
+    parser.add_argument("--no-chain", dest="chain", action="store_false", default=True, help=text)
+
+
+def add_means_argument(parser: Any) -> None:
+    """Add --means, which makes ``args.chain`` a dtype."""
+    parser.add_argument(
+        "--means",
+        dest="chain",
+        choices=CHAIN_MEANS,
+        default=True,
+        help="dtype in which chains store the means of derivatives (default: as they are summed)",
+    )
 
 
 def chains_from(args: argparse.Namespace) -> list[ChainCase]:
-    """The model of the options, to be measured chain by chain. Raises GeometryError and ModelError."""
+    """With --model for a CPU: it, to be measured chain by chain, unless single convolutions are picked.
+
+    Raises GeometryError, ModelError and DeviceError.
+    """
     from ..comparison.chains import chain_cases
-    from ..errors import GeometryError, ModelError
+    from ..machine.profiles import get_profile
     from ..shapes import parse_dtypes, parse_patches
 
-    if args.model is None:
-        raise ModelError("--chain needs --model M: chains are found in a model, --shapes has single convolutions")
-    if args.cases is not None:
-        raise GeometryError("--cases picks single convolutions, --chain measures all of the last K: give one of them")
+    if not _has_chains(args) or get_profile(args.device).gpu is not None:
+        return []
     model, shape = _model_from(args)
     patches = _PATCHES if args.patch is None else parse_patches(args.patch)
     dtypes = None if args.dtype is None else parse_dtypes(args.dtype)
     return chain_cases(model, shape, last=args.last, patches=patches, dtypes=dtypes)
+
+
+def _has_chains(args: argparse.Namespace) -> bool:
+    """Chains are found in a model; --shapes and --cases name single convolutions."""
+    return args.chain and args.model is not None and args.cases is None
 
 
 def _model_from(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int, int, int]]:
@@ -122,14 +139,15 @@ def parse_variants(text: str) -> list[Pair | None]:
 
 
 def programs_from(args: argparse.Namespace) -> list[Program]:
-    """With --model and --chain: what training's chains are compiled to. ``args.train_bn_affine`` as for gf-tvm train.
+    """With --model: what training's chains are compiled to, unless single convolutions are picked.
+    ``args.train_bn_affine`` as for gf-tvm train.
 
     Raises GeometryError and ModelError.
     """
     from ..shapes import parse_patches
     from ..training import chain_programs
 
-    if args.model is None or not args.chain:
+    if not _has_chains(args):
         return []
     model, shape = _model_from(args)
     patches = _PATCHES if args.patch is None else parse_patches(args.patch)

@@ -27,7 +27,10 @@ def add_config_option(parser: argparse.ArgumentParser, schema: str) -> None:
     )
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     reader.add_argument("--config")
-    options = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    options: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        if action.dest not in ("help", "config"):
+            options.setdefault(action.dest, []).append(action)
     parse = parser.parse_known_args
 
     def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -38,7 +41,8 @@ def add_config_option(parser: argparse.ArgumentParser, schema: str) -> None:
             path = None
         if path is not None:
             for name, value in _read(Path(path), schema, list(options)).items():
-                options[name].default, options[name].required = value, False
+                for action in options[name]:
+                    action.default, action.required = value, False
         return parse(args, namespace)
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]

@@ -21,14 +21,19 @@ def add_parser(subparsers: Any) -> None:
         "build",
         help="compile tuned kernels into a bundle",
         description="Compile the kernels of some convolutions into a bundle, with the best schedules of the tuning "
-        "logs, or the default schedules where the logs have none.",
+        "logs, or the default schedules where the logs have none. A bundle with chains also serves training without "
+        "them.",
     )
     add_case_arguments(parser)
-    add_chain_argument(parser)
+    add_chain_argument(
+        parser,
+        "build only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: also the "
+        "kernels of chains and, with --model for CPUs, its chains as whole functions)",
+    )
     parser.add_argument(
         "--train-bn-affine",
         action="store_true",
-        help="with --model and --chain: build the chains that gf-tvm train --train-bn-affine needs",
+        help="with --model: build the chains that gf-tvm train --train-bn-affine needs",
     )
     add_logs_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.gfb", help="the bundle to write")

@@ -30,7 +30,11 @@ def add_parser(subparsers: Any) -> None:
         "one and against gradient filtering with plain PyTorch operators. Results are checked before they are timed.",
     )
     add_case_arguments(parser)
-    add_chain_argument(parser, "with --model: also its chains, exactly, filtered layer by layer and chained")
+    add_chain_argument(
+        parser,
+        "only single convolutions (default: with --model, without --cases and on CPUs also the model's chains: "
+        "exactly, filtered layer by layer, and chained)",
+    )
     parser.add_argument(
         "--library", type=Path, metavar="FILE.gfb", help="the bundle to measure (default: build one from the logs)"
     )
@@ -58,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_results(args.json, args.plot)
     check_logs(args.logs)
-    chains = chains_from(args) if args.chain else []
     cases = cases_from(args)
+    chains = chains_from(args)
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
     library, built = _library(args, cases, chains, profile)
     parts = 1000
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if built is not None:
         print_reasons(built)
     print_comparison(result)
-    if args.chain:
+    if chains:
         print_chains(result)
     return 0
 

@@ -1,4 +1,4 @@
-"""The whole chain on this machine, in the commands a user would type: tune, build, train, compare; then one picture.
+"""Everything on this machine, in the commands a user would type: tune, build, train, compare; then one picture.
 
 Run by ``make demo``, or ``python -m gf_tvm.runners.demo --out FOLDER``.
 """
@@ -23,28 +23,27 @@ PATCHES = "2,4"
 PROTOCOL = ["--pretrain-epochs", "10", "--epochs", "20", "--lr", "0.05", "--pretrain-lr", "0.05", "--seed", "2"]
 
 
-def _steps(out: Path) -> dict[str, list[str]]:
+def _steps(out: Path, chain: bool) -> dict[str, list[str]]:
     """Command lines by what they show."""
     model = ["--model", MODEL, "--input", f"{BATCH}x3x{IMAGE}x{IMAGE}", "--last", str(LAST)]
+    form = [] if chain else ["--no-chain"]
     logs, bundle = str(out / "logs"), str(out / "demo.gfb")
-    tune = ["tune", "--device", "host", *model, "--patch", "4", "--kernels", "backward_weight"]
+    tune = ["tune", "--device", "host", *model, "--patch", "4"]
+    tune += [*form, "--kernels", "weight_grad" if chain else "backward_weight"]
     train = ["train", "--model", MODEL, "--data", "digits", "--last", str(LAST), "--batch", str(BATCH)]
     train += ["--image-size", str(IMAGE), *PROTOCOL, "--library", bundle, "--checkpoint", str(out / "checkpoints")]
     return {
-        "Tune one kernel here; the logs of the others are shipped": [
+        "Tune one kernel here; the others have shipped logs or default schedules": [
             *tune, "--trials", "12", "--minutes", "1", "--logs", logs,
         ],
         "Build the network's kernels": [
-            "build", "--device", "host", *model, "--patch", PATCHES, "--chain", "--logs", logs, "--out", bundle,
+            "build", "--device", "host", *model, *form, "--patch", PATCHES, "--logs", logs, "--out", bundle,
         ],
         "Fine-tune on images of handwritten digits": [
-            *train, "--patch", f"exact,{PATCHES}", "--json", str(out / "train.json"),
+            *train, *form, "--patch", f"exact,{PATCHES}", "--json", str(out / "train.json"),
         ],
-        "The same in chains: between filtered convolutions gradients stay on the patch grid": [
-            *train, "--patch", PATCHES, "--chain", "--json", str(out / "train_chained.json"),
-        ],
-        "Compare the network's convolutions": [
-            "compare", "--device", "host", *model, "--patch", PATCHES, "--library", bundle, "--seconds", "1",
+        f"Compare the network's convolutions{' and their chain' if chain else ''}": [
+            "compare", "--device", "host", *model, *form, "--patch", PATCHES, "--library", bundle, "--seconds", "1",
             "--json", str(out / "compare_model.json"),
         ],
         "Compare the paper's convolutions (the smaller four)": [
@@ -54,19 +53,20 @@ def _steps(out: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def run(out: Path) -> int:
-    """Run the steps; results and the picture go to the folder ``out``. Returns the exit code of the first failure."""
+def run(out: Path, chain: bool = True) -> int:
+    """Run the steps, with chains or without; results and the picture go to the folder ``out``.
+
+    Returns the exit code of the first failure.
+    """
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "demo.png"
     check_writable(picture)
     started = time.monotonic()
-    for number, (title, command) in enumerate(_steps(out).items(), start=1):
+    for number, (title, command) in enumerate(_steps(out, chain).items(), start=1):
         print(f"\n=== {number}. {title}\n$ {shlex.join(['gf-tvm', *command])}", flush=True)
         if code := cli.main(command):
             return code
-    runs = [
-        run for name in ("train", "train_chained") for run in json.loads((out / f"{name}.json").read_text())["runs"]
-    ]
+    runs = json.loads((out / "train.json").read_text())["runs"]
     rows = [
         row
         for name in ("compare_model.json", "compare_paper.json")
@@ -178,7 +178,9 @@ def main() -> int:
     """Entry point of ``python -m gf_tvm.runners.demo``."""
     parser = argparse.ArgumentParser(prog="gf_tvm.runners.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="FOLDER", help="default: build/demo")
-    return run(parser.parse_args().out)
+    parser.add_argument("--no-chain", action="store_true", help="filter each convolution by itself, as in the paper")
+    args = parser.parse_args()
+    return run(args.out, not args.no_chain)
 
 
 if __name__ == "__main__":

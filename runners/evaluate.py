@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.config import EvaluateConfig, parse_size
 from ..evaluation.results import EvaluationError
 from ..training.config import SCHEDULES, TrainConfig
-from ._cases import parse_variants
+from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._output import ProgressBar, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
@@ -45,12 +45,10 @@ def add_parser(subparsers: Any) -> None:
         "--last", default="1,2,4", metavar="K,...", help="numbers of last convolutions to fine-tune (default: 1,2,4)"
     )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="runs of each setting (default: 0)")
-    parser.add_argument(
-        "--chain",
-        action="store_true",
-        help="also each patch with gradients that stay on the patch grid between filtered convolutions, as in gf-tvm "
-        "train --chain",
-    )
+    chains = parser.add_mutually_exclusive_group()
+    add_chain_argument(chains, "each patch without chains, as in gf-tvm train --no-chain")
+    add_means_argument(chains)
+    parser.add_argument("--layer-by-layer", action="store_true", help="each patch in chains, and again without them")
     parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results; resumed if used"
@@ -123,6 +121,7 @@ def _config(args: argparse.Namespace) -> EvaluateConfig:
         seeds=_integers(args.seeds, "--seeds"),
         memory_budget=None if args.memory_budget is None else parse_size(args.memory_budget),
         max_score_drop=None if drop is None else drop / 100,
+        layer_by_layer=args.layer_by_layer,
     )
 
 
@@ -193,7 +192,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
     for s in evaluation.settings:
         for chain in s.chains:
             print(f"{s.name}: a chain of {len(chain)}: {', '.join(chain)}")
-        if s.variant.endswith(" chained") and not s.chains:
+        if " chained" in s.variant and not s.chains:
             print(f"{s.name}: there is no chain, so each convolution is filtered by itself")
     found = evaluation.obstacles
     if found.filtering:

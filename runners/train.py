@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import AMP, CACHES, CHAIN_MEANS, SCHEDULES, TrainConfig
-from ._cases import parse_variants
+from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig
+from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._config import add_config_option
 from ._output import ProgressBar, check_writable, format_table, write_json
 
@@ -56,16 +56,13 @@ def add_parser(subparsers: Any) -> None:
     )
     option(parser, "--last", int, "K", "fine-tune the last K convolutions")
     parser.add_argument("--library", type=Path, metavar="FILE.gfb", help="compiled kernels, made by gf-tvm build")
-    parser.add_argument(
-        "--chain",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=CHAIN_MEANS,
-        metavar="DTYPE",
-        help="keep gradients on the patch grid between filtered convolutions where that is exact; with a "
-        f"dtype ({' or '.join(CHAIN_MEANS)}), store the means of derivatives in it",
+    chains = parser.add_mutually_exclusive_group()
+    add_chain_argument(
+        chains,
+        "filter each convolution by itself, as in the paper: same gradients, more time and memory (default: gradients "
+        "stay on the patch grid between filtered convolutions where that is exact)",
     )
+    add_means_argument(chains)
     option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
     protocol = parser.add_argument_group("protocol")
     option(protocol, "--epochs", int, "N", "fine-tuning epochs")

@@ -31,7 +31,11 @@ def add_parser(subparsers: Any) -> None:
         "Ctrl-C keeps all finished trials.",
     )
     add_case_arguments(parser)
-    add_chain_argument(parser)
+    add_chain_argument(
+        parser,
+        "tune only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: also those of "
+        "chains)",
+    )
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
     search = parser.add_argument_group("search")
     search.add_argument("--trials", type=int, default=64, metavar="T", help="total trials per kernel (default: 64)")

@@ -4,6 +4,7 @@ failed.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # As in a background job; the processes that tests start, and interrupt, would inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests that want kernels built ask for it; the others would build in the background, beside what they measure.
+    os.environ.setdefault("GF_TVM_ON_DEMAND", "0")
     # Most tests run without a library on purpose; the tests of the warning itself ask for it.
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
 

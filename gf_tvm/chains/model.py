@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -154,9 +154,31 @@ def programs_of(model: nn.Module) -> list[ChainProgram]:
     return list(found.values())
 
 
-def is_chained(model: nn.Module) -> bool:
-    """Whether a module of ``model`` runs, where it can, in chains."""
-    return any(state.settings.chain for _, state in filtered_parts(model))
+def compiles_itself(model: nn.Module) -> bool:
+    """Whether a module of ``model`` runs compiled where gradients are on, so that hooks on its parts change what is
+    compiled."""
+    return any(True for _ in filtered_parts(model))
+
+
+def filter_alike(model: M, other: nn.Module, prefix: str = "") -> M:
+    """Make ``model``, in which modules of ``other`` run, compile itself as ``other`` does, in place; returns ``model``.
+
+    Where ``other`` runs as it is, so does ``model``.
+
+    Args:
+        prefix: what stands before a name of ``other`` in ``model``: ``"model."``.
+    """
+    state = dict(filtered_parts(other)).get("")
+    if state is None:
+        return release_model(model)
+    settings, choice = state.settings, state.settings.choice
+    if choice is not None:
+        patch = choice.patch
+        if isinstance(patch, Mapping):
+            patch = {prefix + name: value for name, value in patch.items()}
+        names = None if choice.names is None else frozenset(prefix + name for name in choice.names)
+        settings = replace(settings, choice=replace(choice, patch=patch, names=names))
+    return compile_model(model, settings, state.find_kernels)
 
 
 def graphs_of(model: nn.Module) -> Iterator[tuple[str, Captured]]:

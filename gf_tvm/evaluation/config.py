@@ -17,8 +17,7 @@ class EvaluateConfig:
     """One evaluation: every variant for every number of last convolutions, with every seed.
 
     Args:
-        train: model, data and protocol of all runs; its ``patch``, ``last`` and ``seed`` are replaced. With ``chain``
-            every patch is evaluated twice: layer by layer, and in chains.
+        train: model, data and protocol of all runs; its ``patch``, ``last`` and ``seed`` are replaced.
         patches: the variants: ``"exact"`` (or None), or a patch as an integer or (height, width).
         last: numbers of last convolutions that are fine-tuned.
         seeds: of the split, the weights and the order of the images.
@@ -27,6 +26,7 @@ class EvaluateConfig:
             None for no limit. The exact variant must then be among ``patches``.
         cosine_batches: batches of which the cosine between filtered and exact gradients is averaged.
         peak_steps: steps that the process trains whose peak memory is read.
+        layer_by_layer: with chains, evaluate every patch without them, too.
 
     Raises:
         EvaluationError: an empty list, or a value out of range. TrainingError, GeometryError: as for TrainConfig.
@@ -40,6 +40,7 @@ class EvaluateConfig:
     max_score_drop: float | None = None
     cosine_batches: int = 4
     peak_steps: int = 3
+    layer_by_layer: bool = False
 
     def __post_init__(self) -> None:
         for name in ("patches", "last", "seeds"):
@@ -57,6 +58,8 @@ class EvaluateConfig:
         for name in ("cosine_batches", "peak_steps"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+        if self.layer_by_layer and not self.train.chain:
+            raise EvaluationError("layer by layer is all there is without chains: leave out one of the two options")
         budget, drop = self.memory_budget, self.max_score_drop
         if budget is not None and (not _is_whole(budget) or budget < 1):
             raise EvaluationError(f"memory_budget must be a number of bytes of at least 1, or None, got {budget!r}")
@@ -76,13 +79,14 @@ class EvaluateConfig:
         return replace(self.train, patch=None, chain=False, last=max(self.last), seed=seed)
 
     @property
-    def variants(self) -> dict[str, tuple[Pair | None, bool]]:
-        """Patch, and whether in chains, by name: ``exact``, ``R2``, ``R2 chained``."""
-        found = {}
+    def variants(self) -> dict[str, tuple[Pair | None, bool | str]]:
+        """Patch, and what :class:`TrainConfig` has as ``chain``, by name: ``exact``, ``R2``, ``R2 chained``."""
+        found: dict[str, tuple[Pair | None, bool | str]] = {}
+        filtered = (False, self.train.chain) if self.layer_by_layer else (self.train.chain,)
         for patch in self.patches:
-            for chain in (False, True) if self.train.chain and patch is not None else (False,):
-                found[replace(self.train, patch=patch, chain=chain).variant] = (patch, chain)
-        return found  # type: ignore[return-value]
+            for chain in (False,) if patch is None else filtered:
+                found[replace(self.train, patch=patch, chain=chain).variant] = (patch, chain)  # type: ignore[assignment]
+        return found
 
 
 def _is_whole(value: Any) -> bool:

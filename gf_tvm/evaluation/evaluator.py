@@ -8,7 +8,7 @@ processor and threads, so that an evaluation can be stopped at any moment, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -90,8 +90,10 @@ class _Work:
         self.runs = [
             (seed, name, last, config.run(name, last, seed)) for seed in config.seeds for name, last in self.pairs
         ]
-        # The gradients of a chain are those of its layers one by one, and so are their cosines.
-        self._filtered = [name for name, (patch, chain) in config.variants.items() if patch is not None and not chain]
+        # The gradients of a chain are those of its layers one by one, and so are their cosines: one part for a patch.
+        self._filtered = {
+            replace(config.train, patch=patch).patch_name: patch for patch in config.patches if patch is not None
+        }
         self._done, self._total = 0.0, 0
         self._common = {
             "library": None if library is None else library.digest,
@@ -127,7 +129,7 @@ class _Work:
         with seeded(seed.config.seed, "weights"):
             model = build_model(seed.config.model, len(seed.dataset.classes), CHANNELS, seed.config.image_size)
         count_step(model.eval(), seed.dataset.pretrain_train.x[:2])
-        name = next(iter([*self._filtered, *config.variants]))
+        name = next((name for name, (patch, _) in config.variants.items() if patch), next(iter(config.variants)))
         self._obstacles = obstacles(config.run(name, max(config.last), config.seeds[0]), seed.dataset)
 
     def _order(self) -> list[tuple[str, int, str, int]]:
@@ -159,15 +161,21 @@ class _Work:
         return self._seed
 
     def _key(self, part: tuple[str, int, str, int]) -> dict[str, Any]:
-        kind, seed, name, last = part
+        kind, seed, _, _ = part
         used = self._use(seed)
         key = {"kind": kind, **self._common, "dataset": used.dataset.digest, "weights": used.weights}
-        key["config"] = self.config.run(name, last, seed).to_dict()
+        key["config"] = self._run(part).to_dict()
         if kind == "step":
             key["steps"] = self.config.peak_steps
         elif kind == "layers":
             key["batches"] = self.config.cosine_batches
         return key
+
+    def _run(self, part: tuple[str, int, str, int]) -> TrainConfig:
+        kind, seed, name, last = part
+        if kind == "layers":
+            return replace(self.config.train, patch=self._filtered[name], chain=False, last=last, seed=seed)
+        return self.config.run(name, last, seed)
 
     def _pretrain(self, seed: int) -> Pretrained:
         made = self._use(seed).pretrained(self._follow(f"pretraining, seed {seed}"))
@@ -176,7 +184,7 @@ class _Work:
 
     def _make(self, part: tuple[str, int, str, int], weights: Pretrained | None) -> Any:
         kind, seed, name, last = part
-        run, dataset = self.config.run(name, last, seed), self._use(seed).dataset
+        run, dataset = self._run(part), self._use(seed).dataset
         label = f"{name}, last {last}"
         if kind == "step":
             self._report(f"measuring a step of {label}")
@@ -283,16 +291,17 @@ class _Work:
         }
 
     def _chained(self) -> dict[str, str]:
-        if not self.config.train.chain:
+        if not any(chain for _, chain in self.config.variants.values()):
             return {}
         return {
             "chains": "what is called chained keeps gradients on the patch grid between filtered convolutions where "
-            "that is exact; its gradients, and so its cosines, are those of the same patch layer by layer"
+            "that is exact; its gradients, and so its cosines, are those of the same patch layer by layer; what is "
+            "compiled before its first step is in no time, but in the peak memory"
         }
 
     def _train_config(self, variant: str, last: int) -> dict[str, Any]:
         run = self.config.run(variant, last, self.config.seeds[0])
-        values = {**run.to_dict(), "patch": variant.removesuffix(" chained").removeprefix("R")}
+        values = {**run.to_dict(), "patch": run.patch_name.removeprefix("R")}
         if self.library is not None:
             values["library"] = str(self.library.path)
         return {"schema": CONFIG_SCHEMA, **values}

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from ..chains.capture.live import by_modules
 from ..chains.graph import Conv
 from ..chains.lowering import Kept, Mean
-from ..chains.model import is_chained, plans_of
+from ..chains.model import compiles_itself, plans_of
 from ..chains.plan import Plan
 from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
 from ..core.geometry import Geometry
 from ..errors import GeometryError, ModelError
-from ..nn import FilteredConv2d
+from ..nn import filter_report
 from ..ops.flops import product_flops
 from ..shapes.model import layer_geometry
 
@@ -129,20 +129,24 @@ class StepFlops:
 def count_step(model: nn.Module, x: Tensor) -> StepFlops:
     """Operations of a training step of ``model`` on ``x``, with the parameters that require a gradient now.
 
-    Runs the forward pass once, with chains twice. Which gradients of inputs are needed is what autograd says.
+    Runs the forward pass once, twice where the model compiles itself. Which gradients of inputs are needed is what
+    autograd says.
 
     Raises:
         ModelError: a convolution gets an input of a kind that cannot be counted, or the model does not run.
     """
     flops = StepFlops()
+    if compiles_itself(model):  # then it is known which convolutions are filtered, and which of them in chains
+        _forward(model, x)
+    patches = filter_report(model).filtered
 
     def convolution(name: str) -> Any:
         def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given: Tensor = args[0] if args else kwargs["input"]
             geometry, _ = layer_geometry(name, module, given)
-            filtered = isinstance(module, FilteredConv2d)
+            filtered = name in patches
             if filtered:
-                geometry = replace(geometry, patch=module.patch)
+                geometry = replace(geometry, patch=patches[name])
             flops.add_convolution(geometry, _needs(given, module), module.bias is not None, filtered)
 
         return record
@@ -159,22 +163,25 @@ def count_step(model: nn.Module, x: Tensor) -> StepFlops:
         elif isinstance(module, nn.Linear):
             hooks.append(module.register_forward_pre_hook(linear, with_kwargs=True))
     try:
-        with torch.enable_grad(), by_modules():
+        with by_modules():
+            _forward(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for plan in plans_of(model):
+        flops.add_chain(plan)
+    return flops
+
+
+def _forward(model: nn.Module, x: Tensor) -> None:
+    try:
+        with torch.enable_grad():
             model(x)
     except (GeometryError, ModelError):
         raise
     except Exception as error:  # the model is the user's code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the model does not run on images of shape {tuple(x.shape)}: {reason}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if is_chained(model):
-        with torch.enable_grad():
-            model(x)
-        for plan in plans_of(model):
-            flops.add_chain(plan)
-    return flops
 
 
 def _needs(x: Tensor, module: Any) -> Needs:

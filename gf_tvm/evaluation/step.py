@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.capture.backend import watch_steps
-from ..chains.model import is_chained
+from ..chains.model import compiles_itself
 from ..errors import GfTvmError
 from ..machine import cpu
 from ..training.config import TrainConfig
@@ -37,7 +37,7 @@ from .results import EvaluationError
 
 #: In ``kept_bytes_by_type``: what is saved outside the model.
 LOSS = "(loss)"
-#: And what is saved in a traced module by no module inside it that can be told apart: by its chains.
+#: And what chains save, which belongs to no single module.
 CHAINS = "(chains)"
 
 
@@ -133,11 +133,11 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
     def leave(*_: object) -> None:
         active.pop()
 
-    def watch(name: str | None) -> None:
-        active[-1] = CHAINS if name is None else name or type(model).__name__
+    def watch(path: str | None, kind: str) -> None:
+        active[-1] = CHAINS if path is None else kind or type(model).__name__
 
     with ExitStack() as stack:
-        if is_chained(model):  # compiled, it calls no modules
+        if compiles_itself(model):  # and then calls no modules
             stack.callback(model.register_forward_pre_hook(enter).remove)
             stack.callback(model.register_forward_hook(leave).remove)
             stack.enter_context(watch_steps(watch))

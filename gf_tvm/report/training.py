@@ -118,15 +118,16 @@ def _lines(
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each series; what is chained has those of its patch, dashed and hollow."""
-    plain = list(dict.fromkeys(name.removesuffix(f" {_CHAINED}") for name in names))
+    plain = list(dict.fromkeys(name.partition(f" {_CHAINED}")[0] for name in names))
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        index = plain.index(name.removesuffix(f" {_CHAINED}"))
+        patch, chained, _ = name.partition(f" {_CHAINED}")
+        index = plain.index(patch)
         look = {
             "color": exhibits.COLORS[index % len(exhibits.COLORS)],
             "marker": exhibits.MARKERS[index % len(exhibits.MARKERS)],
         }
-        found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if name.endswith(_CHAINED) else look
+        found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if chained else look
     return found
 
 

@@ -67,6 +67,7 @@ class TrainConfig:
             folder), ``auto`` (memory if they fit, else disk if there is a folder) or ``off``.
         chain: gradients stay on the patch grid between filtered convolutions, see :mod:`gf_tvm.chains`; means nothing
             to the exact backward pass. ``float16`` or ``bfloat16``: with the means of derivatives kept in that dtype.
+            False: each convolution is filtered by itself, as in the paper.
 
     Raises:
         TrainingError: a value is out of range. GeometryError: a patch that is none.
@@ -99,7 +100,7 @@ class TrainConfig:
     patience: int | None = None
     min_delta: float = 0.0
     cache: str = "auto"
-    chain: bool | str = False
+    chain: bool | str = True
 
     def __post_init__(self) -> None:
         patch = None if self.patch in (None, "exact") else self.patch
@@ -159,11 +160,13 @@ class TrainConfig:
     @property
     def variant(self) -> str:
         """``exact``, or the patch as ``R2`` or ``R2x1``, with `` chained`` (and the means' dtype) where it is."""
-        if self.patch is None:
-            return "exact"
-        patch = format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
         means = f" {self.chain}" if isinstance(self.chain, str) else ""
-        return f"{patch} chained{means}" if self.chain else patch
+        return f"{self.patch_name} chained{means}" if self.chained else self.patch_name
+
+    @property
+    def patch_name(self) -> str:
+        """``exact``, or the patch as ``R2`` or ``R2x1``."""
+        return "exact" if self.patch is None else format_patch(as_pair(self.patch, "patch", 1))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``TrainConfig(**d)`` gives an equal configuration."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn import FilteredConv2d
+from ..chains.model import filter_alike
 
 
 class CannotSplit(Exception):
@@ -25,7 +25,7 @@ class Split:
 
     Attributes:
         frozen: x (n, c, h, w) -> a tuple of what the rest needs of the frozen part: residuals, too.
-        rest: those values -> the network's output (or its ``.logits``).
+        rest: those values -> the network's output (or its ``.logits``); compiles itself as the network does.
     """
 
     frozen: fx.GraphModule
@@ -49,7 +49,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module with nothing to train is one step, whatever Python is in it."""
         trained = any(parameter.requires_grad for parameter in m.parameters())
-        return not trained or isinstance(m, FilteredConv2d) or super().is_leaf_module(m, module_qualified_name)
+        # Convolutions, whose classes need not be PyTorch's, keep the names by which they are filtered.
+        return not trained or isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
@@ -68,7 +69,7 @@ def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
             its buffers in the frozen part, or trains its first layer.
     """
     whole = _Whole(model)
-    with _put_back(whole) as buffers:
+    with put_back(whole) as buffers:
         graph = _trace(whole, enter, buffers)
     depends = _depending(graph, whole)
     crossing = [
@@ -79,8 +80,9 @@ def split(model: nn.Module, x: Tensor, enter: Callable[[], object]) -> Split:
     if all(node.op == "placeholder" for node in crossing):
         raise CannotSplit("the first layer that is trained reads the images themselves")
     parts = Split(_frozen(whole, graph, depends, crossing), _rest(whole, graph, depends, crossing))
-    with _put_back(whole) as buffers:
+    with put_back(whole) as buffers:
         _try(whole, parts, x, enter, buffers)
+    filter_alike(parts.rest, model, "model.")
     return parts
 
 
@@ -158,7 +160,7 @@ def _try(whole: _Whole, parts: Split, x: Tensor, enter: Callable[[], object], bu
 
 
 @contextmanager
-def _put_back(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+def put_back(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield copies of the buffers; afterwards they and the global generators are as they were."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chains import chain_model
 from ..machine import cpu
 from . import feature_files as files
 from .checkpoint import file_name, state_digest
@@ -62,13 +61,13 @@ class Features:
 
     def __init__(self, parts: Split, images: Images, values: list[Any], report: CacheReport) -> None:
         """``values``: a tensor (n, ...) with one entry per image, or what is the same for all images."""
-        self.rest, self._values, self._report = parts.rest, values, report
+        self.rest, self._values, self.report = parts.rest, values, report
         #: In place of the images, for :func:`~.data.batches`: their numbers.
         self.numbers = replace(images, x=torch.arange(len(images)))
 
     def __call__(self, numbers: Tensor) -> Any:
         """Image numbers (batch) -> the model's output for these images."""
-        self._report.hits += len(numbers)
+        self.report.hits += len(numbers)
         # Copies: a layer of the rest may work in place.
         return self.rest(*(v.tensor[numbers] if isinstance(v, PerImage) else deepcopy(v) for v in self._values))
 
@@ -151,8 +150,6 @@ def plan(
         with precision():
             for name, images, enter in (("train", train, training_mode), ("test", test, model.eval)):
                 parts = split(model, images.x[: min(config.batch, len(images))], enter)
-                if config.chained and name == "train":
-                    chain_model(parts.rest, config.chain_means)
                 enter()
                 sets.append(_Set(name, images, parts, _layout(parts, images), enter))
     except CannotSplit as error:

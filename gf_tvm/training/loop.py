@@ -22,9 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..chains import chains_of
+from ..chains.model import compiles_itself
+from ..core.geometry import Pair
 from ..machine import cpu
+from ..nn import filter_report
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
+from .cut import put_back
 from .data import Images, batches
 from .learning_rate import learning_rate
 from .results import EpochRow, Event, EventCallback
@@ -76,10 +80,9 @@ class Fit:
         # The cache takes image numbers for images, so batches are drawn in the same order with and without it.
         self.train_network: Callable[[Tensor], Any] = model
         self.test_network: Callable[[Tensor], Any] = model
-        self.chained: nn.Module | None = None
-        self._has_run = False
-        if phase == "finetune" and config.chained:
-            self.chained = model if cache is None else cache.train.rest
+        #: The module that a step runs, and what stands before the model's names in it.
+        self.network, self._prefix = (model, "") if cache is None else (cache.train.rest, "model.")
+        self.cache = cache
         if cache is not None:
             self.train_network, self.train_images = cache.train, cache.train.numbers
             self.test_network, self.test_images = cache.test, cache.test.numbers
@@ -122,6 +125,8 @@ class Fit:
 
     def run(self, path: Path | None, identity: dict[str, Any], callback: EventCallback | None) -> None:
         """Train the epochs that are left; after each one write the checkpoint, then call back with the row."""
+        if not self.finished:
+            self._warm_up()
         done, started = 0, time.perf_counter()
 
         def report(epoch: int, step: int, row: EpochRow | None = None) -> None:
@@ -158,6 +163,20 @@ class Fit:
                 files.save(path, content)
             self._record()
             report(epoch, self.steps, row)
+
+    def _warm_up(self) -> None:
+        """Where the network compiles itself, let it do so before anything is timed; nothing else changes."""
+        if not compiles_itself(self.network):
+            return
+        training_mode(self.model, self.phase)
+        x, y = next(batches(self.train_images, self.config.batch))
+        report = None if self.cache is None else self.cache.train.report
+        hits = 0 if report is None else report.hits
+        with put_back(self.network):
+            _, loss = self._forward(x, y)
+            torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if report is not None:
+            report.hits = hits
 
     def _rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0 over all epochs."""
@@ -208,14 +227,12 @@ class Fit:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad(set_to_none=True)
-            layers = self._layers_by_themselves(x, y) if step == 0 else {}
             start = time.perf_counter()
             if step == 0:
-                with count_kept_bytes(self.model, layers) as kept:
+                with count_kept_bytes(self.network, self.layers) as kept:
                     logits, loss = self._forward(x, y)
-                kept_bytes, kept_in_layers = kept.total, kept.in_layers
-                if self.chained is not None:
-                    kept_in_layers += sum(chain.kept_bytes for chain in chains_of(self.chained).chains)
+                kept_bytes = kept.total
+                kept_in_layers = kept.in_layers + sum(chain.kept_bytes for chain in chains_of(self.network).chains)
             else:
                 logits, loss = self._forward(x, y)
             forward = time.perf_counter()
@@ -252,21 +269,14 @@ class Fit:
     @property
     def chains(self) -> tuple[tuple[str, ...], ...]:
         """Names of the convolutions of each chain of the last step."""
-        if self.chained is None:
-            return ()
-        chains = chains_of(self.chained).chains
-        return tuple(tuple(name.removeprefix("model.") for name in chain.convolutions) for chain in chains)
+        chains = chains_of(self.network).chains
+        return tuple(tuple(name.removeprefix(self._prefix) for name in chain.convolutions) for chain in chains)
 
-    def _layers_by_themselves(self, x: Tensor, y: Tensor) -> dict[str, nn.Module]:
-        """The trained convolutions that are in no chain: hooks on the others would end their chains."""
-        if self.chained is None:
-            return self.layers
-        if not self._has_run:  # which chains there are is known when the network has run, and stays so
-            with torch.random.fork_rng(devices=()):
-                self._forward(x, y)
-            self._has_run = True
-        chained = {name for chain in self.chains for name in chain}
-        return {name: module for name, module in self.layers.items() if name not in chained}
+    @property
+    def filtered(self) -> dict[str, Pair]:
+        """Names and patches of the filtered convolutions; those of other modules than Conv2d once a step has run."""
+        filtered = filter_report(self.network).filtered
+        return {name.removeprefix(self._prefix): patch for name, patch in filtered.items()}
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with precision(self.config):

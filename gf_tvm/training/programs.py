@@ -11,7 +11,7 @@ from torch import nn
 from ..chains import programs_of
 from ..chains.programs import ChainProgram
 from ..core.geometry import Patch
-from ..nn import filter_model, select_layers
+from ..nn import filter_model, select_filterable
 from ..shapes.model import does_not_run
 from .loop import training_mode
 from .trainer import freeze
@@ -38,8 +38,9 @@ def chain_programs(
     found: dict[str, ChainProgram] = {}
     for patch in patches:
         run = copy.deepcopy(model)
-        freeze(run, [name for name, _ in select_layers(run, last=last)], train_bn_affine)
-        filter_model(run, patch=patch, last=last)
+        selected = select_filterable(run, last=last)
+        freeze(run, list(selected.convs), train_bn_affine)
+        filter_model(run, patch, layers=list(selected.filterable))
         training_mode(run, "finetune")
         found |= {program.key: program for program in programs_for(run, input_shape)}
     return list(found.values())

@@ -10,6 +10,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ..chains.capture.backend import watch_steps
+from ..chains.model import compiles_itself
+
 
 @dataclass
 class KeptBytes:
@@ -32,7 +35,12 @@ class KeptBytes:
 def count_kept_bytes(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[KeptBytes]:
     """Count what a forward pass inside the context keeps; the result is filled in when the context ends.
 
-    Saved tensors are used as they are, so the step's results do not change.
+    Saved tensors are used as they are, so the step's results do not change. Where ``model`` compiles itself, the
+    steps of its graphs are told apart in place of modules, and what a chain keeps belongs to none of its layers.
+
+    Args:
+        model: that runs.
+        layers: of its modules, by any name.
     """
     kept = KeptBytes()
     ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -56,10 +64,24 @@ def count_kept_bytes(model: nn.Module, layers: Mapping[str, nn.Module]) -> Itera
     def leave(*_: object) -> None:
         active.pop()
 
+    names = {id(module): name for name, module in layers.items()}
+    paths = {
+        path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False) if id(module) in names
+    }
+
+    def watch(path: str | None, _: str) -> None:
+        above = "" if path is None else path
+        while above and above not in paths:  # a parametrized weight is computed by a module inside the layer's
+            above = above.rpartition(".")[0]
+        active[:] = [paths[above]] if above in paths else []
+
     with ExitStack() as stack:
-        for name, module in layers.items():
-            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+        if compiles_itself(model):
+            stack.enter_context(watch_steps(watch))
+        else:
+            for name, module in layers.items():
+                stack.callback(module.register_forward_pre_hook(enter(name)).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield kept
     kept.total = sum(storage.nbytes() for storage in everything.values())

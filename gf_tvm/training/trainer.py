@@ -23,7 +23,7 @@ from torch import nn
 from ..errors import ModelError
 from ..machine import cpu
 from ..models import build_model
-from ..nn import filter_model, filter_report, select_layers
+from ..nn import filter_model, select_filterable, select_layers
 from ..shapes.cases import workloads_of
 from ..shapes.model import model_cases
 from . import checkpoint as files
@@ -162,8 +162,7 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     )
     if config.patch is None:
         return {}, planned.reason
-    left_alone = filter_report(filter_model(model, patch=_patch(config), last=config.last, chain=False)).left_alone
-    return {name: why for name, why in left_alone.items() if name in names}, planned.reason
+    return dict(select_filterable(model, last=config.last).obstacles), planned.reason
 
 
 def pretrain(
@@ -238,6 +237,8 @@ def finetune(
             run; a loss that is not finite.
     """
     _check_folder(config, checkpoint, resume)
+    if resume and checkpoint is not None:
+        _check_form(config, Path(checkpoint))
     model = _build(config, dataset)
     try:
         model.load_state_dict(pretrained.state)
@@ -245,14 +246,12 @@ def finetune(
         raise ModelError(f"the pretrained weights do not fit {config.model!r}: {str(error).splitlines()[0]}") from None
     names = [name for name, _ in select_layers(model, last=config.last)]
     head = freeze(model, names, config.train_bn_affine)
-    kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
     if config.patch is not None:
         patch, means = _patch(config), config.chain_means
         chosen = set(names)
         filter_model(
-            model, patch, layers=lambda name, _: name in chosen, library=library, chain=bool(config.chain), means=means
+            model, patch, layers=lambda name, _: name in chosen, library=library, chain=config.chained, means=means
         )
-        kernels, missing = _kernels(model, names, config, library)
     if checkpoint is not None:
         files.prepare_folder(Path(checkpoint))
     cache, cache_report = build_cache(
@@ -288,6 +287,9 @@ def finetune(
     resumed = len(fit.rows)
     fit.run(path, identity, callback)
     parameters = list(model.parameters())
+    kernels, missing = dict.fromkeys(names, "exact"), tuple[str, ...]()
+    if config.patch is not None:
+        kernels, missing = _kernels(fit, names, config, library)
     return TrainResult(
         config=config,
         machine=cpu.describe(),
@@ -362,6 +364,17 @@ def _check_resumable(config: TrainConfig, dataset: Dataset, folder: Path) -> Non
     if content is not None:
         found = content.get("identity")
         files.check_same(path, {key: found.get(key) for key in identity} if isinstance(found, dict) else {}, identity)
+    _check_form(config, folder)
+
+
+def _check_form(config: TrainConfig, folder: Path) -> None:
+    """Refuse to begin a chained run where only the one without chains can be continued: it was the default once."""
+    other = _path(replace(config, chain=False), folder)
+    if config.chained and other.exists() and not _path(config, folder).exists():
+        raise TrainingError(
+            f"{str(folder)!r} has no checkpoint of {config.variant!r} to resume, but one without chains "
+            f"({other.name}): continue that one with --no-chain (chain=False), or do not resume"
+        )
 
 
 def freeze(model: nn.Module, layers: list[str], train_bn_affine: bool = False) -> str | None:
@@ -384,20 +397,26 @@ def freeze(model: nn.Module, layers: list[str], train_bn_affine: bool = False) -
 
 
 def _kernels(
-    model: nn.Module, layers: list[str], config: TrainConfig, library: Library | None
+    fit: Fit, layers: list[str], config: TrainConfig, library: Library | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What computes the gradients of each layer, and the keys of the workloads that the library lacks."""
-    report = filter_report(model)
-    filtered = [name for name in layers if name in report.filtered]
+    found, chained = fit.filtered, {name for chain in fit.chains for name in chain}
+    filtered = [name for name in layers if name in found]
     sources = {name: "torch" if name in filtered else "exact" for name in layers}
-    missing: list[str] = []
-    if library is not None:
+    missing: dict[str, None] = {}
+    if library is not None and filtered:
         shape = (config.batch, CHANNELS, config.image_size, config.image_size)
-        for case in model_cases(model, shape, layers=filtered, patches=[_patch(config)]):
-            # `backward` serves where its specialised form is not in the library, so that one may lack.
+        for case in model_cases(fit.model, shape, layers=filtered, patches=[_patch(config)]):
             case = case if config.amp == "off" else replace(case, dtype=config.amp)
-            wanted = [w for w in workloads_of([case], bool(config.chain)) if w.kernel != "backward_weight"]
-            lacking = [w.key for w in wanted if library.find(w.kernel, w.geometry, w.dtype) is None]
-            missing += lacking
-            sources.update(dict.fromkeys(case.layers, "torch" if lacking else "tvm"))
+            for in_chain in (False, True):
+                names = [name for name in case.layers if (name in chained) == in_chain]
+                wanted = [w for w in workloads_of([case], in_chain) if names and w.kernel not in _UNUSED[in_chain]]
+                lacking = [w.key for w in wanted if library.find(w.kernel, w.geometry, w.dtype) is None]
+                missing.update(dict.fromkeys(lacking))
+                sources.update(dict.fromkeys(names, "torch" if lacking else "tvm"))
     return sources, tuple(missing)
+
+
+#: What a convolution can do without: `backward` serves where its specialised form is not in the library, and in a chain
+#: (True) the products are kernels of their own.
+_UNUSED = {False: ("backward_weight",), True: ("backward", "backward_weight")}

@@ -106,8 +106,8 @@ def test_flops_of_a_chain() -> None:
     """Sums of derivatives in the forward pass; no sum over the pixels of a gradient that stays on the grid."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.MaxPool2d(2))
     x = torch.zeros(2, 3, 8, 8)
-    plain = count_step(gf_tvm.filter_model(model, 2, last=2), x)
-    chained = count_step(gf_tvm.filter_model(model, 2, last=2, chain=True), x)
+    plain = count_step(gf_tvm.filter_model(model, 2, last=2, chain=False), x)
+    chained = count_step(gf_tvm.filter_model(model, 2, last=2), x)
     pixels, patches = 2 * 4 * 64, 2 * 4 * 16  # of the first convolution; to the second the pooling's gradient is full
     assert chained.forward - plain.forward == pixels  # of the ReLU
     first, second = -pixels - patches + 2 * patches - pixels, 2 * (2 * 6 * 16) - 2 * 6 * 64
@@ -140,7 +140,7 @@ def test_kept_by_type_leaves_chains_as_they_are(model: str, size: int, last: int
     network = build_model(model, 4, 3, size).eval().requires_grad_(False)
     for _, layer in gf_tvm.select_layers(network, last=last):
         layer.requires_grad_(True)
-    gf_tvm.filter_model(network, 2, last=last, chain=True)
+    gf_tvm.filter_model(network, 2, last=last)
     x, y = torch.randn(8, 3, size, size), torch.zeros(8, dtype=torch.int64)
     with count_kept_bytes(network, {}) as counted:
         F.cross_entropy(network(x), y)
@@ -371,11 +371,11 @@ def test_chained_variants_cost_only_themselves(
         monkeypatch.setattr(evaluator, name, counted)
     train = replace(train, model="training_models:pointwise")
     out = tmp_path / "out"
-    plain = evaluate(EvaluateConfig(train, ["exact", 2], [2]), out)
+    plain = evaluate(EvaluateConfig(replace(train, chain=False), ["exact", 2], [2]), out)
     assert [s.variant for s in plain.settings] == ["exact", "R2"]
     made.clear()
     config = EvaluateConfig(
-        replace(train, chain=True), ["exact", 2], [2], memory_budget=plain.settings[1].kept_bytes - 1
+        train, ["exact", 2], [2], memory_budget=plain.settings[1].kept_bytes - 1, layer_by_layer=True
     )
     both = evaluate(config, out)
     assert made == [("measure_apart", "R2 chained"), ("finetune", "R2 chained")]
@@ -395,6 +395,18 @@ def test_chained_variants_cost_only_themselves(
     assert both.train_config is not None
     assert (both.train_config["patch"], both.train_config["chain"]) == ("2", True)
     assert json.loads((out / "evaluation.json").read_text()) == both.to_dict()
+    made.clear()
+    default = evaluate(EvaluateConfig(train, ["exact", 2], [2]), out)
+    assert not made
+    assert default.settings == (exact, chained)
+    assert default.layers == both.layers
+
+
+def test_variants_of_a_dtype_of_means(train: TrainConfig) -> None:
+    config = EvaluateConfig(replace(train, chain="float16"), ["exact", 2, (2, 1)], layer_by_layer=True)
+    names = ["exact", "R2", "R2 chained float16", "R2x1", "R2x1 chained float16"]
+    assert list(config.variants) == names
+    assert [config.run(name, 1, 0).variant for name in names] == names
 
 
 def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
@@ -461,7 +473,7 @@ def test_command_with_chains(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluator, "measure_apart", measure)
-    command = [*arguments, "--model", "training_models:pointwise", "--last", "1,2", "--patch", "2", "--chain"]
+    command = [*arguments, "--model", "training_models:pointwise", "--last", "1,2", "--patch", "2", "--layer-by-layer"]
     assert cli.main([*command, "--threads", "1", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "R2 chained, last 2: a chain of 2: 3, 5" in shown
@@ -484,11 +496,11 @@ def test_what_stood_in_the_way_is_said(
     assert cli.main([*arguments, *options, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/evaluation.json").read_text())["obstacles"]
     assert set(found) == {"limits", "filtering", "cache"}
-    assert list(found["filtering"]) == ["2"]  # the first convolution is filtered
+    assert list(found["filtering"]) == ["2.conv"]  # the first convolution is filtered
     assert "the memory budget" in found["limits"]
     assert found["cache"] == "training images are flipped or shifted at random"  # the default shift
     shown = capsys.readouterr().out
-    assert f"not filtered, exact in every setting:\n  2: {found['filtering']['2']}" in shown
+    assert f"not filtered, exact in every setting:\n  2.conv: {found['filtering']['2.conv']}" in shown
     assert f"the frozen layers are computed in every step: {found['cache']}" in shown
     assert f"no recommendation: {found['limits']}" in shown
 

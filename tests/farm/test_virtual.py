@@ -286,7 +286,7 @@ def build_smooth(bundle: str) -> None:
     """Its chain for a board, and the kernels beside it."""
     model = smooth_network()
     cases = model_cases(model, (2, 3, 9, 9), last=3, patches=[2])
-    gf_tvm.filter_model(model, 2, last=3, chain=True)
+    gf_tvm.filter_model(model, 2, last=3)
     for name in gf_tvm.filter_report(model).filtered:
         model.get_submodule(name).requires_grad_(True)
     model(torch.zeros(2, 3, 9, 9))
@@ -303,8 +303,11 @@ def test_kernels_for_a_board_are_right_on_it(virtual_root: Path, tmp_path: Path)
     cases = [{"ci": 8, "co": 8, "h": 6, "w": 6}, {"ci": 24, "co": 12, "h": 13, "w": 9}]
     (tmp_path / "shapes.json").write_text(json.dumps({**shapes, "cases": cases}))
     bundle, chain = str(tmp_path / "rpi4.gfb"), str(tmp_path / "chain.gfb")
-    assert main(["build", "--device", "rpi4", "--shapes", str(tmp_path / "shapes.json"), "--out", bundle]) == 0
-    network = ["--model", "mobilenetv2_025", "--input", "2x3x16x16", "--last", "3", "--patch", "2", "--chain"]
+    assert (
+        main(["build", "--device", "rpi4", "--shapes", str(tmp_path / "shapes.json"), "--no-chain", "--out", bundle])
+        == 0
+    )
+    network = ["--model", "mobilenetv2_025", "--input", "2x3x16x16", "--last", "3", "--patch", "2"]
     assert main(["build", "--device", "rpi4", *network, "--out", chain]) == 0
     smooth = str(tmp_path / "smooth.gfb")
     build_smooth(smooth)

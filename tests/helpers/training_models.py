@@ -28,7 +28,7 @@ def pointwise(num_classes: int) -> nn.Module:
 
 
 class _ByValues(nn.Module):
-    """Python code that depends on values, which torch.fx cannot trace."""
+    """Python code that depends on values: torch.fx cannot trace it, and Dynamo ends a graph there."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ def not_traceable(num_classes: int) -> nn.Module:
 
 
 class SubclassedConv(nn.Conv2d):
-    """A convolution that filter_model leaves alone."""
+    """A convolution with a class of its own: filtered where it is captured."""
 
 
-def half_filterable(num_classes: int) -> nn.Module:
+def subclassed(num_classes: int) -> nn.Module:
     """The last convolution is a subclass of Conv2d."""
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), SubclassedConv(8, 8, 3, padding=1), nn.ReLU()),
@@ -59,9 +59,29 @@ def half_filterable(num_classes: int) -> nn.Module:
     )
 
 
+class _Complex(nn.Module):
+    """A convolution with complex weights, which cannot be filtered."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 3, padding=1, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.view_as_real(self.conv(x.to(torch.complex64)))
+        return y.sum(-1)
+
+
+def half_filterable(num_classes: int) -> nn.Module:
+    """The last convolution cannot be filtered."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), _Complex(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
 def not_filterable(num_classes: int) -> nn.Module:
-    """Its only convolution is a subclass of Conv2d."""
-    return nn.Sequential(SubclassedConv(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+    """Its only convolution cannot be filtered."""
+    return nn.Sequential(_Complex(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
 def no_convolutions(num_classes: int) -> nn.Module:

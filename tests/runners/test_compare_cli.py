@@ -90,7 +90,7 @@ def test_compare_a_model() -> None:
 
 
 def test_compare_chains(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2", "--chain"]
+    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2"]
     assert main([*command, "--seconds", "0", "--threads", "1", "--json", "rows.json"]) == 0
     out = capsys.readouterr().out
     document = json.loads(Path("rows.json").read_text())
@@ -108,19 +108,39 @@ def test_compare_chains(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore::gf_tvm.FallbackWarning")
 def test_compare_chains_with_a_library_that_lacks_kernels(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2,7", "--chain"]
+    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2,7"]
     assert main([*command, "--seconds", "0", "--library", str(bundle), "--json", "rows.json"]) == 0
     rows = json.loads(Path("rows.json").read_text())["chains"]
     assert [row["schedule"] for row in rows] == ["torch", "torch"]
     assert "R2: plain PyTorch operators ran in place of 2 of 2 filtered and 3 of 3 chained" in capsys.readouterr().out
 
 
-def test_chains_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--chain needs --model M" in fails(capsys, "compare", "--shapes", "paper", "--chain")
-    model = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--chain"]
-    assert "--cases picks single convolutions" in fails(capsys, *model, "--cases", "1")
+@pytest.mark.parametrize("options", [["--no-chain"], ["--cases", "1"]])
+def test_compare_single_convolutions_only(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2", *options]
+    assert main([*command, "--seconds", "0", "--json", "rows.json"]) == 0
+    document = json.loads(Path("rows.json").read_text())
+    assert (len(document["rows"]), document["chains"]) == (1, [])
+    assert "chained" not in capsys.readouterr().out
+
+
+def test_what_chains_need(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16"]
     assert "last must be between 1 and" in fails(capsys, *model, "--last", "99")
-    assert "--model needs --input NxCxHxW and --last K" in fails(capsys, *model[:3], "--chain")
+    assert "--model needs --input NxCxHxW and --last K" in fails(capsys, *model)
+
+
+@pytest.mark.parametrize("options", [["--no-chain"], ["--cases", "1"], []])
+def test_build_of_a_model(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What its chains call is built unless single convolutions are asked for."""
+    command = ["build", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2", *options]
+    assert main([*command, "--out", "new.gfb", "--json", "built.json"]) == 0
+    document = json.loads(Path("built.json").read_text())
+    kernels = {kernel["workload"]["kernel"] for kernel in document["kernels"]}
+    assert {"filter_input", "backward"} <= kernels  # what it calls without chains
+    assert (kernels >= {"input_grad", "weight_grad"}) == ("--no-chain" not in options)
+    assert bool(document["programs"]) == (not options)
+    assert ("whole chains" in capsys.readouterr().out) == (not options)
 
 
 def test_build_says_what_it_built(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

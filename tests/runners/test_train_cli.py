@@ -84,19 +84,40 @@ def test_every_setting_is_an_option() -> None:
         "pretrain_epochs": 6, "lr": 0.3, "pretrain_lr": 0.4, "momentum": 0.5, "weight_decay": 0.6,
         "schedule": "constant", "clip": 0.7, "flip": True, "shift": 3, "seed": 8, "skew": 0.8, "test_fraction": 0.3,
         "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 9, "step_factor": 0.25, "amp": "bfloat16",
-        "patience": 10, "min_delta": 0.01, "cache": "off", "chain": True,
+        "patience": 10, "min_delta": 0.01, "cache": "off", "chain": "float16",
     }  # fmt: skip
     assert set(values) | {"patch"} == set(TrainConfig("resnet18").to_dict())
+    flags = {"chain": "--means"}
     options = [
         part
         for key, value in values.items()
-        for part in (f"--{key.replace('_', '-')}", *([] if value is True else [str(value)]))
+        for part in (flags.get(key, f"--{key.replace('_', '-')}"), *([] if value is True else [str(value)]))
     ]
     args = vars(cli.build_parser().parse_args(["train", *options]))
     assert {key: args[key] for key in values} == values
     defaults = vars(cli.build_parser().parse_args(["train", "--model", "resnet18"]))
     expected = TrainConfig("resnet18").to_dict()
     assert {key: defaults[key] for key in values} == {key: expected[key] for key in values}
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "expected"),
+    [
+        (None, [], True),
+        (None, ["--no-chain"], False),
+        (None, ["--means", "bfloat16"], "bfloat16"),
+        (False, [], False),
+        ("float16", [], "float16"),
+        (False, ["--means", "float16"], "float16"),
+        ("float16", ["--no-chain"], False),
+    ],
+)
+def test_chains_by_file_and_options(tmp_path: Path, file: Any, options: list[str], expected: Any) -> None:
+    command = ["train", "--model", "resnet18", *options]
+    if file is not None:
+        (tmp_path / "c.json").write_text(json.dumps({"chain": file}))
+        command += ["--config", str(tmp_path / "c.json")]
+    assert cli.build_parser().parse_args(command).chain == expected
 
 
 @pytest.mark.parametrize(

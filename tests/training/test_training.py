@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from training_models import patterns, state_of, tiny
 
 import gf_tvm
+from gf_tvm.chains.capture.backend import Backend
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.errors import GeometryError, ModelError
+from gf_tvm.models import build_model
 from gf_tvm.training import (
     EpochRow,
     Event,
@@ -34,6 +37,7 @@ from gf_tvm.training import (
     pretrain,
     train,
     train_variants,
+    trainer,
 )
 from gf_tvm.training import checkpoint as files
 from gf_tvm.training.data import batches
@@ -112,7 +116,8 @@ def test_config_refuses_patches(patch: Any) -> None:
 def test_config_round_trip() -> None:
     for patch, variant in ((None, "exact"), ("exact", "exact"), (2, "R2"), ([2, 1], "R2x1")):
         config = TrainConfig("resnet18", patch=patch, clip=None)  # type: ignore[arg-type]
-        assert config.variant == variant
+        assert config.variant == (variant if variant == "exact" else f"{variant} chained")
+        assert replace(config, chain=False).variant == variant
         assert TrainConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -124,7 +129,7 @@ def test_exactly_what_decides_pretraining_decides_its_checkpoint(config: TrainCo
         "image_size": 10, "batch": 4, "epochs": 1, "pretrain_epochs": 1, "lr": 0.01, "pretrain_lr": 0.01,
         "momentum": 0.5, "weight_decay": 0.0, "schedule": "constant", "clip": None, "flip": True, "shift": 1,
         "seed": 1, "skew": 0.6, "test_fraction": 0.5, "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 2,
-        "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off", "chain": True,
+        "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off", "chain": False,
     }  # fmt: skip
     assert set(changes) == set(config.to_dict())
     changed = {
@@ -294,7 +299,7 @@ def test_result_is_json(config: TrainConfig) -> None:
     result = train(replace(config, epochs=1, pretrain_epochs=0))
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["schema"] == "gf_tvm.train/1"
-    assert plain["variant"] == "R2"
+    assert plain["variant"] == "R2 chained"
     assert TrainConfig(**plain["config"]) == result.config
     assert EpochRow(**plain["rows"][0]) == result.rows[0]
     assert plain["pretrain_rows"] == []
@@ -416,8 +421,22 @@ def test_too_many_layers_are_found_before_training(config: TrainConfig) -> None:
 
 def test_a_convolution_that_cannot_be_filtered_stays_exact(config: TrainConfig) -> None:
     result = train(replace(config, model="training_models:half_filterable", last=2, epochs=1))
-    assert result.kernels == {"0": "torch", "2": "exact"}
-    assert result.trained_layers == ("0", "2")
+    assert result.kernels == {"0": "torch", "2.conv": "exact"}
+    assert result.trained_layers == ("0", "2.conv")
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize("chain", [True, False])
+def test_convolutions_with_a_forward_pass_of_their_own(config: TrainConfig, chain: bool, cache: str) -> None:
+    changes = {"model": "training_models:subclassed", "epochs": 1, "chain": chain, "cache": cache}
+    both = train(replace(config, **changes, last=2))  # type: ignore[arg-type]
+    assert both.kernels == {"0": "torch", "2": "torch"}
+    assert both.trained_layers == ("0", "2")
+    assert both.chains == ((("0", "2"),) if chain else ())
+    last = train(replace(config, **changes, last=1))  # type: ignore[arg-type]
+    assert (last.kernels, last.cache["kind"]) == ({"2": "torch"}, cache)
+    kept = config.batch * 8 * 4 * 4 * 4  # x~ of 4 x 4 patches; in a chain also the means of the ReLU behind it
+    assert last.rows[0].kept_bytes_convolutions == (2 * kept if chain else kept)
 
 
 def test_a_model_without_a_linear_layer(config: TrainConfig) -> None:
@@ -452,8 +471,9 @@ def test_a_library_is_used(config: TrainConfig) -> None:
     assert fast.library == {"path": "fake.gfb", "digest": "fake"}
     assert plain.library is None
     steps = 3 * fast.rows[0].steps
-    assert library.called.count("backward_weight") == steps  # nothing before the convolution needs a gradient
-    assert library.called.count("filter_input") == steps + 1  # once more to find the shapes that the layers see
+    # Once more when the network compiles itself. Nothing before the convolution needs a gradient.
+    assert library.called.count("backward_weight") == steps + 1
+    assert library.called.count("filter_input") == steps + 2  # and once to find the shapes that the layers see
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(value, fast.model.state_dict()[name], rtol=1e-3, atol=1e-5)
 
@@ -487,6 +507,66 @@ def test_a_resumed_run_is_the_same_run(config: TrainConfig, tmp_path: Path, epoc
     assert states_equal(state_of(next((tmp_path / "c").glob("finetune-*.pt"))), whole.model.state_dict())
 
 
+def test_runs_of_when_chains_were_no_default(config: TrainConfig, tmp_path: Path) -> None:
+    unchained = replace(config, chain=False)
+    whole = train(unchained)
+    for run in (replace(unchained, patch="exact"), unchained):
+        with pytest.raises(Stop):
+            train(run, checkpoint=tmp_path, callback=stop_at("finetune", 2, 1))
+    # An exact run is the same run, with chains or without.
+    assert train(replace(config, patch="exact"), checkpoint=tmp_path, resume=True).resumed == 1
+    with pytest.raises(TrainingError, match=r"no checkpoint of 'R2 chained' .* without chains .*-R2-.*--no-chain"):
+        train(config, checkpoint=tmp_path, resume=True)
+    resumed = train(unchained, checkpoint=tmp_path, resume=True)
+    assert resumed.resumed == 1
+    assert states_equal(resumed.model.state_dict(), whole.model.state_dict())
+    assert train(config, checkpoint=tmp_path).resumed == 0  # both are there from now on
+    assert train(config, checkpoint=tmp_path, resume=True).resumed == config.epochs
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_compiling_is_no_part_of_a_step(config: TrainConfig, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is compiled, once, before the first step; and compiling leaves no trace in the model."""
+    waited = 0.3
+    captures: list[float] = []
+    capture = Backend.__call__
+
+    def slow(self: Backend, *args: Any, **kwargs: Any) -> Any:
+        captures.append(time.perf_counter())
+        time.sleep(waited)
+        return capture(self, *args, **kwargs)
+
+    monkeypatch.setattr(Backend, "__call__", slow)
+    built = build_model
+
+    def stateful(*args: Any) -> nn.Module:
+        return nn.Sequential(*built(*args), Stateful())  # type: ignore[misc]
+
+    monkeypatch.setattr(trainer, "build_model", stateful)
+    dataset = load_data(config)
+    run = replace(config, cache=cache)
+    result = finetune(run, dataset, pretrain(replace(run, pretrain_epochs=0), dataset))
+    assert len(captures) == 1
+    assert result.cache["kind"] == cache
+    for row in result.rows:
+        assert row.forward_seconds + row.backward_seconds < waited
+        assert row.seconds < waited * 2
+    assert result.model[-1].calls == config.epochs * result.rows[0].steps  # type: ignore[index]
+
+
 def test_pretraining_goes_on_where_it_stopped(config: TrainConfig, tmp_path: Path) -> None:
     whole = train(config)
     with pytest.raises(Stop):
@@ -505,10 +585,12 @@ def test_variants_share_the_pretrained_weights(config: TrainConfig, tmp_path: Pa
     results = train_variants(config, ["exact", 2, (2, 1)], checkpoint=tmp_path, callback=events.append)
     assert [event.epoch for event in events if event.phase == "pretrain" and event.row] == [1, 2]
     assert len({result.pretrained_digest for result in results}) == 1
-    assert [result.config.variant for result in results] == ["exact", "R2", "R2x1"]
+    assert [result.config.variant for result in results] == ["exact", "R2 chained", "R2x1 chained"]
     assert len(list(tmp_path.glob("pretrain-*.pt"))) == 1
     names = {file.name for file in tmp_path.glob("finetune-*.pt")}
-    assert names == {f"finetune-training_models-tiny-patterns-{v}-last1-seed0.pt" for v in ("exact", "R2", "R2x1")}
+    assert names == {
+        f"finetune-training_models-tiny-patterns-{v}-last1-seed0.pt" for v in ("exact", "R2-chained", "R2x1-chained")
+    }
     other = train(replace(config, pretrain_lr=0.01), checkpoint=tmp_path)
     assert not other.pretrain_cached
     assert other.pretrained_digest != results[0].pretrained_digest

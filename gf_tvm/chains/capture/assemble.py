@@ -17,7 +17,7 @@ from ..graph import Conv
 from ..partition import Layout, partition
 from ..plan import Plan, make_plan
 from ..run import run_chain
-from .aten import IN_PLACE, checkpoints, placeholders, stretches, switches, value_of, without_changes
+from .aten import IN_PLACE, checkpoints, graph_of, placeholders, stretches, switches, value_of, without_changes
 from .recognise import Known, early_steps, shape_of
 from .regions import Stretch, as_stretch
 from .rest import Backend, compile_rest
@@ -206,10 +206,9 @@ class _Assembly:
             self.gradients = bool(node.args[0])
         self.needs[node] = self.gradients and not switches(node) and self._reads_trained(node)
         if node in self.checkpoints:
-            body, *given = node.args
-            assert isinstance(body, fx.Node)
+            given = node.args[1:]
             flags = [isinstance(g, fx.Node) and self.needs[self.known.source(g)] for g in given]
-            inner = assemble(self.parts[str(body.target)], self.chosen, flags, self.chain, self.means, self.rest)
+            inner = assemble(self.parts[graph_of(node)], self.chosen, flags, self.chain, self.means, self.rest)
             self.result.chains += inner.chains
             self.result.convolutions += inner.convolutions
             self.result.alone |= inner.alone

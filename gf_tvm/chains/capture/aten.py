@@ -7,6 +7,7 @@ calls that run a graph of their own (checkpointing).
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ class _Runner(fx.Interpreter):
 
         def recorded(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return proxy_tensor.get_proxy_slot(value, tracer).proxy  # type: ignore[attr-defined]
+                return proxy_tensor.get_proxy_slot(value, tracer).proxy
             if isinstance(value, fx.GraphModule):
                 name = f"graph_{sum(isinstance(m, fx.GraphModule) for m in tracer.root.children())}"
                 setattr(tracer.root, name, value)
@@ -100,7 +101,7 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None, prefix
             node.meta[MODULE] = _qualified(str(path), prefix), kind
     _pad_explicitly(found.graph)
     for node in checkpoints(found.graph):
-        name = str(node.args[0].target)
+        name = graph_of(node)
         setattr(found, name, to_aten(getattr(found, name), prefix=prefix))
     return found
 
@@ -142,10 +143,15 @@ def checkpoints(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target is kind]
 
 
+#: Dynamo names a module by how the compiled function reaches it: "L['module'].layer4.0", with brackets or getattr where
+#: the code has them: "getattr(L['module'].layer4, '0').conv1".
+_PART = re.compile(r"""\.([^.,()\[\]]+)|\[(\d+)\]|(?:\[|, )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+
+
 def _qualified(path: str, prefix: str) -> str:
-    """From how the compiled function reaches a module: "L['module'].layer4.0", or with brackets."""
-    parts = path.replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").split(".")
-    return (prefix + ".".join(part for part in parts[2:] if part != "_modules")).rstrip(".")
+    """Fully qualified name of a module, from Dynamo's; ``prefix``: see :func:`to_aten`."""
+    parts = [attribute or index or ast.literal_eval(text) for attribute, index, text in _PART.findall(path)]
+    return (prefix + ".".join(part for part in parts[1:] if part != "_modules")).rstrip(".")
 
 
 def path_of(placeholder: fx.Node) -> str | None:
@@ -157,6 +163,13 @@ def path_of(placeholder: fx.Node) -> str | None:
     name = source.name if isinstance(source.name, str) else source.name()
     parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
     return ".".join(parts) or None
+
+
+def graph_of(checkpoint: fx.Node) -> str:
+    """Where in the module the graph of a checkpointed part is."""
+    body = checkpoint.args[0]
+    assert isinstance(body, fx.Node)
+    return str(body.target)
 
 
 def _detached(value: Any) -> Any:

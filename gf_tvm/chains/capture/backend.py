@@ -131,8 +131,9 @@ class _ForEachSize:
         return self._compiled[key](*inputs)
 
 
-#: Called before each step of a graph with the name of the class whose code it is, "" for none, or None for a chain.
-Watch = Callable[[str | None], None]
+#: Called before each step of a graph with the path and the class's name of the module whose code it is ("" and "" for
+#: the compiled module's own, where it has no name), or with None and "" for a chain.
+Watch = Callable[[str | None, str], None]
 
 _watching: ContextVar[Watch | None] = ContextVar("gf_tvm_watching", default=None)
 
@@ -154,10 +155,10 @@ class _Watched(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module" and isinstance(self.module.get_submodule(str(n.target)), ChainStep):
-            self._watch(None)
+            self._watch(None, "")
         elif n.op.startswith("call"):
-            _, kind = module_of(n)
-            self._watch("" if kind is None else kind.__name__)
+            path, kind = module_of(n)
+            self._watch(path, "" if kind is None else kind.__name__)
         return super().run_node(n)
 
 

@@ -7,6 +7,7 @@ PyTorch's own containers too, and replicas of the module can share what was comp
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -166,11 +167,11 @@ class Filtered:
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module._call_impl(*args, **kwargs)  # type: ignore[operator]
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 #: Newer versions of PyTorch take the limit for one function; before, there is one for all.
-_HAS_LIMIT = "recompile_limit" in torch.compile.__kwdefaults__
+_HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
 class _Call:
@@ -190,7 +191,7 @@ class _Call:
             wanted = self.filtered.settings.chain or self.filtered.settings.captured
             if eager and wanted and torch.is_grad_enabled() and not _one_graph():
                 return self._eager(*args, **kwargs)
-            return self.module._call_impl(*args, **kwargs)  # type: ignore[operator]
+            return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._run(args, kwargs)
 
     @_disable_dynamo

@@ -526,7 +526,8 @@ def _pad(c: Call) -> Recognised | None:
         return c.outside(f"pads in mode {c['mode']!r}")
     if not _is_map(x) or is_flat(x) or len(pads) > 6 or not _is_number(c["value"] or 0):
         return None
-    cols, rows, channels = ((*pads[k : k + 2], 0, 0)[:2] for k in (0, 2, 4))
+    pads += [0] * (6 - len(pads))
+    cols, rows, channels = ((pads[k], pads[k + 1]) for k in (0, 2, 4))
     return Found(Pad(c.name, (), rows=rows, cols=cols, channels=channels, value=float(c["value"] or 0)), (x,))
 
 

@@ -29,8 +29,8 @@ def compile_rest(module: fx.GraphModule, backend: Backend) -> fx.GraphModule:
             continue
         # What takes a chain's results apart stays with it.
         own = node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or switches(node)
-        if not own and not _is_operator(node) and parts.get(node.args[0]) is not None:  # type: ignore[arg-type]
-            parts[node] = parts[node.args[0]]  # type: ignore[index]
+        if not own and not _is_operator(node) and parts.get(node.args[0]) is not None:
+            parts[node] = parts[node.args[0]]
             continue
         if own or not before:
             number += 1
@@ -38,7 +38,7 @@ def compile_rest(module: fx.GraphModule, backend: Backend) -> fx.GraphModule:
         parts[node] = number
         if not own:
             plain[number] = plain.get(number, 0) + 1
-    split = split_module(module, None, lambda node: parts[node])  # type: ignore[arg-type]
+    split = split_module(module, module, lambda node: parts[node])
     for k, count in plain.items():
         name = f"submod_{k}"
         if count >= _WORTH:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ...core.geometry import Pair, as_pair
 from ...errors import ModelError
-from .aten import MODULE, PATH, SOURCE, arguments_of, checkpoints, value_of
+from .aten import MODULE, PATH, SOURCE, arguments_of, checkpoints, graph_of, value_of
 
 _aten: Any = torch.ops.aten
 
@@ -59,7 +59,8 @@ class Filter:
 
 def module_of(node: fx.Node) -> tuple[str, type[Any] | None]:
     """Fully qualified name and class of the module whose code computes a step."""
-    return node.meta.get(MODULE, ("", None))
+    found: tuple[str, type[Any] | None] = node.meta.get(MODULE, ("", None))
+    return found
 
 
 def name_of(node: fx.Node) -> str:
@@ -90,7 +91,7 @@ def sites_of(module: fx.GraphModule) -> list[Site]:
 
 
 def _collect(module: fx.GraphModule, found: list[Site], weights: dict[str, dict[Any, int]]) -> None:
-    parts = {node: getattr(module, str(node.args[0].target)) for node in checkpoints(module.graph)}  # type: ignore[union-attr]
+    parts = {node: getattr(module, graph_of(node)) for node in checkpoints(module.graph)}
 
     def named(node: fx.Node, weight: Any) -> str:
         path, _ = module_of(node)
