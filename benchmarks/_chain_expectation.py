@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from gf_tvm.chains.graph import Add, Conv, Map, Norm
 from gf_tvm.chains.piece import Piece
-from gf_tvm.chains.plan import Plan
-from gf_tvm.chains.steps import Expand, Filter
+from gf_tvm.chains.plan.graph import Add, Conv, Map, Norm
+from gf_tvm.chains.plan.steps import Expand, Filter
+from gf_tvm.chains.run.plan import Plan
 
 #: The rates of the rule of thumb, and bytes of a number.
 BYTES_A_SECOND, OPERATIONS_A_SECOND, ITEM = 35e9, 200e9, 4

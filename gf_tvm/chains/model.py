@@ -15,8 +15,8 @@ from .capture.backend import Captured, FindKernels
 from .capture.live import Settings, compile_model, filtered_parts, release_model
 from .capture.sites import Choice
 from .capture.wanted import programs_of_plan
-from .plan import Plan
-from .programs import ChainProgram
+from .compile.programs import ChainProgram
+from .run.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
 

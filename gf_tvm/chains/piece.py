@@ -18,11 +18,11 @@ from ..ops.module import FilteredConv2d
 from .capture.assemble import ChainStep, ConvolutionStep
 from .capture.aten import IN_PLACE, PATH
 from .capture.sites import Filter, Site, name_of
-from .graph import Shape
 from .model import graphs_of
-from .plan import Plan
-from .run import run_chain
-from .steps import ConvInput, ConvWeight
+from .plan.graph import Shape
+from .plan.steps import ConvInput, ConvWeight
+from .run.plan import Plan
+from .run.run import run_chain
 
 #: Called with a step and its result; what it returns takes the result's place.
 Watch = Callable[[fx.Node, Tensor], Tensor]

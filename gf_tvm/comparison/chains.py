@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..chains.compile.programs import ChainProgram
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
-from ..chains.programs import ChainProgram
 from ..core.dtypes import itemsize, torch_dtype
 from ..core.geometry import Geometry, Pair, Patch
 from ..core.workload import DTYPES, Workload

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.capture.live import by_modules
-from ..chains.graph import Conv
-from ..chains.lowering import Kept, Mean
 from ..chains.model import compiles_itself, plans_of
-from ..chains.plan import Plan
-from ..chains.steps import ConvInput, ConvWeight, Filter, PatchSum
+from ..chains.plan.graph import Conv
+from ..chains.plan.lowering import Kept, Mean
+from ..chains.plan.steps import ConvInput, ConvWeight, Filter, PatchSum
+from ..chains.run.plan import Plan
 from ..core.geometry import Geometry
 from ..errors import GeometryError, ModelError
 from ..nn import filter_report

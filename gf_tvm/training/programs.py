@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..chains import programs_of
-from ..chains.programs import ChainProgram
+from ..chains.compile.programs import ChainProgram
 from ..core.geometry import Patch
 from ..nn import filter_model, select_filterable
 from ..shapes.model import does_not_run

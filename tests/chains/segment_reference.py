@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gf_tvm.chains import elementwise, grids
-from gf_tvm.chains.segment import Part, Product, Segment
+from gf_tvm.chains.compile.segment import Part, Product, Segment
+from gf_tvm.chains.plan import elementwise, grids
 
 
 def inputs_of(segment: Segment) -> int:

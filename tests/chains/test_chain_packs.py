@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import gf_tvm
 from gf_tvm.bundle.library import Library
-from gf_tvm.chains import chains_of, compiled, packs, run
+from gf_tvm.chains import chains_of
+from gf_tvm.chains.compile import compiled, packs
+from gf_tvm.chains.run import run
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm.bundle.cpu_library import _launch
 from gf_tvm.bundle.runtime import load_library, start_runtime
-from gf_tvm.chains import compiled, emit_stage, emit_together, grids, programs_of, run, traversal
-from gf_tvm.chains.packs import Packed
-from gf_tvm.chains.plan import Plan
-from gf_tvm.chains.programs import ChainProgram
-from gf_tvm.chains.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
+from gf_tvm.chains import programs_of
+from gf_tvm.chains.compile import compiled, emit_stage, emit_together, traversal
+from gf_tvm.chains.compile.packs import Packed
+from gf_tvm.chains.compile.programs import ChainProgram
+from gf_tvm.chains.plan import grids
+from gf_tvm.chains.plan.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Take, Times
+from gf_tvm.chains.run import run
+from gf_tvm.chains.run.plan import Plan
 from gf_tvm.codegen.compile import compile_module, export
 from gf_tvm.core import verify
 from gf_tvm.core.geometry import Geometry

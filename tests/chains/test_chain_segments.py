@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 import gf_tvm
 from gf_tvm.bundle.library import Library
-from gf_tvm.chains import emit_forward, run
-from gf_tvm.chains.forward import Call
-from gf_tvm.chains.grids import Cuts, Grid
+from gf_tvm.chains.compile import emit_forward
+from gf_tvm.chains.compile.forward import Call
+from gf_tvm.chains.compile.programs import ChainProgram
+from gf_tvm.chains.compile.segment import Segment
 from gf_tvm.chains.model import plans_of
-from gf_tvm.chains.plan import Plan
-from gf_tvm.chains.programs import ChainProgram
-from gf_tvm.chains.segment import Segment
+from gf_tvm.chains.plan.grids import Cuts, Grid
+from gf_tvm.chains.run import run
+from gf_tvm.chains.run.plan import Plan
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 

@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gf_tvm
-from gf_tvm.chains import ChainReport, chains_of, elementwise, grids, lowering, run
+from gf_tvm.chains import ChainReport, chains_of
+from gf_tvm.chains.plan import elementwise, grids, lowering
+from gf_tvm.chains.run import run
 from gf_tvm.errors import ModelError
 from gf_tvm.models import build_model
 

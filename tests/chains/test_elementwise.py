@@ -19,15 +19,15 @@ from strategies import SEEDS
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chains import elementwise, grids
-from gf_tvm.chains.elementwise import FUNCTIONS, Code, Function, Settings
-from gf_tvm.chains.graph import Conv, Map, Region
-from gf_tvm.chains.grids import Grid
-from gf_tvm.chains.partition import partition
-from gf_tvm.chains.plan import Plan, make_plan
-from gf_tvm.chains.programs import ChainProgram
-from gf_tvm.chains.run import run_chain
-from gf_tvm.chains.segment import Average, Node, Part, Segment
+from gf_tvm.chains.compile.programs import ChainProgram
+from gf_tvm.chains.compile.segment import Average, Node, Part, Segment
+from gf_tvm.chains.plan import elementwise, grids
+from gf_tvm.chains.plan.elementwise import FUNCTIONS, Code, Function, Settings
+from gf_tvm.chains.plan.graph import Conv, Map, Region
+from gf_tvm.chains.plan.grids import Grid
+from gf_tvm.chains.plan.partition import partition
+from gf_tvm.chains.run.plan import Plan, make_plan
+from gf_tvm.chains.run.run import run_chain
 from gf_tvm.core.geometry import Geometry
 from gf_tvm.core.workload import Workload
 from gf_tvm.functional import conv2d
@@ -474,14 +474,14 @@ RAN: list[str] = []
 
 def watch(patched: pytest.MonkeyPatch) -> None:
     """Notes the segments that run."""
-    before = gf_tvm.chains.run._segments
+    before = gf_tvm.chains.run.run._segments
 
     def watched(*arguments: Any) -> Any:
         found = before(*arguments)
         RAN.extend(found or ())
         return found
 
-    patched.setattr(gf_tvm.chains.run, "_segments", watched)
+    patched.setattr(gf_tvm.chains.run.run, "_segments", watched)
 
 
 def compiled_functions() -> Iterator[tuple[str, Settings]]:

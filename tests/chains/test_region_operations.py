@@ -19,15 +19,16 @@ from test_chain_segments import TOLERANCE, build, by_reference, inputs_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from gf_tvm.chains import lowering, run, sampling
-from gf_tvm.chains.graph import Gate, Misfit, Op, Pad, Resize, WindowPool
-from gf_tvm.chains.grids import Cuts
-from gf_tvm.chains.lowering import Mean
-from gf_tvm.chains.packs import Packed
-from gf_tvm.chains.plan import Plan
-from gf_tvm.chains.sampling import Sampling
-from gf_tvm.chains.segment import Segment
-from gf_tvm.chains.steps import Gather
+from gf_tvm.chains.compile.packs import Packed
+from gf_tvm.chains.compile.segment import Segment
+from gf_tvm.chains.plan import lowering, sampling
+from gf_tvm.chains.plan.graph import Gate, Misfit, Op, Pad, Resize, WindowPool
+from gf_tvm.chains.plan.grids import Cuts
+from gf_tvm.chains.plan.lowering import Mean
+from gf_tvm.chains.plan.sampling import Sampling
+from gf_tvm.chains.plan.steps import Gather
+from gf_tvm.chains.run import run
+from gf_tvm.chains.run.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gf_tvm
-from gf_tvm.chains import chains_of, kernels, run
+from gf_tvm.chains import chains_of
+from gf_tvm.chains.compile import kernels
 from gf_tvm.chains.piece import Bound, pieces_of
+from gf_tvm.chains.run import run
 from gf_tvm.comparison import chain_variants
 from gf_tvm.comparison.chain_variants import VARIANTS
 from gf_tvm.comparison.chains import ChainCase, chain_cases, measure_chains, workloads

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gf_tvm
-from gf_tvm.chains.graph import (
+from gf_tvm.chains.plan.graph import (
     Add,
     Cat,
     Conv,
@@ -32,9 +32,9 @@ from gf_tvm.chains.graph import (
     Slice,
     WindowPool,
 )
-from gf_tvm.chains.partition import Layout, partition
-from gf_tvm.chains.plan import Plan, make_plan
-from gf_tvm.chains.run import run_chain
+from gf_tvm.chains.plan.partition import Layout, partition
+from gf_tvm.chains.run.plan import Plan, make_plan
+from gf_tvm.chains.run.run import run_chain
 
 #: Element-wise functions by the kinds of ``Map``, with settings.
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {

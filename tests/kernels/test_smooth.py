@@ -12,7 +12,8 @@ from torch import Tensor
 from tvm.script.ir_builder import tirx as T
 
 from gf_tvm.bundle.runtime import load_library, start_runtime
-from gf_tvm.chains import elementwise, emit_functions
+from gf_tvm.chains.compile import emit_functions
+from gf_tvm.chains.plan import elementwise
 from gf_tvm.codegen.compile import compile_module, export
 from gf_tvm.kernels.cpu import emit, simd, smooth
 from gf_tvm.machine.profiles import get_profile

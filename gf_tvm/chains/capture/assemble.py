@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from ...core.geometry import Geometry
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
-from ..graph import Conv
-from ..partition import Layout, partition
-from ..plan import Plan, make_plan
-from ..run import run_chain
+from ..plan.graph import Conv
+from ..plan.partition import Layout, partition
+from ..run.plan import Plan, make_plan
+from ..run.run import run_chain
 from .aten import IN_PLACE, checkpoints, graph_of, placeholders, stretches, switches, value_of, without_changes
 from .recognise import Known, early_steps, shape_of
 from .regions import Stretch, as_stretch

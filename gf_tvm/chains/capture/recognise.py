@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from .. import elementwise
-from ..graph import (
+from ..plan import elementwise
+from ..plan.graph import (
     Add,
     Cat,
     Conv,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch._ops import OpOverload
 
-from ..graph import Conv, Op, Outside, Pool, Region, View
+from ..plan.graph import Conv, Op, Outside, Pool, Region, View
 from .recognise import Found, Known, is_flat, outside, recognise
 from .sites import name_of
 

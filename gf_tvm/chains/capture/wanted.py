@@ -8,11 +8,11 @@ import torch
 
 from ...core.geometry import Geometry
 from ...core.workload import DTYPES, Workload
-from ..graph import Conv
-from ..lowering import Kept
-from ..plan import Plan
-from ..programs import ChainProgram
-from ..steps import ConvInput, ConvWeight
+from ..compile.programs import ChainProgram
+from ..plan.graph import Conv
+from ..plan.lowering import Kept
+from ..plan.steps import ConvInput, ConvWeight
+from ..run.plan import Plan
 from .assemble import Assembled, ChainStep, ConvolutionStep
 from .aten import value_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .graph import Op
-from .lowering import Factor
+from ..plan.graph import Op
+from ..plan.lowering import Factor
 from .segment import Segment
 
 #: A product of derivatives, and of how many channels.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ..core.geometry import Geometry
-from . import elementwise, segment
+from ...core.geometry import Geometry
+from ..plan import elementwise
+from ..plan.graph import Add, Conv, Map, Norm, Op, Scale, Shape, Slice
+from ..plan.grids import Grid
+from ..plan.lowering import Factor, Kept, Mean
+from . import segment
 from .forward import Call, Forward, Key, Product
-from .graph import Add, Conv, Map, Norm, Op, Scale, Shape, Slice
-from .grids import Grid
-from .lowering import Factor, Kept, Mean
 from .segment import Average, Node, Part, Segment
 
 

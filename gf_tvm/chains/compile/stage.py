@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..plan.steps import ConvInput, Filter, Step
 from .compiled import Tables
-from .steps import ConvInput, Filter, Step
 from .traversal import scratch_of
 
 #: A tensor that a stage works on, (kind, number): a "register", or of the kinds of :class:`.compiled.Argument`.

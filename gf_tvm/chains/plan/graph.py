@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core.geometry import Geometry, Pair
-from ..errors import GeometryError
+from ...core.geometry import Geometry, Pair
+from ...errors import GeometryError
 from .sampling import Sampling, nearest, padded, pooled, pooled_size
 
 #: (n, c, h, w) of a value.

@@ -10,14 +10,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from ..core.workload import Workload
-from ..kernels.cpu import simd
-from ..kernels.stages import ACC
-from ..machine.profiles import DeviceProfile
+from ...core.workload import Workload
+from ...kernels.cpu import simd
+from ...kernels.stages import ACC
+from ...machine.profiles import DeviceProfile
+from ..plan.steps import Expand, Gather, MapSum, PatchSum, Step, Take
 from .compiled import Backward, Numbers
 from .emit_stage import StageEmitter
 from .stage import Operand, Stage
-from .steps import Expand, Gather, MapSum, PatchSum, Step, Take
 
 
 def emit_backward(program: Backward, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:

@@ -12,12 +12,12 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from ..core.geometry import ceil_div
-from ..kernels.cpu import emit, simd
-from ..kernels.stages import ACC
-from .grids import Grid, pixels, uniform
+from ...core.geometry import ceil_div
+from ...kernels.cpu import emit, simd
+from ...kernels.stages import ACC
+from ..plan.grids import Grid, pixels, uniform
+from ..plan.steps import Channels, ConvInput, ConvWeight, Gather, PatchSum, Plus, Times, TimesSaved
 from .stage import StageCode
-from .steps import Channels, ConvInput, ConvWeight, Gather, PatchSum, Plus, Times, TimesSaved
 from .traversal import space
 
 #: Neighbouring channels that a thread takes through all images.

@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import reference
-from ..ops import operators
-from ..ops.dispatch import without_autocast
-from ..ops.functional import cast_for_convolution
-from . import elementwise, grids, kernels
-from .forward import Call, Forward
-from .graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pad, Pool, Resize, Scale, Slice, View, WindowPool
-from .grids import vector
-from .lowering import Factor, Mean, Resampling
-from .packs import UNPACKED, Layout, Packed
-from .plan import Plan
-from .steps import (
+from ...core import reference
+from ...ops import operators
+from ...ops.dispatch import without_autocast
+from ...ops.functional import cast_for_convolution
+from ..compile import kernels
+from ..compile.forward import Call, Forward
+from ..compile.packs import UNPACKED, Layout, Packed
+from ..plan import elementwise, grids
+from ..plan.graph import Add, Cat, Conv, Drop, Gate, Map, Norm, Op, Pad, Pool, Resize, Scale, Slice, View, WindowPool
+from ..plan.grids import vector
+from ..plan.lowering import Factor, Mean, Resampling
+from ..plan.steps import (
     Channels,
     ConvInput,
     ConvWeight,
@@ -40,6 +40,7 @@ from .steps import (
     TimesSaved,
     reads,
 )
+from .plan import Plan
 
 
 def run_chain(plan: Plan, entries: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

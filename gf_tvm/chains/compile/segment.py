@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .graph import Shape
-from .grids import Grid
+from ..plan.graph import Shape
+from ..plan.grids import Grid
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..core.geometry import Geometry
+from ...core.geometry import Geometry
+from ..plan.steps import Channels, ConvInput, ConvWeight, Gather, Part, PatchSum, Plus, Step, Times, TimesSaved
 from .packs import LINE
-from .steps import Channels, ConvInput, ConvWeight, Gather, Part, PatchSum, Plus, Step, Times, TimesSaved
 
 
 def space(step: Step, registers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:

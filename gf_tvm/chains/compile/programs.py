@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.workload import Workload
-from ..machine.profiles import DeviceProfile
+from ...core.workload import Workload
+from ...machine.profiles import DeviceProfile
 from .compiled import Backward
 from .segment import Segment
 

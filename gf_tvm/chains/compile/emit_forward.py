@@ -11,12 +11,12 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from ..kernels.cpu import emit, maps, simd
-from ..kernels.cpu.strips import alignment, pooling, power_of_two
-from ..kernels.stages import ACC
-from ..machine.profiles import DeviceProfile
+from ...kernels.cpu import emit, maps, simd
+from ...kernels.cpu.strips import alignment, pooling, power_of_two
+from ...kernels.stages import ACC
+from ...machine.profiles import DeviceProfile
+from ..plan.grids import Cuts, Grid
 from . import emit_functions
-from .grids import Cuts, Grid
 from .segment import Average, Node, Part, Product, Segment
 
 #: Pixels that go through the operations before what is averaged of them is pooled: a few KiB for each product, which

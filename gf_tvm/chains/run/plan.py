@@ -9,14 +9,15 @@ from functools import cached_property
 
 import torch
 
-from ..ops.dispatch import AWAITED
-from . import elementwise, packs, segmenter
-from .compiled import Bound, backward_of
-from .forward import Call, Forward, Product
-from .graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
-from .lowering import Factor, Kept, Mean, Resampling, Situation, lower
-from .segment import Segment
-from .steps import Step
+from ...ops.dispatch import AWAITED
+from ..compile import packs, segmenter
+from ..compile.compiled import Bound, backward_of
+from ..compile.forward import Call, Forward, Product
+from ..compile.segment import Segment
+from ..plan import elementwise
+from ..plan.graph import Add, Conv, Drop, Gate, Map, Norm, Op, Region, Shape, Slice, View
+from ..plan.lowering import Factor, Kept, Mean, Resampling, Situation, lower
+from ..plan.steps import Step
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from ..core.geometry import Geometry
-from ..core.workload import Workload
-from ..kernels.cpu import emit, maps, on_grid, simd
-from ..kernels.cpu.strips import alignment, spreading
-from ..kernels.cpu.sweep import Tiles
-from ..kernels.stages import ACC
-from ..machine.profiles import DeviceProfile
-from ..schedules.cpu import STREAM_BYTES, tiles_of
+from ...core.geometry import Geometry
+from ...core.workload import Workload
+from ...kernels.cpu import emit, maps, on_grid, simd
+from ...kernels.cpu.strips import alignment, spreading
+from ...kernels.cpu.sweep import Tiles
+from ...kernels.stages import ACC
+from ...machine.profiles import DeviceProfile
+from ...schedules.cpu import STREAM_BYTES, tiles_of
+from ..plan.grids import Cuts
+from ..plan.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, Part
 from .compiled import Tables
 from .emit_together import Sums, Together
-from .grids import Cuts
 from .stage import Stage, StageCode
-from .steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, Part
 from .traversal import indices, scratch_of, space
 
 #: Planes that a plane which is being pooled asks for, counted from itself.

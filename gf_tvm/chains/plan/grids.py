@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..core.geometry import Axis, Geometry
-from ..core.reference import sum_dtype
-from ..ops.dispatch import without_autocast
+from ...core.geometry import Axis, Geometry
+from ...core.reference import sum_dtype
+from ...ops.dispatch import without_autocast
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..bundle.kernel import Kernel
-from ..bundle.library import get_library
-from ..core import reference
-from ..core.geometry import Geometry
-from ..core.workload import ALIGNMENT
-from ..ops.dispatch import as_kernel_takes, find_kernel, warn_fallback_once
+from ...bundle.kernel import Kernel
+from ...bundle.library import get_library
+from ...core import reference
+from ...core.geometry import Geometry
+from ...core.workload import ALIGNMENT
+from ...ops.dispatch import as_kernel_takes, find_kernel, warn_fallback_once
 
 #: Dtypes that compiled chains take, and convert to float32. Gradients on the grid are float32 whatever the
 #: convolution's dtype is, which only says how grad_W is stored.

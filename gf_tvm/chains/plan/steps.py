@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Union
 
-from ..core.geometry import Geometry
+from ...core.geometry import Geometry
 from .grids import Grid, Shared
 
 

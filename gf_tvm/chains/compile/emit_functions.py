@@ -9,8 +9,8 @@ from typing import Any
 
 from tvm import tirx
 
-from ..kernels.cpu import simd, smooth
-from .elementwise import FUNCTIONS, Settings
+from ...kernels.cpu import simd, smooth
+from ..plan.elementwise import FUNCTIONS, Settings
 
 
 class Vectors:

@@ -16,23 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.graph import Shape
+from ..plan.grids import covers, pixels, uniform
+from ..plan.steps import ConvInput, ConvWeight, Expand, Filter, Gather, MapSum, PatchSum, Step, Take, reads, writes
 from . import kernels
-from .graph import Shape
-from .grids import covers, pixels, uniform
 from .packs import LINE, Layout, Packed
-from .steps import (
-    ConvInput,
-    ConvWeight,
-    Expand,
-    Filter,
-    Gather,
-    MapSum,
-    PatchSum,
-    Step,
-    Take,
-    reads,
-    writes,
-)
 from .traversal import indices, scratch_of, simple, space
 
 
