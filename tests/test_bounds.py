@@ -28,7 +28,7 @@ from gf_tvm.files import MAX_JSON, read_limited
 from gf_tvm.report.sources import read as read_results
 from gf_tvm.shapes import load_cases
 from gf_tvm.training import checkpoint, data, feature_files
-from gf_tvm.tuning.log import MAX_LINE, read_log
+from gf_tvm.tuning.log import MAX_LINE, _encode, read_log
 
 #: What a bomb unpacks to, and what reading it may take beyond what the process had.
 BOMB, ALLOWED = 5 << 28, 500 << 20
@@ -65,7 +65,7 @@ def lying(path: Path, name: str, claimed: int, size: int) -> Path:
     return path
 
 
-def npy(shape: tuple[int, ...], dtype: type | str) -> bytes:
+def npy(shape: tuple[int, ...], dtype: type) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
     return file.getvalue()
@@ -75,6 +75,9 @@ CPU = json.dumps({"schema": 1, "sha256": {}, "kernels": []}).encode()
 GPU = json.dumps({"schema": 2, "kind": "cuda", "sha256": {"a.cu": ""}, "kernels": []}).encode()
 LABELS = npy((4,), np.int64) + np.arange(4).tobytes()
 MANY = (BOMB // 64, 8, 8)
+HEADER = _encode(
+    {"gf_tvm_log": 1, "device": "d", "target": "t", "key": "k", "definition": "0", "workload": {}, "made": {}}
+)
 PICKLE = b"\x80\x02r\xff\xff\xff\x3f."  # "the value with number 2**30"
 
 
@@ -163,7 +166,8 @@ BOMBS: dict[str, tuple[str, Write, Callable[[Path], object]]] = {
     "labels": (
         "a.npz",
         lambda path: pack(
-            path, {"x.npy": npy((4, 8, 8), np.uint8) + bytes(256), "y.npy": zeros(BOMB, npy((4,), "S9"))}
+            path,
+            {"x.npy": npy((4, 8, 8), np.uint8) + bytes(256), "y.npy": zeros(800 << 20, npy((100 << 20,), np.int64))},
         ),
         images,
     ),
@@ -186,7 +190,19 @@ BOMBS: dict[str, tuple[str, Write, Callable[[Path], object]]] = {
     "a part of an evaluation": ("a.json", lambda path: text(path, b"[],", MAX_JSON + 9, b"[", b"0]"), store),
     "features": ("a.json", lambda path: text(path, b"[],", MAX_JSON + 9, b"[", b"0]"), features),
     "a log": ("a.jsonl", hole, read_log),
-    "a line of a log": ("a.jsonl", lambda path: text(path, b"[],", 2 * MAX_LINE, b"[", b"0]\n"), read_log),
+    "a line of a log": ("a.jsonl", lambda path: text(path, b"[],", 2 * MAX_LINE, HEADER + b"[", b"0]\n"), read_log),
+}
+
+
+#: Where memory that runs out would be one line, too; or only time is taken.
+SAYS = {
+    "many kernels": "would unpack to",
+    "a program for GPUs": "would unpack to",
+    "labels": "its labels must have shape (4,)",
+    "a packed checkpoint": "its entries are compressed",
+    "a pickle of CIFAR": "it numbers a value",
+    "a hole for a pickle of CIFAR": "it has more than",
+    "a line of a log": "line 2: damaged: it has more than",
 }
 
 
@@ -209,6 +225,7 @@ def test_a_bomb_is_one_line(tmp_path: Path, name: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400 + len(str(path))
+    assert SAYS.get(name, "") in str(error.value)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
