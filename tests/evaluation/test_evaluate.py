@@ -408,6 +408,8 @@ def test_variants_of_a_dtype_of_means(train: TrainConfig) -> None:
     names = ["exact", "R2", "R2 chained float16", "R2x1", "R2x1 chained float16"]
     assert list(config.variants) == names
     assert [config.run(name, 1, 0).variant for name in names] == names
+    with pytest.raises(EvaluationError, match="layer_by_layer adds runs without chains"):
+        replace(config, train=replace(train, chain=False))
 
 
 def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
