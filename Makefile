@@ -52,9 +52,9 @@ demo: $(RUN_STAMP)
 # measured by benchmarks/cpu.py. For an idle machine, if the times are to count. What is finished is not repeated.
 REPORT  := build/report
 DIGITS  := --model resnet18_025 --data digits --patch exact,2,4,7 --last 1,2,4 --seeds 0,1,2,3,4 --shift 0 \
-           --pretrain-epochs 12 --epochs 10
+           --pretrain-epochs 12 --epochs 10 --layer-by-layer
 SCENES  := --model fcn_resnet18_025 --data scenes --patch exact,2,4 --last 2 --seeds 0,1,2 --shift 0 --batch 16 \
-           --pretrain-epochs 8 --pretrain-lr 0.2 --epochs 10 --lr 0.02
+           --pretrain-epochs 8 --pretrain-lr 0.2 --epochs 10 --lr 0.02 --layer-by-layer
 report: $(RUN_STAMP)
 	@mkdir -p $(REPORT)
 	$(BIN)/gf-tvm build --model resnet18_025 --input 32x3x32x32 --last 4 --patch 2,4,7 --out $(REPORT)/digits.gfb

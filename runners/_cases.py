@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..building import Program
     from ..comparison.chains import ChainCase
     from ..core.geometry import Pair
+    from ..core.workload import Workload
     from ..shapes import Case
 
 #: With --model.
@@ -117,6 +118,13 @@ def cases_from(args: argparse.Namespace) -> list[Case]:
     if args.dtype is not None:
         cases = with_dtypes(cases, parse_dtypes(args.dtype))
     return cases if args.cases is None else pick_cases(cases, args.cases)
+
+
+def workloads_from(args: argparse.Namespace) -> list[Workload]:
+    """What training on these cases calls; with --model what its chains call, too. Raises as :func:`cases_from`."""
+    from ..shapes import workloads_of
+
+    return workloads_of(cases_from(args), args.chain and args.model is not None)
 
 
 def parse_variants(text: str) -> list[Pair | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
-from ._cases import add_case_arguments, add_chain_argument, cases_from, programs_from
+from ._cases import add_case_arguments, add_chain_argument, programs_from, workloads_from
 from ._output import OutputError, check_writable, format_table, write_json
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
     add_case_arguments(parser)
     add_chain_argument(
         parser,
-        "build only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: also the "
-        "kernels of chains and, with --model for CPUs, its chains as whole functions)",
+        "with --model: build only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: "
+        "also the kernels of chains and, for CPUs and without --cases, the model's chains as whole functions)",
     )
     parser.add_argument(
         "--train-bn-affine",
@@ -69,7 +69,6 @@ class _MakeKey(argparse.Action):
 
 def run(args: argparse.Namespace) -> int:
     from ..machine.profiles import get_profile
-    from ..shapes import workloads_of
 
     for path in (args.out, args.json):
         if path is not None:
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     check_logs(args.logs)
     profile = get_profile(args.device)
     runtime = None if args.runtime is None else _runtime_folder(args.runtime, profile)
-    workloads = workloads_of(cases_from(args), args.chain)
+    workloads = workloads_from(args)
     programs = [] if profile.gpu else programs_from(args)
     report = build_with_progress(workloads, profile, args.logs, args.out, programs, args.sign)
     size = report.path.stat().st_size

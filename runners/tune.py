@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._building import check_logs
-from ._cases import add_case_arguments, add_chain_argument, cases_from
+from ._cases import add_case_arguments, add_chain_argument, workloads_from
 from ._output import ProgressBar, check_writable, format_table, write_json
 from ._signals import interrupted_from_outside
 from .farm._arguments import add_tracker_arguments, environment_tracker, tracker_address
@@ -33,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
     add_case_arguments(parser)
     add_chain_argument(
         parser,
-        "tune only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: also those of "
-        "chains)",
+        "with --model: tune only the kernels that convolutions call one by one, for gf-tvm train --no-chain (default: "
+        "also those of chains)",
     )
     parser.add_argument("--kernels", metavar="K,...", help="only these of the kernels that training calls")
     search = parser.add_argument_group("search")
@@ -105,10 +105,9 @@ def run(args: argparse.Namespace) -> int:
             check_writable(path)
     farm = _farm_options(args)
     check_logs(args.seed_logs)
-    from ..shapes import workloads_of
     from ..tuning import tune
 
-    workloads = _pick_kernels(workloads_of(cases_from(args), args.chain), args.kernels)
+    workloads = _pick_kernels(workloads_from(args), args.kernels)
     display = _Display({workload.key: workload for workload in workloads})
     events = None if args.json_events is None else open(args.json_events, "a", encoding="utf-8")  # noqa: SIM115
 

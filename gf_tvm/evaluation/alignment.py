@@ -64,7 +64,7 @@ def cosines(
             continue
         weight = fmean(cosine([a[0]], [b[0]]) for a, b in pairs)
         inputs = [cosine(a[1], b[1]) for a, b in pairs if a[1]]
-        found.append(Layer(name, config.variant, weight, fmean(inputs) if inputs else None))
+        found.append(Layer(name, config.patch_name, weight, fmean(inputs) if inputs else None))
     return found
 
 

@@ -29,7 +29,8 @@ class EvaluateConfig:
         layer_by_layer: with chains, evaluate every patch without them, too.
 
     Raises:
-        EvaluationError: an empty list, or a value out of range. TrainingError, GeometryError: as for TrainConfig.
+        EvaluationError: an empty list, a value out of range, or ``layer_by_layer`` without chains. TrainingError,
+            GeometryError: as for TrainConfig.
     """
 
     train: TrainConfig
@@ -59,7 +60,9 @@ class EvaluateConfig:
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.layer_by_layer and not self.train.chain:
-            raise EvaluationError("layer by layer is all there is without chains: leave out one of the two options")
+            raise EvaluationError(
+                "layer_by_layer adds runs without chains, but chain=False (--no-chain) has no others: leave one out"
+            )
         budget, drop = self.memory_budget, self.max_score_drop
         if budget is not None and (not _is_whole(budget) or budget < 1):
             raise EvaluationError(f"memory_budget must be a number of bytes of at least 1, or None, got {budget!r}")

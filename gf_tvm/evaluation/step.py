@@ -133,13 +133,12 @@ def kept_by_type(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
     def leave(*_: object) -> None:
         active.pop()
 
-    def watch(path: str | None, kind: str) -> None:
-        active[-1] = CHAINS if path is None else kind or type(model).__name__
+    def watch(path: str | None, kind: str | None) -> None:
+        own = kind or type(model).__name__
+        active[-1] = LOSS if kind is None else CHAINS if path is None else own
 
     with ExitStack() as stack:
         if compiles_itself(model):  # and then calls no modules
-            stack.callback(model.register_forward_pre_hook(enter).remove)
-            stack.callback(model.register_forward_hook(leave).remove)
             stack.enter_context(watch_steps(watch))
         else:
             for module in model.modules():

@@ -117,7 +117,8 @@ def _lines(
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each series; what is chained has those of its patch, dashed and hollow."""
+    """Colour and marker of each series; what is chained has those of its patch, dashed and hollow
+    where the patch is there without chains, too."""
     plain = list(dict.fromkeys(name.partition(f" {_CHAINED}")[0] for name in names))
     found: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -127,7 +128,7 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             "color": exhibits.COLORS[index % len(exhibits.COLORS)],
             "marker": exhibits.MARKERS[index % len(exhibits.MARKERS)],
         }
-        found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if chained else look
+        found[name] = {**look, "linestyle": "--", "markerfacecolor": "none"} if chained and patch in names else look
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.capture.live import by_modules
 from ..core.geometry import Geometry, Patch
 from ..core.workload import DTYPES
 from ..errors import GeometryError, ModelError
@@ -70,7 +71,7 @@ def model_cases(
         for parameter, _ in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in trained)
-        with torch.enable_grad():
+        with torch.enable_grad(), by_modules():  # a filtered model would be compiled with the hooks
             zeros = torch.zeros(
                 shape,
                 dtype=first.dtype if first is not None else torch.float32,

@@ -69,7 +69,7 @@ def count_kept_bytes(model: nn.Module, layers: Mapping[str, nn.Module]) -> Itera
         path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False) if id(module) in names
     }
 
-    def watch(path: str | None, _: str) -> None:
+    def watch(path: str | None, _: str | None) -> None:
         above = "" if path is None else path
         while above and above not in paths:  # a parametrized weight is computed by a module inside the layer's
             above = above.rpartition(".")[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_models import patterns, tiny
+from training_models import SubclassedConv, patterns, tiny
 
 import gf_tvm
 from gf_tvm.core.geometry import Geometry
@@ -316,6 +316,7 @@ def test_evaluate_and_resume(train: TrainConfig, tmp_path: Path, monkeypatch: py
             return real(*args, **kwargs)
 
         monkeypatch.setattr(evaluator, name, counted)
+    train = replace(train, chain=False)
     config, out = EvaluateConfig(train, ["exact", 7], [2], memory_budget=10**9, max_score_drop=1.0), tmp_path / "out"
     stop_at = 4
     with pytest.raises(KeyboardInterrupt):
@@ -407,6 +408,8 @@ def test_variants_of_a_dtype_of_means(train: TrainConfig) -> None:
     names = ["exact", "R2", "R2 chained float16", "R2x1", "R2x1 chained float16"]
     assert list(config.variants) == names
     assert [config.run(name, 1, 0).variant for name in names] == names
+    with pytest.raises(EvaluationError, match="layer_by_layer adds runs without chains"):
+        replace(config, train=replace(train, chain=False))
 
 
 def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
@@ -492,15 +495,16 @@ def test_what_stood_in_the_way_is_said(
 ) -> None:
     """A convolution that cannot be filtered, frozen layers whose results cannot be kept, limits that nothing meets."""
     monkeypatch.setattr(evaluator, "measure_apart", measure)
-    options = ["--model", "training_models:half_filterable", "--last", "2", "--memory-budget", "1B", "--threads", "1"]
+    monkeypatch.setattr(gf_tvm.nn, "filter_obstacle", lambda module: "odd" if type(module) is SubclassedConv else None)
+    options = ["--model", "training_models:subclassed", "--last", "2", "--memory-budget", "1B", "--threads", "1"]
     assert cli.main([*arguments, *options, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/evaluation.json").read_text())["obstacles"]
     assert set(found) == {"limits", "filtering", "cache"}
-    assert list(found["filtering"]) == ["2.conv"]  # the first convolution is filtered
+    assert list(found["filtering"]) == ["2"]  # the first convolution is filtered
     assert "the memory budget" in found["limits"]
     assert found["cache"] == "training images are flipped or shifted at random"  # the default shift
     shown = capsys.readouterr().out
-    assert f"not filtered, exact in every setting:\n  2.conv: {found['filtering']['2.conv']}" in shown
+    assert "not filtered, exact in every setting:\n  2: odd" in shown
     assert f"the frozen layers are computed in every step: {found['cache']}" in shown
     assert f"no recommendation: {found['limits']}" in shown
 

@@ -148,17 +148,22 @@ def test_chains_of_a_comparison() -> None:
     assert "single convolutions and chains" in page_of("both.json").text
 
 
-def test_chained_settings_of_an_evaluation() -> None:
+@pytest.mark.parametrize("chained", ["R4 chained", "R4 chained float16"])
+def test_chained_settings_of_an_evaluation(chained: str) -> None:
     document = evaluation()
-    document["settings"] += [{**row, "variant": "R4 chained"} for row in document["settings"] if row["variant"] == "R4"]
+    document["settings"] += [{**row, "variant": chained} for row in document["settings"] if row["variant"] == "R4"]
     made = parts_of(save("evaluate.json", document))
     by_patch, by_last = made["score"].figure.axes
-    assert [label.get_text() for label in by_patch.get_xticklabels()] == ["exact", "R4", "R4\nchained"]
+    assert [label.get_text() for label in by_patch.get_xticklabels()] == ["exact", "R4", chained.replace(" ", "\n", 1)]
     looks = {line.get_label(): line.lines[0] for line in by_last.containers}
-    assert looks["R4"].get_color() == looks["R4 chained"].get_color() != looks["exact"].get_color()
-    assert looks["R4"].get_linestyle() != looks["R4 chained"].get_linestyle()
+    assert looks["R4"].get_color() == looks[chained].get_color() != looks["exact"].get_color()
+    assert looks["R4"].get_linestyle() != looks[chained].get_linestyle()
     rows = [(row["backward"][0], row["last"][0]) for row in page_of("evaluate.json").rows("step")]
-    assert rows == [(v, last) for last in ("1", "2") for v in ("exact", "R4", "R4 chained")]
+    assert rows == [(v, last) for last in ("1", "2") for v in ("exact", "R4", chained)]
+    # By itself it looks like any other.
+    document["settings"] = [row for row in document["settings"] if row["variant"] != "R4"]
+    _, by_last = parts_of(save("evaluate.json", document))["score"].figure.axes
+    assert {line.lines[0].get_linestyle() for line in by_last.containers} == {"-"}
 
 
 @pytest.mark.parametrize(

@@ -45,18 +45,19 @@ def test_train(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if not line.startswith("gf-tvm: warning")]
     names = [line.split(":")[0] for line in lines]
-    assert names == ["pretrain 1/1", *(f"{run} {i}/2" for run in ("exact", "R2", "R4x2") for i in (1, 2))]
+    runs = ("exact", "R2 chained", "R4x2 chained")
+    assert names == ["pretrain 1/1", *(f"{run} {i}/2" for run in runs for i in (1, 2))]
     assert all(" forward " in line and " backward " in line and " MB" in line and "test" in line for line in lines)
     table = shown.out.splitlines()
     assert "fine-tuned 1 convolutions and the classifier" in table[0]
     assert [line.split()[0] for line in table[3:6]] == ["exact", "R2", "R4x2"]
     assert table[6:] == [
-        "frozen layers' results (exact, R2, R4x2): computed in every epoch: training images are flipped or shifted at "
-        "random"
+        f"frozen layers' results ({', '.join(runs)}): computed in every epoch: training images are flipped or "
+        "shifted at random"
     ]
     result = json.loads(out.read_text())
     assert result["schema"] == "gf_tvm.train/1"
-    assert [run["variant"] for run in result["runs"]] == ["exact", "R2", "R4x2"]
+    assert [run["variant"] for run in result["runs"]] == ["exact", "R2 chained", "R4x2 chained"]
     for run in result["runs"]:
         config = TrainConfig(**run["config"])
         assert (config.seed, config.clip, config.flip, config.batch) == (5, None, True, 8)
@@ -187,7 +188,7 @@ def test_another_configuration_is_refused(
     assert cli.main([*arguments, "--resume", "--lr", "0.5"]) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
-    assert "finetune-training_models-tiny-patterns-R2-last1-seed0.pt" in shown.err
+    assert "finetune-training_models-tiny-patterns-R2-chained-last1-seed0.pt" in shown.err
     assert "(this run: 0.5)" in shown.err
     assert files_in(tmp_path) == before
     assert cli.main([*arguments, "--resume"]) == 0

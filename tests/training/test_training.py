@@ -478,6 +478,21 @@ def test_a_library_is_used(config: TrainConfig) -> None:
         torch.testing.assert_close(value, fast.model.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", ["memory", "off"])
+@pytest.mark.parametrize(("has", "by"), [((), "torch"), (("input_grad", "weight_grad"), "tvm")])
+def test_chains_of_a_run_with_a_library(config: TrainConfig, has: tuple[str, ...], by: str, cache: str) -> None:
+    library = FakeLibrary(has=("filter_input", *has))
+    library.path = Path("fake.gfb")  # type: ignore[attr-defined]
+    config = replace(config, model="training_models:pointwise", last=2, epochs=1, cache=cache)
+    with loaded(library):
+        result = train(config, library=library)  # type: ignore[arg-type]
+    assert result.chains == (("3", "5"),)
+    assert result.kernels == {"3": by, "5": by}
+    assert {key.partition("_n8")[0] for key in result.missing_workloads} == {"input_grad", "weight_grad"} - set(has)
+    if has:
+        assert library.called.count("weight_grad") == 2 * (result.rows[0].steps + 1)  # and when it compiles itself
+
+
 def test_what_a_library_lacks_is_reported(config: TrainConfig) -> None:
     library = FakeLibrary(has=("filter_input",))
     library.path = Path("fake.gfb")  # type: ignore[attr-defined]

@@ -101,7 +101,12 @@ class Backend:
             if runs is not None:
                 runs(found)
             watch = _watching.get()
-            return module(*given) if watch is None else _Watched(module, watch).run(*given)
+            if watch is None:
+                return module(*given)
+            try:
+                return _Watched(module, watch).run(*given)
+            finally:
+                watch(None, None)
 
         return run
 
@@ -132,8 +137,8 @@ class _ForEachSize:
 
 
 #: Called before each step of a graph with the path and the class's name of the module whose code it is ("" and "" for
-#: the compiled module's own, where it has no name), or with None and "" for a chain.
-Watch = Callable[[str | None, str], None]
+#: the compiled module's own, where it has no name), or with None and "" for a chain; after the graph with None twice.
+Watch = Callable[[str | None, str | None], None]
 
 _watching: ContextVar[Watch | None] = ContextVar("gf_tvm_watching", default=None)
 
