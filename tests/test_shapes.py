@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -276,16 +277,28 @@ def test_geometry_is_the_one_that_the_operator_sees(
     assert set(seen) == {case.geometry}
 
 
-def test_layers_that_cannot_be_filtered(caplog: pytest.LogCaptureFixture) -> None:
-    class Own(nn.Conv2d):
-        pass
+def test_layers_with_forward_passes_of_their_own() -> None:
+    """What they give to the convolution counts, which may be padded in another way than the module says."""
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4, 4, 3), Own(4, 4, 1))
-    assert [c.layers for c in model_cases(model, (1, 3, 8, 8), last=3, patches=[2])] == [("0",)]
-    assert "1 left alone" in caplog.text
-    for options in ({"last": 1}, {"layers": ["0", "1"]}):
-        with pytest.raises(ModelError, match=r"[12] cannot be filtered: .*Own"):
-            model_cases(model, (1, 3, 8, 8), patches=[2], **options)  # type: ignore[arg-type]
+    class Same(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.zeros(2, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.kernel, padding="same")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Same(4, 4, 3, stride=2), Functional())
+    cases = model_cases(model, (1, 3, 8, 8), layers=["0", "1", "2"], patches=[2])
+    assert [(c.layers, c.geometry.h, c.geometry.kernel, c.geometry.stride, c.geometry.padding) for c in cases] == [
+        (("0",), 8, (3, 3), (1, 1), (0, 0)),
+        (("1",), 7, (3, 3), (2, 2), (0, 0)),
+        (("2",), 3, (1, 1), (1, 1), (0, 0)),
+    ]
 
 
 def test_layers_that_never_run(caplog: pytest.LogCaptureFixture) -> None:

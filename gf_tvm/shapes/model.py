@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..chains.capture.live import by_modules
-from ..core.geometry import Geometry, Patch
+from ..core.geometry import Geometry, Patch, as_pair
 from ..core.workload import DTYPES
 from ..errors import GeometryError, ModelError
 from ..nn import Layers, select_filterable
@@ -49,19 +51,30 @@ def model_cases(
     """
     shape = tuple(input_shape)
     pairs = as_patches(patches)
-    selected = select_filterable(model, last, layers).filterable
+    selection = select_filterable(model, last, layers)
+    selected = selection.filterable
     seen: dict[tuple[Geometry, str], list[tuple[str, bool]]] = {}  # geometry without patch, dtype: who, needs gradient
     called: set[str] = set()
+
+    def note(name: str, x: Tensor, found: tuple[Geometry, str]) -> None:
+        called.add(name)
+        seen.setdefault(found, []).append((name, bool(x.requires_grad)))
+
+    calls = _Calls(lambda name, x, *call: note(name, x, _call_geometry(name, x, *call)))
 
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            called.add(name)
-            seen.setdefault(layer_geometry(name, module, x), []).append((name, bool(x.requires_grad)))
+            note(name, x, layer_geometry(name, module, x))
 
         return record
 
-    hooks = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in selected.items()]
+    hooks = []
+    for name, layer in selected.items():
+        if name in selection.captured:
+            hooks += calls.watch(name, layer)
+        else:
+            hooks.append(layer.register_forward_pre_hook(recorder(name), with_kwargs=True))
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     trained = {id(p) for module in selected.values() for p in module.parameters()}
@@ -71,7 +84,7 @@ def model_cases(
         for parameter, _ in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in trained)
-        with torch.enable_grad(), by_modules():  # a filtered model would be compiled with the hooks
+        with torch.enable_grad(), calls, by_modules():  # a filtered model would be compiled with the hooks
             zeros = torch.zeros(
                 shape,
                 dtype=first.dtype if first is not None else torch.float32,
@@ -105,6 +118,37 @@ def model_cases(
     return cases
 
 
+class _Calls(TorchFunctionMode):
+    """Tells of the convolutions that modules compute in forward passes of their own.
+
+    Args:
+        told: called with the module's name and the arguments of ``torch.nn.functional.conv2d``.
+    """
+
+    def __init__(self, told: Callable[..., None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._told, self._inside = told, list[str]()
+
+    def watch(self, name: str, module: nn.Module) -> list[Any]:
+        """Handles of the hooks that tell when this module runs."""
+        enter = module.register_forward_pre_hook(lambda *_: self._inside.append(name))
+        leave = module.register_forward_hook(lambda *_: void(self._inside.pop()), always_call=True)
+        return [enter, leave]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d and self._inside:
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+            given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+            self._told(self._inside[-1], *(given[name] for name in names if name != "bias"))
+        return func(*args, **kwargs)
+
+
+def void(_: object) -> None:
+    """What a hook returns that changes nothing."""
+
+
 def does_not_run(model: nn.Module, shape: Sequence[int], error: Exception) -> ModelError:
     """What to raise where ``model``, which is the user's code, fails on an input of that shape."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -113,20 +157,27 @@ def does_not_run(model: nn.Module, shape: Sequence[int], error: Exception) -> Mo
 
 def layer_geometry(name: str, module: Any, x: Tensor) -> tuple[Geometry, str]:
     """Geometry (with a patch of one pixel) and dtype of one call of a layer, as FilteredConv2d would see it."""
+    padding = module.padding
+    if module.padding_mode != "zeros":  # padded before the convolution, which then sees a larger map
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    return _call_geometry(name, x, module.weight, module.stride, padding, module.dilation, module.groups)
+
+
+def _call_geometry(
+    name: str, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Geometry, str]:
+    """Geometry (with a patch of one pixel) and dtype of one call of ``torch.nn.functional.conv2d``."""
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ModelError(f"layer {name!r} works in {dtype}; kernels store {', '.join(DTYPES)}")
     if x.dim() != 4:
         raise ModelError(f"layer {name!r} gets an input of {x.dim()} dimensions; a batch (n, c, h, w) has 4")
     n, ci, h, w = x.shape
-    padding = module.padding
-    if module.padding_mode != "zeros":  # padded before the convolution, which then sees a larger map
-        left, right, top, bottom = module._reversed_padding_repeated_twice
-        h, w, padding = h + top + bottom, w + left + right, 0
-    elif padding == "valid":
+    co, _, kh, kw = weight.shape
+    dilation = as_pair(dilation, "dilation", 1)
+    if padding == "valid":
         padding = 0
     elif padding == "same":  # an odd total is padded to an even one after the map
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilation, (kh, kw), strict=True)]
         h, w, padding = h + total[0] % 2, w + total[1] % 2, (total[0] // 2, total[1] // 2)
-    settings = (module.stride, padding, module.dilation, module.groups)
-    return Geometry(n, ci, module.out_channels, h, w, module.kernel_size, (1, 1), *settings), dtype
+    return Geometry(n, ci, co, h, w, (kh, kw), (1, 1), stride, padding, dilation, groups), dtype

@@ -65,7 +65,7 @@ class Backward:
 
     Attributes:
         batch: images.
-        steps, registers: as in :class:`.plan.Plan`, but values, slots and tensors are numbered in the order in which
+        steps, registers: as in ``run.plan.Plan``, but values, slots and tensors are numbered in the order in which
             they are met, and libraries' digests are left out.
         values: shapes of exits whose gradients are read and of entries whose gradients are written.
         slots: shapes of those that are read.
@@ -295,7 +295,7 @@ def backward_of(
     """The backward pass of these steps as a compiled function; None where several convolutions share a weight.
 
     Args:
-        steps, registers, shapes: as in :class:`.plan.Plan`. slots: shapes, by number. packs: those that they lie in.
+        steps, registers, shapes: as in ``run.plan.Plan``. slots: shapes, by number. packs: those that they lie in.
     """
     weights = [step.tensor for step in steps if isinstance(step, ConvWeight)]
     sums = {step.tensor for step in steps if isinstance(step, PatchSum)}

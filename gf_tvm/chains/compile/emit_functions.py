@@ -44,7 +44,7 @@ class Vectors:
 
 
 def function(kind: str, settings: Settings, z: Any) -> Any:
-    """f(z); ``kind`` is one that :func:`.elementwise.is_compiled`."""
+    """f(z); ``kind`` is one that ``plan.elementwise.is_compiled``."""
     return FUNCTIONS[kind].value(Vectors(z), z, settings)
 
 
@@ -54,5 +54,5 @@ def slope(kind: str, settings: Settings, z: Any) -> Any:
 
 
 def slope_of_result(kind: str, settings: Settings, y: Any) -> Any:
-    """f'(z) from y = f(z), for functions of :func:`.elementwise.is_result_enough`."""
+    """f'(z) from y = f(z), for functions of ``plan.elementwise.is_result_enough``."""
     return FUNCTIONS[kind].slope_of_result(Vectors(y), y, settings)

@@ -25,7 +25,7 @@ class Node:
     """One operation of a segment.
 
     Attributes:
-        kind: "norm", "add", "scale" or a function that :func:`.elementwise.is_compiled`.
+        kind: "norm", "add", "scale" or a function that ``plan.elementwise.is_compiled``.
         inputs: numbers of values: a segment's maps come first, then its nodes' results.
         settings: (eps, has a scale, has a shift), (alpha,), (factor,), or the function's own.
     """

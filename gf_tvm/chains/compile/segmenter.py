@@ -21,7 +21,7 @@ def units(
     """The forward pass with segments: calls, and between them the operations that are in none.
 
     Args:
-        forward, shapes, exits, slots: as in :class:`.plan.Plan`.
+        forward, shapes, exits, slots: as in ``run.plan.Plan``.
     """
     return _Split(forward, shapes, exits, slots).units()
 

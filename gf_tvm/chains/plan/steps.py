@@ -1,7 +1,7 @@
 """The steps of a chain's backward pass. Everything about shapes is settled in them: they only say what to compute.
 
 A register holds a gradient on a patch grid, (n, channels, ph, pw) in the dtype of sums, or None where no gradient came
-in. Slots number what the forward pass kept: see :class:`.plan.Plan`.
+in. Slots number what the forward pass kept: see ``run.plan.Plan``.
 """
 
 from __future__ import annotations

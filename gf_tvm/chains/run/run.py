@@ -1,7 +1,7 @@
 """Runs a chain: an exact forward pass that keeps what the plan says, and one backward pass on the patch grid.
 
-Where a library has the whole backward pass as one function (:mod:`.compiled`) it is called; else the steps are done one
-by one, the products by a library's kernels where it has them (:mod:`.kernels`).
+Where a library has the whole backward pass as one function (:mod:`..compile.compiled`) it is called; else the steps are
+done one by one, the products by a library's kernels where it has them (:mod:`..compile.kernels`).
 """
 
 from __future__ import annotations
