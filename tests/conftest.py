@@ -5,6 +5,7 @@ failed.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Most tests run without a library on purpose; the tests of the warning itself ask for it.
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_compiled() -> Iterator[None]:
+    """Dynamo keeps what it compiled, and the models that it was compiled for."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

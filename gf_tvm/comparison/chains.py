@@ -206,7 +206,7 @@ def measure_chains(
     chained_names = {name for chain in report.chains for name in chain.convolutions}
     # A module without any chain has no report.
     alone = {name: "nothing next to it can stay on the patch grid" for name in case.layers if name not in chained_names}
-    return Outcome(measured, {**alone, **report.alone, **report.waiting, **report.untraced})
+    return Outcome(measured, {**alone, **report.alone, **report.waiting})
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -200,6 +200,10 @@ class _Call:
                 f"torch.func transforms ({transform.key().name.lower()}) see each convolution by itself"
             )
             return own(*args, **kwargs)
+        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            # Dynamo calls those of single modules only.
+            self.filtered.unfiltered("hooks on all modules see each module by itself")
+            return own(*args, **kwargs)
         return self.filtered.run(self.module, args, kwargs)
 
 
