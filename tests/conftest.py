@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("GF_TVM_ON_DEMAND", "0")
     # Most tests run without a library on purpose; the tests of the warning itself ask for it.
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_compiled() -> Iterator[None]:
+    """Dynamo keeps what it compiled, and the models that it was compiled for."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

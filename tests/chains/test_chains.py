@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 import random
+import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +37,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gf_tvm
 from gf_tvm.chains import ChainReport, chains_of
+from gf_tvm.chains.capture.assemble import ConvolutionStep
+from gf_tvm.chains.capture.live import filtered_parts
+from gf_tvm.chains.model import compiles_itself
 from gf_tvm.chains.plan import elementwise, grids, lowering
 from gf_tvm.chains.run import run
 from gf_tvm.errors import ModelError
@@ -218,7 +223,11 @@ def images(n: int = 2, size: int = 32, dtype: torch.dtype = torch.float64) -> Te
 
 
 def filtered(model: nn.Module, last: int, patch: int = 2, chain: bool = False, **how: Any) -> nn.Module:
-    return gf_tvm.filter_model(copy.deepcopy(model), patch, last=last, chain=chain, **how)
+    """Without chains its modules run one by one, uncompiled: a reference of its own."""
+    which: dict[str, Any] = {"last": last}
+    if not chain:
+        which = {"layers": [name for name, _ in gf_tvm.select_layers(model, last=last)]}
+    return gf_tvm.filter_model(copy.deepcopy(model), patch, chain=chain, **which, **how)
 
 
 @pytest.mark.parametrize("train_norm", [False, True])
@@ -364,7 +373,7 @@ def test_means_in_16_bits(act: str, means: torch.dtype) -> None:
     unit = {**UNIT, "norm": "frozen", "act": act}
     model = prepare(Network([Unit(unit), Residual(unit, unit, False, "plus", act)], "mean"), 0, "nothing")
     names, x = filtered_names(model), torch.randn(2, CHANNELS, 12, 8, dtype=torch.float64)
-    chained = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, chain=True, means=means)
+    chained = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, means=means)
     plain = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, chain=False)
     error = worst(gradients(chained, x), gradients(plain, x))
     exact, coarse = act.startswith("relu"), 2 * torch.finfo(means).eps
@@ -383,7 +392,7 @@ def test_means_in_16_bits(act: str, means: torch.dtype) -> None:
 def test_means_in_another_dtype_are_refused() -> None:
     model = small(chain=False)
     with pytest.raises(ModelError, match=r"means must be None .* or torch.bfloat16, got torch.int8"):
-        gf_tvm.filter_model(model, 4, last=5, chain=True, means=torch.int8)
+        gf_tvm.filter_model(model, 4, last=5, means=torch.int8)
     assert model.stem.patch == (2, 2)
 
 
@@ -433,7 +442,8 @@ def small(chain: bool = True, **how: Any) -> Small:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.running_mean, 0, 0.5)
-    return gf_tvm.filter_model(model, 2, last=5, chain=chain, **how)
+    # Without chains its modules run one by one, uncompiled: a reference of its own.
+    return gf_tvm.filter_model(model, 2, layers=lambda name, module: True, chain=chain, **how)
 
 
 def lengths(model: nn.Module) -> list[int]:
@@ -494,40 +504,78 @@ def test_gradients_off_runs_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(model(images(2, 14)), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("where", ["convolution", "activation", "block", "all modules"])
-def test_hooks_run_and_end_chains(where: str) -> None:
-    chained, plain = small(), small(chain=False)
-    assert_same(chained, plain)
-    seen: list[str] = []
+def hook_modules(
+    models: tuple[Small, ...], where: str, change: Callable[[Tensor], Tensor], seen: list[str]
+) -> list[Any]:
+    """Forward hooks on one module of each model."""
 
     def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
         seen.append(type(module).__name__)
-        return y * 2
+        return change(y)
 
-    if where == "all modules":
-        handles = [torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append("all"))]
-    else:
-        handles = [
-            {"convolution": m.blocks[0].conv2, "activation": m.blocks[0].act, "block": m.blocks[1]}[
-                where
-            ].register_forward_hook(hook)
-            for m in (chained, plain)
-        ]
+    parts = {"convolution": lambda m: m.blocks[0].conv2, "activation": lambda m: m.blocks[0].act}
+    parts |= {"block": lambda m: m.blocks[1], "model": lambda m: m}
+    return [parts[where](m).register_forward_hook(hook) for m in models]
+
+
+@pytest.mark.parametrize("where", ["convolution", "activation", "block", "model"])
+def test_hooks_run_and_end_no_chains(where: str) -> None:
+    """What they compute is part of the network, whenever they come and go."""
+    chained, plain = small(), small(chain=False)
+    assert_same(chained, plain)
+    seen: list[str] = []
+    handles = hook_modules((chained, plain), where, lambda y: y * 2, seen)
     try:
         assert_same(chained, plain)
         runs = len(seen)
         assert runs
-        assert max(lengths(chained), default=0) < 5
+        assert lengths(chained) == [5]
         gradients(plain, images(2, 14))
         assert len(seen) == runs + runs / 2
     finally:
         for handle in handles:
             handle.remove()
     assert_same(chained, plain)
+    assert len(seen) == runs + runs / 2
     assert lengths(chained) == [5]
 
 
-def test_hooks_on_the_traced_module_run_once() -> None:
+@pytest.mark.parametrize(("where", "chains"), [("convolution", [2, 2]), ("activation", [2]), ("block", [2, 2])])
+def test_hooks_that_leave_the_grid_end_chains(where: str, chains: list[int]) -> None:
+    chained, plain = small(), small(chain=False)
+    handles = hook_modules((chained, plain), where, lambda y: y.flip(3), [])
+    assert_same(chained, plain)
+    assert lengths(chained) == chains, str(chains_of(chained))
+    assert re.search(r"by itself, blocks\S* cannot stay on the patch grid", str(chains_of(chained)))
+    for handle in handles:
+        handle.remove()
+    assert_same(chained, plain)
+    assert lengths(chained) == [5]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_hooks_on_all_modules_see_all_modules(factor: float) -> None:
+    """Dynamo would leave them out; so the model runs module by module while there are any."""
+    chained, plain = small(), small(chain=False)
+    assert_same(chained, plain)
+    seen: list[nn.Module] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: (seen.append(module), y * factor)[1]
+    )
+    try:
+        actual = gradients(chained, images(2, 14))
+        assert set(seen) == set(chained.modules())
+        assert worst(actual, gradients(plain, images(2, 14))) < 1e-10
+        assert "hooks on all modules" in chains_of(chained).waiting[""]
+    finally:
+        handle.remove()
+    seen.clear()
+    assert_same(chained, plain)
+    assert not seen
+    assert lengths(chained) == [5]
+
+
+def test_hooks_on_the_model_run_once() -> None:
     chained, plain = small(), small(chain=False)
     for model in (chained, plain):
         model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
@@ -547,7 +595,7 @@ def test_state_dict_copies_and_pickles() -> None:
     torch.save(chained, file)
     file.seek(0)
     for again in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained)), torch.load(file, weights_only=False)):
-        assert again.forward.module is again
+        assert dict(filtered_parts(again))[""].module is again
         nn.init.zeros_(again.stem.weight)
         again.load_state_dict(plain.state_dict(), strict=True)
         assert_same(again, plain)
@@ -556,14 +604,18 @@ def test_state_dict_copies_and_pickles() -> None:
 
 def test_unfiltering_and_filtering_again_remove_chains() -> None:
     model = small()
-    assert "forward" in vars(model)
-    assert "forward" not in vars(gf_tvm.unfilter_model(model))
-    gf_tvm.filter_model(model, 2, last=2, chain=True)
+    assert compiles_itself(model)
+    before = {*vars(Small())}
+    assert {*vars(gf_tvm.unfilter_model(model))} == before
+    assert not compiles_itself(model)
+    gf_tvm.filter_model(model, 2, last=2)
     gradients(model, images(2, 14))
     assert lengths(model) == [2]
-    gf_tvm.filter_model(model, 2, last=5)
-    assert lengths(model) == []
+    gf_tvm.filter_model(model, 2, last=5, chain=False)
+    assert not compiles_itself(model)
     assert_same(model, small(chain=False))
+    assert lengths(model) == []
+    assert set(chains_of(model).alone.values()) == {"chains are switched off"}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -598,10 +650,11 @@ class Checkpointed(Small):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_inside(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that checkpoints its parts is not traced, since that would be lost; the parts are."""
+    """The parts that are computed again have chains of their own."""
     monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
     chained, plain = (
-        gf_tvm.filter_model(Checkpointed().double().eval(), 2, last=5, chain=chain) for chain in (True, False)
+        gf_tvm.filter_model(Checkpointed().double().eval(), 2, layers=lambda name, module: True, chain=chain)
+        for chain in (True, False)
     )
     for model in (chained, plain):
         for block in model.blocks:
@@ -611,8 +664,8 @@ def test_checkpointing_inside(reentrant: bool, monkeypatch: pytest.MonkeyPatch) 
     assert [chain.convolutions for chain in report.chains] == [
         (f"blocks.{i}.conv1", f"blocks.{i}.conv2") for i in range(2)
     ]
-    assert list(report.untraced) == [""]
-    assert reentrant or "checkpoints a part" in report.untraced[""]
+    assert list(report.alone) == ["stem"]
+    assert not report.breaks
     assert not report.waiting
     # What the blocks' chains keep is not there before the backward pass.
     _, tensors = kept(chained, images(2, 14))
@@ -699,8 +752,8 @@ def test_a_library_serves_both_passes_and_what_it_lacks_is_said(
     assert {name for name in ("input_grad", "weight_grad") if any(f"lacks {name}" in line for line in said)} == lacking
 
 
-class Untraceable(nn.Module):
-    """Python code that depends on values; its blocks can be traced."""
+class Branches(nn.Module):
+    """Python code that depends on values: Dynamo ends a graph there."""
 
     def __init__(self, inner: Small) -> None:
         super().__init__()
@@ -713,38 +766,38 @@ class Untraceable(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-class MakesTensors(Untraceable):
+class MakesTensors(Branches):
     def forward(self, x: Tensor) -> Tensor:
         return self.head((self.blocks(F.relu(self.stem(x))) + torch.ones(7, 7, dtype=torch.float64)).mean((2, 3)))
 
 
-class DrawsNumbers(Untraceable):
+class DrawsNumbers(Branches):
     def forward(self, x: Tensor) -> Tensor:
         return self.head((self.blocks(F.relu(self.stem(x))) * (1 + random.random() * 0)).mean((2, 3)))
 
 
-class ChangesShared(Untraceable):
+class ChangesShared(Branches):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
         z = self.blocks(y)
         return self.head((z + y.mul_(2)).mean((2, 3)))
 
 
-class SwitchesGradients(Untraceable):
+class SwitchesGradients(Branches):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             y = self.stem(x)
         return self.head(self.blocks(F.relu(y)).mean((2, 3)))
 
 
-class SwitchesAutocast(Untraceable):
+class SwitchesAutocast(Branches):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = self.blocks(F.relu(self.stem(x)))
         return self.head(y.mean((2, 3)))
 
 
-class ChangesByAnotherName(Untraceable):
+class ChangesByAnotherName(Branches):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
         other = y
@@ -752,44 +805,54 @@ class ChangesByAnotherName(Untraceable):
         return self.head((self.blocks(y) + other).mean((2, 3)))
 
 
+#: The convolutions of blocks whose result needs a gradient of full size: so do both ways through them.
+APART = [(f"blocks.{i}.conv1", f"blocks.{i}.conv2") for i in range(2)]
+BLOCKS_OF_SMALL = [(*APART[0], *APART[1])]
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "chains", "alone"),
     [
-        (SwitchesGradients, "switches gradients or autocast on or off"),
-        (SwitchesAutocast, "switches gradients or autocast on or off"),
-        (ChangesByAnotherName, "changes in place what may be used elsewhere"),
-        (Untraceable, "symbolically traced variables cannot be used as inputs to control flow"),
-        (MakesTensors, "makes a tensor"),
-        (DrawsNumbers, "draws random numbers"),
-        (ChangesShared, "changes in place what may be used elsewhere"),
+        (SwitchesGradients, BLOCKS_OF_SMALL, "nothing is trained in it or before it"),
+        (SwitchesAutocast, APART, "mean cannot stay on the patch grid"),
+        (ChangesByAnotherName, BLOCKS_OF_SMALL, "add adds something else than two maps"),
+        (Branches, APART, "it is a result of the graph"),
+        (MakesTensors, APART, "add cannot stay on the patch grid"),
+        (DrawsNumbers, APART, "it is a result of the graph"),
+        (ChangesShared, [("stem", *BLOCKS_OF_SMALL[0])], None),
     ],
 )
-def test_untraceable_modules_keep_their_children_chained(kind: type[Untraceable], reason: str) -> None:
-    chained = gf_tvm.filter_model(kind(small(chain=False)), 2, last=5, chain=True)
+def test_code_between_layers(kind: type[Branches], chains: list[tuple[str, ...]], alone: str | None) -> None:
+    """Chains end where a step cannot stay on the grid, or cannot be moved, and go on behind it."""
+    chained = gf_tvm.filter_model(kind(small(chain=False)), 2, last=5)
     plain = kind(small(chain=False))
     assert_same(chained, plain)
     report = chains_of(chained)
-    assert reason in report.untraced[""], report
-    assert [chain.convolutions for chain in report.chains]
-    assert all(conv.startswith("blocks.") for chain in report.chains for conv in chain.convolutions)
+    assert [chain.convolutions for chain in report.chains] == chains, str(report)
+    assert report.alone == ({"stem": alone} if alone else {})
+    assert bool(report.breaks) == (kind in (Branches, DrawsNumbers))
 
 
-def test_modules_that_become_untraceable_run_unchained(caplog: pytest.LogCaptureFixture) -> None:
+def test_breaks_are_said(caplog: pytest.LogCaptureFixture) -> None:
     class Moody(Small):
+        moody = False
+
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            return y * 2 if self.training and y.sum() > 1e9 else y
+            return y * 2 if self.moody and y.sum() > 1e9 else y
 
     chained, plain = Moody().double().eval(), small(chain=False)
     chained.load_state_dict(plain.state_dict())
-    gf_tvm.filter_model(chained, 2, last=5, chain=True)
+    gf_tvm.filter_model(chained, 2, last=5)
     assert_same(chained, plain)
     assert lengths(chained) == [5]
-    for model in (chained, plain):
-        model.train()
+    assert not chains_of(chained).breaks
+    chained.moody = True
     assert_same(chained, plain)
-    assert "cannot be traced in this mode" in chains_of(chained).waiting[""]
-    assert "Moody runs without chains" in caplog.text
+    assert lengths(chained) == [5]  # it breaks behind them
+    assert ["ata-dependent" in reason for reason in chains_of(chained).breaks[""]] == [True]
+    assert "a graph ends early" in str(chains_of(chained))
+    assert "Moody: a chain ends where Dynamo ends a graph" in caplog.text
     with pytest.raises(TypeError):
         chained(images(2, 14), 3)
 
@@ -847,16 +910,14 @@ def test_every_step_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return z * y.size(2) + y if self.batched else z.reshape(y.shape)
 
     runs: Counter[str] = Counter()
-    chained, plainly = run._convolution, gf_tvm.FilteredConv2d.forward
+    chained, plainly = run._convolution, ConvolutionStep.forward
     monkeypatch.setattr(run, "_convolution", lambda op, *rest: (runs.update([op.name]), chained(op, *rest))[1])
     monkeypatch.setattr(
-        gf_tvm.FilteredConv2d,
-        "forward",
-        lambda self, x: (runs.update(n for n, m in model.named_modules() if m is self), plainly(self, x))[1],
+        ConvolutionStep, "forward", lambda self, *given: (runs.update([self.site.name]), plainly(self, *given))[1]
     )
     x = images(2, 10, torch.float32)
     for batched, chain in ((True, [2]), (False, [2])):
-        model = gf_tvm.filter_model(Model(batched), 2, last=4, chain=True)
+        model = gf_tvm.filter_model(Model(batched), 2, last=4)
         runs.clear()
         model(x)
         assert lengths(model) == chain

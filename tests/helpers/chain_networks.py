@@ -200,11 +200,14 @@ class TopDown(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Constant and trained scales."""
+    """Constant and trained scales; a hook is an operation like any other."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
+        if how == "hook":
+            self.hooked = nn.ReLU()
+            self.hooked.register_forward_hook(lambda module, args, y: y * 0.5)
         if how == "trained":
             self.scale = nn.Parameter(torch.randn(1, CHANNELS, 1, 1))
         if how == "buffer":
@@ -213,6 +216,8 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how in ("trained", "buffer"):
             return x * self.scale
+        if self.how == "hook":
+            return self.hooked(x)
         return {"times": lambda: 0.7 * x, "divided": lambda: x / 3, "negative": lambda: -x}[self.how]()
 
 
@@ -228,7 +233,7 @@ class Breaker(nn.Module):
             self.padded = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, padding_mode="circular")
         if how == "hook":
             self.hooked = nn.ReLU()
-            self.hooked.register_forward_hook(lambda module, args, y: y * 0.5)
+            self.hooked.register_forward_hook(lambda module, args, y: y.flip(3))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "unfiltered":
@@ -250,14 +255,14 @@ class Breaker(nn.Module):
 
 #: And what reports say of it.
 BREAKERS = {
-    "unfiltered": "blocks.1.exact (Conv2d) is not filtered",
-    "padding mode": "blocks.1.padded pads in mode 'circular' before it filters",
-    "hook": "blocks.1.hooked (ReLU) has hooks",
-    "max pool": "max_pool2d cannot stay on the patch grid",
-    "resize": "interpolate cannot stay on the patch grid",
-    "square": "mul multiplies two maps",
-    "side way": "max_pool2d cannot stay on the patch grid",
-    "transpose": "transpose cannot stay on the patch grid",
+    "unfiltered": "blocks.1.exact is not filtered",
+    "padding mode": "blocks.1.padded.pad cannot stay on the patch grid",
+    "hook": "blocks.1.hooked cannot stay on the patch grid",
+    "max pool": "blocks.1.max_pool2d cannot stay on the patch grid",
+    "resize": "blocks.1.upsample_bilinear2d cannot stay on the patch grid",
+    "square": "blocks.1.mul multiplies two maps",
+    "side way": "blocks.1.max_pool2d cannot stay on the patch grid",
+    "transpose": "blocks.1.transpose cannot stay on the patch grid",
 }
 
 
@@ -326,7 +331,7 @@ BLOCKS = st.one_of(
         st.sampled_from(["shape", "size", "same size"]),
     ),
     st.builds(TopDown, UNITS, UNITS, st.sampled_from(["pool", "slice"])),
-    st.builds(Scaled, st.sampled_from(["times", "divided", "negative", "trained", "buffer"])),
+    st.builds(Scaled, st.sampled_from(["times", "divided", "negative", "trained", "buffer", "hook"])),
     st.builds(Twice, UNITS),
     st.builds(Breaker, st.sampled_from([*BREAKERS])),
 )

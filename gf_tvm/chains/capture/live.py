@@ -206,6 +206,10 @@ class _Call:
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
             return self._transformed(transform.key().name, own, args, kwargs)
+        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            # Dynamo calls those of single modules only.
+            self.filtered.unfiltered("hooks on all modules see each module by itself")
+            return own(*args, **kwargs)
         return self.filtered.run(self.module, args, kwargs, rest)
 
     def _transformed(self, kind: str, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

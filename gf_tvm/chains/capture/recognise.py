@@ -331,18 +331,15 @@ def _concatenate(c: Call) -> Recognised | None:
 
 
 def _slice(c: Call) -> Recognised | None:
-    x = c["self"]
-    if not _is_map(x) or is_flat(x) or c["step"] != 1:
+    x, value = c["self"], value_of(c["self"])
+    if not isinstance(value, Tensor) or c["step"] != 1:
         return None
-    size = value_of(x).shape[c["dim"]]
+    size = value.shape[c["dim"]]
     start, stop, _ = slice(c["start"], c["end"]).indices(size)
     if (start, stop) == (0, size):
         return Same(x)
-    return (
-        Found(Slice(c.name, (), start=start, width=stop - start), (x,))
-        if c["dim"] in (1, -3) and stop > start
-        else None
-    )
+    channels = _is_map(x) and not is_flat(x) and c["dim"] in (1, -3)
+    return Found(Slice(c.name, (), start=start, width=stop - start), (x,)) if channels and stop > start else None
 
 
 #: Operators that cut a map into several.
