@@ -148,21 +148,24 @@ def checkpoints(graph: fx.Graph) -> list[fx.Node]:
 _PART = re.compile(r"""\.([^.,()\[\]]+)|\[(\d+)\]|(?:\[|, )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
 
+def _parts(path: str) -> list[str]:
+    """Names of modules and tensors on the way from what was compiled."""
+    found = [attribute or index or ast.literal_eval(text) for attribute, index, text in _PART.findall(path)]
+    return [part for part in found[1:] if part not in ("_modules", "_parameters", "_buffers")]
+
+
 def _qualified(path: str, prefix: str) -> str:
     """Fully qualified name of a module, from Dynamo's; ``prefix``: see :func:`to_aten`."""
-    parts = [attribute or index or ast.literal_eval(text) for attribute, index, text in _PART.findall(path)]
-    return (prefix + ".".join(part for part in parts[1:] if part != "_modules")).rstrip(".")
+    return (prefix + ".".join(_parts(path))).rstrip(".")
 
 
 def path_of(placeholder: fx.Node) -> str | None:
     """Name of a parameter or buffer that Dynamo captured, relative to the module whose frame it captured."""
-    given = placeholder.meta.get("grapharg")
-    source = getattr(given, "source", None)
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
     if source is None:
         return None
     name = source.name if isinstance(source.name, str) else source.name()
-    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
-    return ".".join(parts) or None
+    return ".".join(_parts(name)) if "._parameters[" in name or "._buffers[" in name else None
 
 
 def graph_of(checkpoint: fx.Node) -> str:

@@ -284,6 +284,7 @@ class _DynamoSettings:
                 self._before = {name: getattr(config, name) for name in self._wanted}
                 for name, value in self._wanted.items():
                     setattr(config, name, value)
+                _generators_end_graphs(True)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -291,9 +292,27 @@ class _DynamoSettings:
             if self._depth == 0:
                 for name, value in self._before.items():
                     setattr(torch._dynamo.config, name, value)
+                _generators_end_graphs(False)
 
 
 _settings = _DynamoSettings()
+
+
+def _generators_end_graphs(wanted: bool) -> None:
+    """Have Dynamo not capture what an object of ``random.Random`` gives: it would give the same in every step."""
+    from torch._dynamo.variables import misc
+
+    kind = getattr(misc, "RandomVariable", None)
+    if kind is None or not hasattr(kind, "is_supported_random_obj"):
+        return
+    if wanted:
+        _true.setdefault("random", kind.__dict__["is_supported_random_obj"])
+        kind.is_supported_random_obj = staticmethod(lambda value: False)
+    else:
+        kind.is_supported_random_obj = _true["random"]
+
+
+_true: dict[str, Any] = {}
 
 
 def compile_model(model: M, settings: Settings, find_kernels: FindKernels | None = None) -> M:

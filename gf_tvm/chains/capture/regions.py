@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -32,9 +32,11 @@ def as_stretch(steps: Sequence[fx.Node], known: Known) -> Stretch:
     for node in steps:
         known.found[node] = recognise(node, known)
     found = {node: what for node in steps if isinstance(what := known.found[node], Found)}
-    _leave_flat(found, known)
-    readers = _readers(found, known)
-    _drop_unread(found, readers)
+    dropped: set[fx.Node] = set()
+    _drop_unread(found, known, dropped)
+    _leave_flat(found, known, dropped)
+    _drop_unread(found, known, dropped)
+    readers = _readers(found, known, dropped)
     order = list(found)
     members = set(order)
     inputs = {node: [known.source(i) for i in found[node].inputs] for node in order}
@@ -54,13 +56,17 @@ def as_stretch(steps: Sequence[fx.Node], known: Known) -> Stretch:
     return Stretch(Region(len(entries), tuple(ops), exits, names), (*entries, *order), tuple(tensors))
 
 
-def _readers(found: Mapping[fx.Node, Found], known: Known) -> dict[fx.Node, list[fx.Node]]:
+def _readers(
+    found: Mapping[fx.Node, Found], known: Known, dropped: Collection[fx.Node]
+) -> dict[fx.Node, list[fx.Node]]:
     """By operation, the steps that read its result, perhaps by another name of it."""
     readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in found}
     for node in found:
         stack = list(node.users)
         while stack:
             user = stack.pop(0)
+            if user in dropped:
+                continue
             if user in known.found and known.source(user) is node:
                 stack += user.users
             elif user in found:
@@ -76,15 +82,13 @@ def _readers(found: Mapping[fx.Node, Found], known: Known) -> dict[fx.Node, list
     return readers
 
 
-def _drop_unread(found: dict[fx.Node, Found], readers: dict[fx.Node, list[fx.Node]]) -> None:
+def _drop_unread(found: dict[fx.Node, Found], known: Known, dropped: set[fx.Node]) -> None:
     """Steps that only gave what is now read from elsewhere: a cut of which all pieces are known, say."""
     for node in reversed(list(found)):
         pure = not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable
-        if not readers[node] and pure and node.op == "call_function":
+        if node.op == "call_function" and pure and not _readers({node: found[node]}, known, dropped)[node]:
             del found[node]
-            for others in readers.values():
-                if node in others:
-                    others.remove(node)
+            dropped.add(node)
 
 
 def _user(node: fx.Node) -> str:
@@ -94,13 +98,13 @@ def _user(node: fx.Node) -> str:
     return f"{name_of(node)} cannot stay on the patch grid"
 
 
-def _leave_flat(found: dict[fx.Node, Found], known: Known) -> None:
+def _leave_flat(found: dict[fx.Node, Found], known: Known, dropped: Collection[fx.Node]) -> None:
     """Values (n, c) that go elsewhere than back to a map run as they are: a classifier is as ever.
 
     The mean over a map may be a chain's last operation.
     """
     while True:
-        readers = _readers(found, known)
+        readers = _readers(found, known, dropped)
         gone = []
         for node, what in found.items():
             if isinstance(what.op, Pool | Outside):
