@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
 from .aten import has_symbols, to_aten, without_values
-from .sites import Choice, Chosen, choose, module_of, sites_of
+from .sites import Choice, Chosen, Place, choose, module_of, name_modules, sites_of
 
 logger = logging.getLogger("gf_tvm")
 
@@ -46,7 +46,7 @@ class Backend:
         chain: whether gradients stay on the patch grid between them.
         means: dtype in which chains keep the means of derivatives; None: as they are summed.
         find_kernels: gets everything that was put together.
-        whole: asked whether a graph that does not end early is the model's only one.
+        place: asked, when a graph is captured, whose code it is.
         captured: told of each graph once.
         runs: told of a graph whenever it runs.
     """
@@ -55,7 +55,7 @@ class Backend:
     chain: bool = True
     means: torch.dtype | None = None
     find_kernels: FindKernels | None = None
-    whole: Callable[[], bool] | None = None
+    place: Callable[[], Place] | None = None
     captured: Callable[[Captured], None] | None = None
     runs: Callable[[Captured], None] | None = None
 
@@ -63,11 +63,18 @@ class Backend:
         trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         if not trained or not any(_may_be_convolution(node) for node in _steps(graph)):
             return graph
+        whole = True
+        if self.place is not None:
+            place = self.place()
+            whole = place.whole
+            name_modules(graph, place)
         if has_symbols(graph):
-            return _ForEachSize(self, graph)
-        return self.compile(graph, inputs, None)
+            return _ForEachSize(self, graph, whole)
+        return self.compile(graph, inputs, None, whole)
 
-    def compile(self, graph: fx.GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None) -> Callable[..., Any]:
+    def compile(
+        self, graph: fx.GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None, whole: bool
+    ) -> Callable[..., Any]:
         """The graph with chains in it, for inputs of these sizes; ``given``: see :func:`.aten.to_aten`."""
         reason = getattr(graph, "compile_subgraph_reason", None)
         interrupted = str(reason.reason).splitlines()[0] if reason is not None and reason.graph_break else None
@@ -76,8 +83,7 @@ class Backend:
         except Exception as error:  # PyTorch's tracers run the user's model on tensors without values
             logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", _line(error))
             return graph
-        whole = interrupted is None and (self.whole is None or self.whole())
-        chosen = choose(sites_of(aten), self.choice, whole)
+        chosen = choose(sites_of(aten), self.choice, whole and interrupted is None)
         trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
         assembled = assemble(aten, chosen, trained, self.chain, self.means)
         found = Captured(assembled, chosen, interrupted)
@@ -101,8 +107,8 @@ class Backend:
 class _ForEachSize:
     """A graph that Dynamo captured for any size, compiled for each that comes: chains depend on sizes."""
 
-    def __init__(self, backend: Backend, graph: fx.GraphModule) -> None:
-        self._backend, self._graph = backend, graph
+    def __init__(self, backend: Backend, graph: fx.GraphModule, whole: bool) -> None:
+        self._backend, self._graph, self._whole = backend, graph, whole
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
@@ -110,7 +116,7 @@ class _ForEachSize:
         key = tuple((t.shape, t.requires_grad) if isinstance(t, Tensor) else t for t in inputs)
         if key not in self._compiled:
             with self._lock:
-                self._compiled[key] = self._backend.compile(self._graph, inputs, without_values(inputs))
+                self._compiled[key] = self._backend.compile(self._graph, inputs, without_values(inputs), self._whole)
         return self._compiled[key](*inputs)
 
 

@@ -22,7 +22,7 @@ from torch._compile import _disable_dynamo
 
 from ...errors import GfTvmError
 from .backend import Backend, Captured, FindKernels
-from .sites import Choice
+from .sites import Choice, Place
 
 logger = logging.getLogger("gf_tvm")
 
@@ -99,6 +99,7 @@ class Filtered:
         """The module's result, by what is compiled."""
         ran: list[Captured] = []
         before, self._running.graphs = getattr(self._running, "graphs", None), ran
+        outer, self._running.module = getattr(self._running, "module", self.module), module
         self._running.started = False
         try:
             compiled = self._compiled()
@@ -109,7 +110,7 @@ class Filtered:
                 raise error.inner_exception from None
             raise
         finally:
-            self._running.graphs = before
+            self._running.graphs, self._running.module = before, outer
         if ran:
             self.last = ran
         else:
@@ -125,14 +126,14 @@ class Filtered:
     def _compiled(self) -> Callable[..., Any]:
         if self._function is None:
             # Code of its own for every model: Dynamo counts what it compiles by code.
-            code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
-            function = FunctionType(code, _call.__globals__)
+            self._code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
+            function = FunctionType(self._code, _call.__globals__)
             backend = Backend(
                 self.settings.choice,
                 self.settings.chain,
                 self.settings.means,
                 self.find_kernels,
-                whole=self._is_first,
+                place=self._place,
                 captured=self._captured,
                 runs=self._runs,
             )
@@ -140,8 +141,21 @@ class Filtered:
             self._function = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
         return self._function
 
-    def _is_first(self) -> bool:
-        return not getattr(self._running, "started", False)
+    def _place(self) -> Place:
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import LocalSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        frame = InstructionTranslator.current_tx().output.root_tx
+        model: nn.Module = getattr(self._running, "module", self.module)
+        names = {id(module): name for name, module in model.named_modules()}
+        # Dynamo captures other code than ours where it comes to a part of the model after it broke the model's graph.
+        owner = None if frame.f_code is self._code else frame.f_locals.get("self")
+        if not isinstance(owner, nn.Module):
+            owner = None
+        elif owner is not model:  # other parts of the same class have other names, and may not be filtered
+            install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
+        return Place(names, owner, frame.f_code is self._code and not getattr(self._running, "started", False))
 
     def _captured(self, graph: Captured) -> None:
         self._running.started = True
