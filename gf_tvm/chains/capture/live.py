@@ -19,6 +19,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from ...errors import GfTvmError
 from .backend import Backend, Captured, FindKernels
@@ -32,6 +34,8 @@ M = TypeVar("M", bound=nn.Module)
 _STATE = "_filtered_by_gf_tvm"
 #: A method of modules that ours stands for, on the instance.
 _REPLICATE = "_replicate_for_data_parallel"
+#: In the flags of a module's hooks, where there is no hook of this number.
+_NO_HOOK = "gf_tvm"
 
 NOT_RUN = "it has not run a training step"
 
@@ -62,6 +66,8 @@ class Filtered:
 
     def __init__(self, module: nn.Module, settings: Settings, find_kernels: FindKernels | None) -> None:
         self.settings, self.find_kernels = settings, find_kernels
+        # Of a module that seems to have no hooks Dynamo runs ``forward`` without asking for ours. This is none, but counts.
+        module._forward_hooks_with_kwargs[_NO_HOOK] = True  # type: ignore[index]
         self._install(module)
 
     def _install(self, module: nn.Module) -> None:
@@ -77,6 +83,7 @@ class Filtered:
 
     def remove(self) -> None:
         """Let the module run as it is."""
+        self.module._forward_hooks_with_kwargs.pop(_NO_HOOK, None)  # type: ignore[call-overload]
         for name in (_STATE, _REPLICATE, "_compiled_call_impl"):
             vars(self.module).pop(name, None)
 
@@ -175,8 +182,20 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return module._call_impl(*args, **kwargs)  # type: ignore[operator]
 
 
+#: Whether a dispatch mode is on in which Dynamo captures nothing; the older name counts some more.
+_in_dispatch_mode: Callable[[], bool] = getattr(
+    _python_dispatch, "is_in_any_mode_without_ignore_compile_internals", _python_dispatch.is_in_torch_dispatch_mode
+)
+
+
 #: Newer versions of PyTorch take the limit for one function; before, there is one for all.
 _HAS_LIMIT = "recompile_limit" in torch.compile.__kwdefaults__
+
+
+_ONE_GRAPH = (
+    "under torch.compile(fullgraph=True) convolutions that are filtered only where gf_tvm captures them would have "
+    "exact gradients: compile without fullgraph, or filter plain Conv2d layers only"
+)
 
 
 class _Call:
@@ -194,8 +213,11 @@ class _Call:
         if torch.compiler.is_compiling():
             eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
             wanted = self.filtered.settings.chain or self.filtered.settings.captured
-            if eager and wanted and torch.is_grad_enabled() and not _one_graph():
-                return self._eager(*args, **kwargs)
+            if eager and wanted and torch.is_grad_enabled():
+                if not _one_graph():
+                    return self._eager(*args, **kwargs)
+                if self.filtered.settings.captured:
+                    raise GfTvmError(_ONE_GRAPH)
             return self.module._call_impl(*args, **kwargs)  # type: ignore[operator]
         return self._run(*args, **kwargs)
 
@@ -210,15 +232,20 @@ class _Call:
             return own(*args, **kwargs)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
-            return self._transformed(transform.key().name, own, args, kwargs)
+            return self._transformed(f"torch.func.{transform.key().name.lower()}", own, args, kwargs)
+        if forward_ad._current_level >= 0:
+            return self._transformed("forward-mode differentiation", own, args, kwargs)
+        if _in_dispatch_mode():
+            return self._transformed("a dispatch mode", own, args, kwargs)
         return self.filtered.run(self.module, args, kwargs)
 
     def _transformed(self, kind: str, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Under torch.func: module by module, where every convolution knows that it is filtered."""
-        if self.filtered.settings.captured and kind in ("Grad", "Vmap"):
+        """Where nothing is captured: module by module, where every convolution knows that it is filtered."""
+        if self.filtered.settings.captured and kind not in ("torch.func.jvp", "torch.func.functionalize"):
             raise GfTvmError(
-                f"torch.func.{kind.lower()} of {type(self.module).__name__} would give exact gradients of convolutions "
-                "that are filtered where Dynamo captures them: use torch.autograd, or name plain Conv2d layers only"
+                f"{type(self.module).__name__} has convolutions that are filtered only where Dynamo captures them, and "
+                f"under {kind} it captures nothing, so their gradients would be exact: run it under torch.no_grad(), "
+                "or filter plain Conv2d layers only"
             )
         return own(*args, **kwargs)
 

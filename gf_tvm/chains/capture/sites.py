@@ -96,15 +96,17 @@ def name_modules(graph: fx.GraphModule, place: Place) -> None:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             if node.op != "placeholder":
                 stack = node.meta.get("nn_module_stack") or own
-                node.meta["nn_module_stack"] = {key: _named(key, *value, place.names) for key, value in stack.items()}
+                node.meta["nn_module_stack"] = {
+                    key: (_named(key, path, place.names), kind) for key, (path, kind) in stack.items()
+                }
 
 
-def _named(key: str, path: str, kind: type[Any], names: Mapping[int, str]) -> tuple[str, type[Any]]:
+def _named(key: str, path: str, names: Mapping[int, str]) -> str:
     number = key.partition("@")[0]  # a module that runs again has the number of the call behind it
     name = names.get(int(number)) if number.isdecimal() else None
     if name is None:
-        return path, kind
-    return f"L['module'].{name}" if name else "L['module']", kind
+        return path
+    return f"L['module'].{name}" if name else "L['module']"
 
 
 def name_of(node: fx.Node) -> str:
