@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
 
 
+@pytest.fixture(autouse=True)
+def no_kernels_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is built in the background, in processes that tests start neither; tests of that ask for it."""
+    monkeypatch.setenv("GF_TVM_ON_DEMAND", "0")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many operators on tiny tensors, where waking a second thread takes longer than the work."""
