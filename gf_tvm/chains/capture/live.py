@@ -66,7 +66,7 @@ class Filtered:
 
     def __init__(self, module: nn.Module, settings: Settings, find_kernels: FindKernels | None) -> None:
         self.settings, self.find_kernels = settings, find_kernels
-        # Of a module that seems to have no hooks Dynamo runs ``forward`` without asking for ours. This is none, but counts.
+        # Dynamo runs a module's ``forward`` without asking for ours, if it has no hooks. This is none, but counts.
         module._forward_hooks_with_kwargs[_NO_HOOK] = True  # type: ignore[index]
         self._install(module)
 
