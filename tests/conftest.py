@@ -4,7 +4,6 @@ failed.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -27,8 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # As in a background job; the processes that tests start, and interrupt, would inherit it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Tests that want kernels built ask for it; the others would build in the background, beside what they measure.
-    os.environ.setdefault("GF_TVM_ON_DEMAND", "0")
     # Most tests run without a library on purpose; the tests of the warning itself ask for it.
     config.addinivalue_line("filterwarnings", "ignore::gf_tvm.FallbackWarning")
 
@@ -39,6 +36,12 @@ def _nothing_stays_compiled() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is built in the background, in processes that tests start neither; tests of that ask for it."""
+    monkeypatch.setenv("GF_TVM_ON_DEMAND", "0")
 
 
 @pytest.fixture

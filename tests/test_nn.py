@@ -330,23 +330,10 @@ def test_references_from_elsewhere_see_the_change() -> None:
 # What is left alone
 
 
-class OwnForward(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def replaced_forward() -> nn.Conv2d:
-    conv = nn.Conv2d(3, 3, 1)
-    conv.forward = lambda x: x  # type: ignore[method-assign]
-    return conv
-
-
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: OwnForward(3, 3, 1), "a OwnForward is not a plain Conv2d"),
         (lambda: nn.LazyConv2d(3, 1), "a LazyConv2d has no weight before its first forward pass"),
-        (replaced_forward, "its forward was replaced on the instance"),
         (lambda: nn.Conv2d(3, 3, 1, dtype=torch.complex64), "its weight is torch.complex64"),
     ],
 )
@@ -374,7 +361,7 @@ def test_report(caplog) -> None:
         "1 of 3 convolutions filtered",
         "  2: patch 2x3",
         "  0: left alone, not selected",
-        "  3: left alone, a ConvTranspose2d is not a plain Conv2d",
+        "  3: left alone, a ConvTranspose2d is no two-dimensional convolution",
     ]
     assert caplog.messages == [str(filter_report(model))]
     assert filter_report(copy.deepcopy(model)) == filter_report(model)
@@ -399,7 +386,7 @@ def test_report(caplog) -> None:
         ),
         ({"layers": "steam"}, "Net has no layer 'steam'; near convolutions: stem"),
         ({"layers": ["head"]}, "layer 'head' is a Linear, not a Conv2d"),
-        ({"layers": ["blocks.0"]}, r"layer 'blocks.0' is a Block, .*: blocks.0.conv1, blocks.0.conv2$"),
+        ({"layers": ["blocks.0"]}, r"layer 'blocks.0' is a test_nn.Block, .*: blocks.0.conv1, blocks.0.conv2$"),
         ({"layers": lambda name, module: False}, "chose none of the 5 convolutions"),
         (
             {"last": 1, "library": "host.gfb"},

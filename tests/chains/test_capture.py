@@ -222,7 +222,7 @@ def test_replicas_run_with_their_own_tensors() -> None:
             copies = [replica(each, {n: p * factor for n, p in each.named_parameters()}) for factor in (1.0, 1.5)]
             outputs: dict[int, Tensor] = {}
 
-            def run(number: int, copies: list[nn.Module] = copies, outputs: dict[int, Tensor] = outputs) -> None:
+            def run(number: int, copies: Any = copies, outputs: Any = outputs, k: int = k) -> None:
                 outputs[number] = copies[number](images(seed=10 * k + number))
 
             in_threads([lambda number=number: run(number) for number in (0, 1)])
@@ -251,7 +251,8 @@ def test_a_wrapper_binds_forward_again(when: str) -> None:
     for k in range(2):
         found, expected = step(ours, images(seed=k).float()), step(model, images(seed=k).float())
         torch.testing.assert_close(found["result"], expected["result"])
-        for name, value in expected.items():  # gradients on the grid are float32, theirs rounded to bfloat16
+        # Gradients on the grid are float32, theirs rounded to bfloat16.
+        for name, value in ((n, t) for n, t in expected.items() if t.is_floating_point()):
             assert float((found[name] - value).norm()) <= 0.03 * float(value.norm()), name
         assert lengths(ours) == [3]
 
@@ -360,7 +361,7 @@ def test_a_branch_that_depends_on_values() -> None:
     ours = chained(model)
     taken = set()
     for k in range(6):
-        x = images(seed=k) + (-1) ** k
+        x = images(seed=k) + 5 * (-1) ** k
         taken.add(bool(model.conv2(F.leaky_relu(model.norm(model.conv1(x)), 0.1)).sum() > 0))
         assert_same(step(ours, x, k), step(model, x, k))
     assert taken == {False, True}

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import gf_tvm
 from gf_tvm.chains import chains_of
 from gf_tvm.chains.compile import kernels
-from gf_tvm.chains.model import compiles_itself
 from gf_tvm.chains.piece import Bound, pieces_of
 from gf_tvm.chains.run import run
 from gf_tvm.comparison import chain_variants
@@ -156,7 +155,6 @@ def test_the_model_is_left_as_it_is() -> None:
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not gf_tvm.filter_report(model).filtered
-    assert not compiles_itself(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     trained = {name for name, p in cases[0].model.named_parameters() if p.requires_grad}
     assert trained == {"second.weight", "second.bias", "third.weight", "third.bias", "head.weight", "head.bias"}
@@ -229,8 +227,8 @@ class TwoChains(nn.Module):
         self.e = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.max_pool2d(self.b(torch.relu(self.a(x))), 2)
-        y = torch.max_pool2d(self.d(nn.functional.silu(self.c(y))), 2)
+        y = torch.max_pool2d(self.b(torch.relu(self.a(x))), 3, 2, 1)
+        y = torch.max_pool2d(self.d(nn.functional.silu(self.c(y))), 3, 2, 1)
         return self.e(y)
 
 

@@ -256,12 +256,12 @@ class Breaker(nn.Module):
 #: And what reports say of it.
 BREAKERS = {
     "unfiltered": "blocks.1.exact is not filtered",
-    "padding mode": "blocks.1.padded.pad cannot stay on the patch grid",
+    "padding mode": "blocks.1.padded.pad pads in mode 'circular'",
     "hook": "blocks.1.hooked cannot stay on the patch grid",
-    "max pool": "blocks.1.max_pool2d cannot stay on the patch grid",
+    "max pool": "do not fit the windows of what comes after it",
     "resize": "blocks.1.upsample_bilinear2d cannot stay on the patch grid",
     "square": "blocks.1.mul multiplies two maps",
-    "side way": "blocks.1.max_pool2d cannot stay on the patch grid",
+    "side way": "do not fit the windows of what comes after it",
     "transpose": "blocks.1.transpose cannot stay on the patch grid",
 }
 

@@ -258,7 +258,7 @@ def test_train_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     runs = json.loads(out.read_text())["runs"]
     assert [(run["variant"], run["task"], run["metric"]) for run in runs] == [
         ("exact", "segmentation", "mIoU"),
-        ("R2", "segmentation", "mIoU"),
+        ("R2 chained", "segmentation", "mIoU"),
     ]
     for run in runs:
         assert TrainConfig(**run["config"]).model == "fcn_resnet18_025"

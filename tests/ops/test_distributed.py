@@ -45,13 +45,13 @@ def work(rank: int, folder: str, bundle: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     try:
         x, y = (tensor.chunk(WORLD)[rank] for tensor in images())
-        fast = gf_tvm.filter_model(network(), patch=2, layers=["2"], library=gf_tvm.load(bundle))
+        fast = gf_tvm.filter_model(network(), patch=2, layers=["2"], library=gf_tvm.load(bundle), chain=False)
         results = {"kernels": gradients(DistributedDataParallel(fast), x, y)}
         chained = gf_tvm.filter_model(network(), 2, layers=["0", "2"], library=gf_tvm.load(bundle), chain=True)
         results["chained"] = gradients(DistributedDataParallel(chained), x, y)
         assert [chain.convolutions for chain in gf_tvm.chains_of(chained).chains] == [("0", "2")]
         warnings.simplefilter("ignore", gf_tvm.FallbackWarning)
-        plain = gf_tvm.filter_model(network(), patch=2, layers=["2"])
+        plain = gf_tvm.filter_model(network(), patch=2, layers=["2"], chain=False)
         results["plain"] = gradients(DistributedDataParallel(plain), x, y)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:

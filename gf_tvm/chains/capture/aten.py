@@ -69,7 +69,7 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None, prefix
 
     Args:
         given: tensors without values and numbers to take it for; None: those that Dynamo captured it for.
-        prefix: fully qualified name, with a dot behind it, of the module whose frame Dynamo captured.
+        prefix: what stands before names of parameters: Dynamo names them as the captured code reaches them.
 
     Raises:
         NotTaken: PyTorch's tracer does not take it.
@@ -98,7 +98,7 @@ def to_aten(captured: fx.GraphModule, given: Sequence[Any] | None = None, prefix
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         if stack:
             path, kind = stack[-1]
-            node.meta[MODULE] = _qualified(str(path), prefix), kind
+            node.meta[MODULE] = ".".join(_parts(str(path))), kind
     _pad_explicitly(found.graph)
     for node in checkpoints(found.graph):
         name = graph_of(node)
@@ -152,11 +152,6 @@ def _parts(path: str) -> list[str]:
     """Names of modules and tensors on the way from what was compiled."""
     found = [attribute or index or ast.literal_eval(text) for attribute, index, text in _PART.findall(path)]
     return [part for part in found[1:] if part not in ("_modules", "_parameters", "_buffers")]
-
-
-def _qualified(path: str, prefix: str) -> str:
-    """Fully qualified name of a module, from Dynamo's; ``prefix``: see :func:`to_aten`."""
-    return (prefix + ".".join(_parts(path))).rstrip(".")
 
 
 def path_of(placeholder: fx.Node) -> str | None:

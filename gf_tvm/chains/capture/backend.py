@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from .assemble import Assembled, ChainStep, assemble
-from .aten import NotTaken, has_symbols, path_of, placeholders, to_aten, without_values
+from .aten import NotTaken, has_symbols, to_aten, without_values
 from .rest import Backend as Rest
-from .sites import Choice, Chosen, choose, module_of, sites_of
+from .sites import Choice, Chosen, Place, choose, module_of, name_modules, sites_of
 
 logger = logging.getLogger("gf_tvm")
 
@@ -48,8 +48,7 @@ class Backend:
         means: dtype in which chains keep the means of derivatives; None: as they are summed.
         rest: backend of ``torch.compile`` for what is neither a chain nor a filtered convolution; None: it runs as is.
         find_kernels: gets everything that was put together.
-        names: fully qualified names of the model's parameters and buffers, by id.
-        whole: asked whether a graph that does not end early is the model's only one.
+        place: asked, when a graph is captured, whose code it is.
         captured: told of each graph once.
         runs: told of a graph whenever it runs.
     """
@@ -59,8 +58,7 @@ class Backend:
     means: torch.dtype | None = None
     rest: Rest | None = None
     find_kernels: FindKernels | None = None
-    names: Callable[[], Mapping[int, str]] | None = None
-    whole: Callable[[], bool] | None = None
+    place: Callable[[], Place] | None = None
     captured: Callable[[Captured], None] | None = None
     runs: Callable[[Captured], None] | None = None
 
@@ -68,24 +66,26 @@ class Backend:
         trained = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         if not trained or not any(_may_be_convolution(node) for node in _steps(graph)):
             return graph
+        place = Place({}, None, True) if self.place is None else self.place()
+        name_modules(graph, place)
         if has_symbols(graph):
-            return _ForEachSize(self, graph)
-        return self.compile(graph, inputs, None)
+            return _ForEachSize(self, graph, place)
+        return self.compile(graph, inputs, None, place)
 
-    def compile(self, graph: fx.GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None) -> Callable[..., Any]:
+    def compile(
+        self, graph: fx.GraphModule, inputs: Sequence[Any], given: Sequence[Any] | None, place: Place
+    ) -> Callable[..., Any]:
         """The graph with chains in it, for inputs of these sizes; ``given``: see :func:`.aten.to_aten`."""
         reason = getattr(graph, "compile_subgraph_reason", None)
         interrupted = str(reason.reason).splitlines()[0] if reason is not None and reason.graph_break else None
-        prefix = self._prefix(graph, inputs)
-        if prefix and interrupted is None:
-            interrupted = f"{prefix.rstrip('.')} is captured by itself"
+        if interrupted is None and place.prefix:
+            interrupted = f"{place.prefix.rstrip('.')} is captured by itself"
         try:
-            aten = to_aten(graph, given, prefix)
+            aten = to_aten(graph, given, place.prefix)
         except NotTaken as error:
             logger.warning("runs as it is, exactly: its graph cannot be put into ATen operators: %s", error)
             return graph
-        whole = interrupted is None and (self.whole is None or self.whole())
-        chosen = choose(sites_of(aten), self.choice, whole)
+        chosen = choose(sites_of(aten), self.choice, place.whole and interrupted is None)
         trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
         assembled = assemble(aten, chosen, trained, self.chain, self.means, self.rest)
         found = Captured(assembled, chosen, interrupted)
@@ -110,21 +110,12 @@ class Backend:
 
         return run
 
-    def _prefix(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
-        """Of names of modules: what Dynamo captured may be the frame of a part of the model."""
-        names = {} if self.names is None else self.names()
-        for node, tensor in zip(placeholders(graph.graph), inputs, strict=True):
-            name, path = names.get(id(tensor)), path_of(node)
-            if name is not None and path is not None and name.endswith(f".{path}"):
-                return name.removesuffix(path)
-        return ""
-
 
 class _ForEachSize:
     """A graph that Dynamo captured for any size, compiled for each that comes: chains depend on sizes."""
 
-    def __init__(self, backend: Backend, graph: fx.GraphModule) -> None:
-        self._backend, self._graph = backend, graph
+    def __init__(self, backend: Backend, graph: fx.GraphModule, place: Place) -> None:
+        self._backend, self._graph, self._place = backend, graph, place
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
@@ -132,7 +123,7 @@ class _ForEachSize:
         key = tuple((t.shape, t.requires_grad) if isinstance(t, Tensor) else t for t in inputs)
         if key not in self._compiled:
             with self._lock:
-                self._compiled[key] = self._backend.compile(self._graph, inputs, without_values(inputs))
+                self._compiled[key] = self._backend.compile(self._graph, inputs, without_values(inputs), self._place)
         return self._compiled[key](*inputs)
 
 

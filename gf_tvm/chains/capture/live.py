@@ -20,11 +20,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from ...errors import GfTvmError
 from .backend import Backend, Captured, FindKernels
 from .rest import Backend as Rest
-from .sites import Choice
+from .sites import Choice, Place
 
 logger = logging.getLogger("gf_tvm")
 
@@ -34,6 +36,8 @@ M = TypeVar("M", bound=nn.Module)
 _STATE = "_filtered_by_gf_tvm"
 #: A method of modules that ours stands for, on the instance.
 _REPLICATE = "_replicate_for_data_parallel"
+#: In the flags of a module's hooks, where there is no hook of this number.
+_NO_HOOK = "gf_tvm"
 
 NOT_RUN = "it has not run a training step"
 
@@ -65,6 +69,8 @@ class Filtered:
 
     def __init__(self, module: nn.Module, settings: Settings, find_kernels: FindKernels | None) -> None:
         self.settings, self.find_kernels = settings, find_kernels
+        # Dynamo runs a module's ``forward`` without asking for ours, if it has no hooks. This is none, but counts.
+        module._forward_hooks_with_kwargs[_NO_HOOK] = True  # type: ignore[index]
         self._install(module)
 
     def _install(self, module: nn.Module) -> None:
@@ -80,6 +86,7 @@ class Filtered:
 
     def remove(self) -> None:
         """Let the module run as it is."""
+        self.module._forward_hooks_with_kwargs.pop(_NO_HOOK, None)  # type: ignore[call-overload]
         for name in (_STATE, _REPLICATE, "_compiled_call_impl"):
             vars(self.module).pop(name, None)
 
@@ -102,6 +109,7 @@ class Filtered:
         """The module's result, by what is compiled; ``rest``: see :class:`.backend.Backend`."""
         ran: list[Captured] = []
         before, self._running.graphs = getattr(self._running, "graphs", None), ran
+        outer, self._running.module = getattr(self._running, "module", self.module), module
         self._running.started = False
         try:
             compiled = self._compiled(self.settings.rest or rest)
@@ -112,7 +120,7 @@ class Filtered:
                 raise error.inner_exception from None
             raise
         finally:
-            self._running.graphs = before
+            self._running.graphs, self._running.module = before, outer
         if ran:
             self.last = ran
         else:
@@ -128,16 +136,15 @@ class Filtered:
     def _compiled(self, rest: Rest | None) -> Callable[..., Any]:
         if rest not in self._functions:
             # Code of its own for every model: Dynamo counts what it compiles by code.
-            code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
-            function = FunctionType(code, _call.__globals__)
+            self._code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
+            function = FunctionType(self._code, _call.__globals__)
             backend = Backend(
                 self.settings.choice,
                 self.settings.chain,
                 self.settings.means,
                 rest,
                 self.find_kernels,
-                names=self._names,
-                whole=self._is_first,
+                place=self._place,
                 captured=self._captured,
                 runs=self._runs,
             )
@@ -145,12 +152,21 @@ class Filtered:
             self._functions[rest] = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
         return self._functions[rest]
 
-    def _names(self) -> dict[int, str]:
-        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
-        return {id(tensor): name for name, tensor in tensors}
+    def _place(self) -> Place:
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import LocalSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    def _is_first(self) -> bool:
-        return not getattr(self._running, "started", False)
+        frame = InstructionTranslator.current_tx().output.root_tx
+        model: nn.Module = getattr(self._running, "module", self.module)
+        names = {id(module): name for name, module in model.named_modules()}
+        # Dynamo captures other code than ours where it comes to a part of the model after it broke the model's graph.
+        owner = None if frame.f_code is self._code else frame.f_locals.get("self")
+        if not isinstance(owner, nn.Module):
+            owner = None
+        elif owner is not model:  # other parts of the same class have other names, and may not be filtered
+            install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
+        return Place(names, owner, frame.f_code is self._code and not getattr(self._running, "started", False))
 
     def _captured(self, graph: Captured) -> None:
         self._running.started = True
@@ -170,8 +186,20 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
+#: Whether a dispatch mode is on in which Dynamo captures nothing; the older name counts some more.
+_in_dispatch_mode: Callable[[], bool] = getattr(
+    _python_dispatch, "is_in_any_mode_without_ignore_compile_internals", _python_dispatch.is_in_torch_dispatch_mode
+)
+
+
 #: Newer versions of PyTorch take the limit for one function; before, there is one for all.
 _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+
+
+_ONE_GRAPH = (
+    "under torch.compile(fullgraph=True) convolutions that are filtered only where gf_tvm captures them would have "
+    "exact gradients: compile without fullgraph, or filter plain Conv2d layers only"
+)
 
 
 class _Call:
@@ -189,8 +217,11 @@ class _Call:
         if torch.compiler.is_compiling():
             eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
             wanted = self.filtered.settings.chain or self.filtered.settings.captured
-            if eager and wanted and torch.is_grad_enabled() and not _one_graph():
-                return self._eager(*args, **kwargs)
+            if eager and wanted and torch.is_grad_enabled():
+                if not _one_graph():
+                    return self._eager(*args, **kwargs)
+                if self.filtered.settings.captured:
+                    raise GfTvmError(_ONE_GRAPH)
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._run(args, kwargs)
 
@@ -205,7 +236,11 @@ class _Call:
             return own(*args, **kwargs)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
-            return self._transformed(transform.key().name, own, args, kwargs)
+            return self._transformed(f"torch.func.{transform.key().name.lower()}", own, args, kwargs)
+        if forward_ad._current_level >= 0:
+            return self._transformed("forward-mode differentiation", own, args, kwargs)
+        if _in_dispatch_mode():
+            return self._transformed("a dispatch mode", own, args, kwargs)
         if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
             # Dynamo calls those of single modules only.
             self.filtered.unfiltered("hooks on all modules see each module by itself")
@@ -213,11 +248,12 @@ class _Call:
         return self.filtered.run(self.module, args, kwargs, rest)
 
     def _transformed(self, kind: str, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Under torch.func: module by module, where every convolution knows that it is filtered."""
-        if self.filtered.settings.captured and kind in ("Grad", "Vmap"):
+        """Where nothing is captured: module by module, where every convolution knows that it is filtered."""
+        if self.filtered.settings.captured and kind not in ("torch.func.jvp", "torch.func.functionalize"):
             raise GfTvmError(
-                f"torch.func.{kind.lower()} of {type(self.module).__name__} would give exact gradients of convolutions "
-                "that are filtered where Dynamo captures them: use torch.autograd, or name plain Conv2d layers only"
+                f"{type(self.module).__name__} has convolutions that are filtered only where Dynamo captures them, and "
+                f"under {kind} it captures nothing, so their gradients would be exact: run it under torch.no_grad(), "
+                "or filter plain Conv2d layers only"
             )
         return own(*args, **kwargs)
 

@@ -35,6 +35,7 @@ def as_stretch(steps: Sequence[fx.Node], known: Known) -> Stretch:
     dropped: set[fx.Node] = set()
     _drop_unread(found, known, dropped)
     _leave_flat(found, known, dropped)
+    found = _restored(found, steps, known, dropped)
     _drop_unread(found, known, dropped)
     readers = _readers(found, known, dropped)
     order = list(found)
@@ -84,11 +85,30 @@ def _readers(
 
 def _drop_unread(found: dict[fx.Node, Found], known: Known, dropped: set[fx.Node]) -> None:
     """Steps that only gave what is now read from elsewhere: a cut of which all pieces are known, say."""
+    readers = _readers(found, known, dropped)
     for node in reversed(list(found)):
         pure = not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable
-        if node.op == "call_function" and pure and not _readers({node: found[node]}, known, dropped)[node]:
+        if node.op == "call_function" and pure and not readers[node]:
             del found[node]
             dropped.add(node)
+            for others in readers.values():
+                if node in others:
+                    others.remove(node)
+
+
+def _restored(
+    found: Mapping[fx.Node, Found], steps: Sequence[fx.Node], known: Known, dropped: set[fx.Node]
+) -> dict[fx.Node, Found]:
+    """With the steps that were dropped, and are read after all, in the order of the graph."""
+    result = dict(found)
+    stack = [i for what in found.values() for i in what.inputs]
+    while stack:
+        node = known.source(stack.pop())
+        if node in dropped:
+            dropped.discard(node)
+            result[node] = outside(node, known)
+            stack += result[node].inputs
+    return {node: result[node] for node in steps if node in result}
 
 
 def _user(node: fx.Node) -> str:

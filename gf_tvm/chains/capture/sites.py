@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ...core.geometry import Pair, as_pair
 from ...errors import ModelError
@@ -61,6 +61,51 @@ def module_of(node: fx.Node) -> tuple[str, type[Any] | None]:
     """Fully qualified name and class of the module whose code computes a step."""
     found: tuple[str, type[Any] | None] = node.meta.get(MODULE, ("", None))
     return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model the code lies that Dynamo captures.
+
+    Attributes:
+        names: fully qualified names of the model's modules, by ``id``.
+        owner: the module whose code it is, if it is one.
+        whole: whether it is the model's only graph, if it does not end early.
+    """
+
+    names: Mapping[int, str]
+    owner: nn.Module | None
+    whole: bool
+
+    @property
+    def prefix(self) -> str:
+        """What stands before names that are relative to ``owner``."""
+        name = "" if self.owner is None else self.names.get(id(self.owner), "")
+        return f"{name}." if name else ""
+
+
+def name_modules(graph: fx.GraphModule, place: Place) -> None:
+    """Write where modules lie in the model into a graph that Dynamo captured, graphs inside of it too.
+
+    Dynamo names them by how the captured code reaches them: from a part of the model, where it breaks the graph, and
+    by a list that holds them, where there is one.
+    """
+    own = {} if place.owner is None else {str(id(place.owner)): ("", type(place.owner))}
+    for part in graph.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.op != "placeholder":
+                stack = node.meta.get("nn_module_stack") or own
+                node.meta["nn_module_stack"] = {
+                    key: (_named(key, path, place.names), kind) for key, (path, kind) in stack.items()
+                }
+
+
+def _named(key: str, path: str, names: Mapping[int, str]) -> str:
+    number = key.partition("@")[0]  # a module that runs again has the number of the call behind it
+    name = names.get(int(number)) if number.isdecimal() else None
+    if name is None:
+        return path
+    return "L['module']" + "".join(f"[{part!r}]" for part in name.split(".") if name)
 
 
 def name_of(node: fx.Node) -> str:
