@@ -126,7 +126,7 @@ class _Calls(TorchFunctionMode):
     """
 
     def __init__(self, told: Callable[..., None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._told, self._inside = told, list[str]()
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:

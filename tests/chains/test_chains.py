@@ -183,7 +183,7 @@ def test_ways_in_which_chains_end(breaker: str, reason: str, norm: str) -> None:
     assert worst(actual, expected) < 1e-10
     first, last = report.chains[0], report.chains[-1]
     assert any(end.endswith(reason) for end in first.ends), report
-    assert last.convolutions == ("blocks.2.0.conv", "blocks.2.1.first.conv", "blocks.2.1.second.conv")
+    assert last.convolutions[-3:] == ("blocks.2.0.conv", "blocks.2.1.first.conv", "blocks.2.1.second.conv")
     assert last.needs_input
     # The residual's gradient has full size on both of its ways, up to the convolution before the block.
     assert first.convolutions == ("blocks.0.1.first.conv", "blocks.0.1.second.conv")
@@ -854,7 +854,8 @@ def test_breaks_are_said(caplog: pytest.LogCaptureFixture) -> None:
     chained.moody = True
     assert_same(chained, plain)
     assert lengths(chained) == [5]  # it breaks behind them
-    assert ["ata-dependent" in reason for reason in chains_of(chained).breaks[""]] == [True]
+    (reason,) = chains_of(chained).breaks[""]
+    assert "jump" in reason or "ata-dependent" in reason
     assert "a graph ends early" in str(chains_of(chained))
     assert "Moody: a chain ends where Dynamo ends a graph" in caplog.text
     with pytest.raises(TypeError):

@@ -72,11 +72,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 #: How many convolutions each chain of the last 4 and of the last 8 has, and, below, why.
 LAST_4 = {
-    # A depthwise convolution and the pointwise one after it; before each depthwise one, the map is padded by hand,
-    # unevenly where its stride is 2. Once padding stays on the grid: one chain of all.
-    "MobileNetV1": [2, 2],
-    # expand | pad, depthwise, project, head. Once padding stays on the grid: [4].
-    "MobileNetV2": [3],
+    # Before each depthwise convolution the map is padded by hand, unevenly where its stride is 2.
+    "MobileNetV1": [4],
+    "MobileNetV2": [4],  # expand, pad and depthwise, project, head
     # pooled image, map, projection, classifier; nothing pads.
     "DeepLabV3+": [4],
     # The two smaller fpn_convs, which are resized; then the bottleneck and the classifier follow each other.
@@ -91,10 +89,9 @@ LAST_4 = {
     "ConvNeXt": [],  # LayerNorms over channels and linear layers on permuted maps lie between all of them
 }
 LAST_8 = {
-    "MobileNetV1": [2, 2, 2, 2],  # as above: [8]
-    "MobileNetV2": [3, 3],  # of two blocks; as above: [8]
-    # expand | pad, depthwise, project, and the head's four; the trunk's last one runs for nothing. As above: [7].
-    "DeepLabV3+": [6],
+    "MobileNetV1": [8],
+    "MobileNetV2": [8],
+    "DeepLabV3+": [7],  # expand, depthwise, project, and the head's four; the trunk's last one runs for nothing
     "UPerNet": [3],  # with the largest of fpn_convs, which is not resized; those of the pyramid pooling are
     "SegFormer": [2],
     "MobileViT": [3, 2, 3],  # downsampling block; conv_kxk and conv_1x1; as above
@@ -223,11 +220,11 @@ def test_efficientnet_lite(size: int) -> None:
     """With the weights that it was published with."""
     model = lite()
     chained = assert_chained_as_unchained(model, 4, images(size))
-    # expand | pad, depthwise, project, head. Once padding stays on the grid: [4].
-    assert lengths(chained) == [3], chains_of(chained)
+    # Expand, pad and depthwise, project, head.
+    assert lengths(chained) == [4], chains_of(chained)
     gf_tvm.filter_model(chained, 2, last=8)
     step(chained, images(size))
-    # The same, after the residual block before it: project, expand | pad, depthwise, project, expand. Then: [8].
-    assert lengths(chained) == [3, 3], chains_of(chained)
+    # With the residual block before it.
+    assert lengths(chained) == [8], chains_of(chained)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert_chained_as_unchained(model, len(names), images(size))

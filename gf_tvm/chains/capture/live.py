@@ -214,8 +214,8 @@ class _Call:
         self.filtered, self.module = filtered, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            eager = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        if torch.compiler.is_dynamo_compiling():  # not is_compiling(): that is true while any thread compiles
+            eager = not torch.compiler.is_exporting()
             wanted = self.filtered.settings.chain or self.filtered.settings.captured
             if eager and wanted and torch.is_grad_enabled():
                 if not _one_graph():
@@ -231,8 +231,10 @@ class _Call:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Rest | None = None) -> Any:
         own: Any = self.module._call_impl
-        exact = not torch.is_grad_enabled() or torch._C._is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag
-        if exact or _by_modules.get():
+        # PyTorch's flags for compiling and torch.fx are those of all threads: what is set in this one tells.
+        exported = torch.compiler.is_exporting()
+        symbolic = any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values()))
+        if not torch.is_grad_enabled() or torch._C._is_tracing() or exported or symbolic or _by_modules.get():
             return own(*args, **kwargs)
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None:
@@ -241,7 +243,7 @@ class _Call:
             return self._transformed("forward-mode differentiation", own, args, kwargs)
         if _in_dispatch_mode():
             return self._transformed("a dispatch mode", own, args, kwargs)
-        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if nn.modules.module._has_any_global_hook():
             # Dynamo calls those of single modules only.
             self.filtered.unfiltered("hooks on all modules see each module by itself")
             return own(*args, **kwargs)
