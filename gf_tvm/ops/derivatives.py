@@ -129,7 +129,7 @@ def _geometry(x_shape: Sequence[int], weight: Tensor, settings: Sequence[Any]) -
 
 # Second derivatives
 
-_NO_SECOND = (
+NO_SECOND = (
     "a filtered convolution has no second derivative, only its first gradients are defined; "
     "gf_tvm.unfilter_model(model) makes convolutions exact again"
 )
@@ -138,7 +138,7 @@ _NO_SECOND = (
 def _refuse_backward(ctx: Any, *grads: Tensor | None) -> _Grads:
     if all(grad is None for grad in grads):
         return (None,) * len(ctx.needs_input_grad)
-    raise DerivativeError(_NO_SECOND)
+    raise DerivativeError(NO_SECOND)
 
 
 operators.conv2d.register_autograd(_gradients, setup_context=_keep)
@@ -211,7 +211,7 @@ class ConvolutionBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> _Grads:
-        raise DerivativeError(_NO_SECOND)
+        raise DerivativeError(NO_SECOND)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:

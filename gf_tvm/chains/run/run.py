@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import reference
+from ...errors import DerivativeError
 from ...ops import operators
+from ...ops.derivatives import NO_SECOND
 from ...ops.dispatch import without_autocast
 from ...ops.functional import cast_for_convolution
 from ..compile import kernels
@@ -87,7 +89,26 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (None, None, *map(_as, found, ctx.shapes, ctx.dtypes))
 
 
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+def _gradients_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same where somebody may differentiate them again, which is refused."""
+    with torch.no_grad():
+        found = _gradients(ctx, *grads)
+    made = [t for t in found if t is not None]
+    read = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+    results = iter(_Once.apply(len(made), *made, *read))  # type: ignore[no-untyped-call]
+    return tuple(None if t is None else next(results) for t in found)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, as functions of what they were made of, which have no derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise DerivativeError(NO_SECOND)
 
 
 def _as(grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
