@@ -401,7 +401,7 @@ def test_a_board_has_its_own_folders_and_arguments(board: Board, tmp_path: Path)
     own = tmp_path / "one"
     assert line[1:5] == [str(own / "home"), str(own / "tmp"), str(own), "/elsewhere"]
     assert " ".join(line[5:]).endswith(
-        "farm serve --tracker 127.0.0.1:9190 --key rpi4 --name one --port 0 --until-stdin-closes"
+        "farm serve --tracker 127.0.0.1:9190 --key rpi4 --name one --port 0 --until-stdin-closes --allow-root"
     )
     assert board.exit_code == -signal.SIGTERM
 

@@ -540,7 +540,7 @@ def test_further_logs_are_used(tmp_path: Path, host: Any) -> None:
     cache = KernelCache(tmp_path / "kernels", logs=(tmp_path / "logs",))
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr(cache_module, "_say", said.append)
+        patch.setattr(cache_module, "say_once", said.append)
         refused(cache, small(0))
     assert len(said) == 1
     assert str(log) in said[0]

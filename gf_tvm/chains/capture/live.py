@@ -196,6 +196,9 @@ _in_dispatch_mode: Callable[[], bool] = getattr(
 _HAS_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
+#: Of PyTorch's module of modules: hooks that run for all of them.
+_HOOKS_ON_ALL = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
+
 _ONE_GRAPH = (
     "under torch.compile(fullgraph=True) convolutions that are filtered only where gf_tvm captures them would have "
     "exact gradients: compile without fullgraph, or filter plain Conv2d layers only"
@@ -243,7 +246,7 @@ class _Call:
             return self._transformed("forward-mode differentiation", own, args, kwargs)
         if _in_dispatch_mode():
             return self._transformed("a dispatch mode", own, args, kwargs)
-        if nn.modules.module._has_any_global_hook():
+        if any(getattr(nn.modules.module, name) for name in _HOOKS_ON_ALL):
             # Dynamo calls those of single modules only.
             self.filtered.unfiltered("hooks on all modules see each module by itself")
             return own(*args, **kwargs)
