@@ -188,7 +188,7 @@ print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] =
 
 def test_code_is_found_where_it_lies() -> None:
     files = code_of(f"gf_tvm.{name}" for name in CODE)
-    for name in ("kernels/cpu/sweep.py", "codegen/openmp.c", "schedules/cpu.py", "chains/emit_backward.py"):
+    for name in ("kernels/cpu/sweep.py", "codegen/openmp.c", "schedules/cpu.py", "chains/compile/emit_backward.py"):
         assert f"gf_tvm/{name}" in files
 
 
