@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, compiling
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gf_tvm
 from gf_tvm.chains import chains_of
+from gf_tvm.chains.capture import live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,6 +151,42 @@ def test_an_attribute_that_is_annealed() -> None:
         model.strength *= 0.7
 
     three_steps(Annealed(), change)
+
+
+class Shifted(nn.Conv2d):
+    """Filtered where it is captured, and only there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(2 * x, self.weight, self.bias, padding=self.padding)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_more_situations_than_dynamo_keeps(
+    breaks: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An attribute that changes in every step; each step has the gradients of a model that has run no other."""
+
+    class Annealed(Net):
+        strength = 1.0
+
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.conv2.__class__ = Shifted
+
+        def middle(self, y: Tensor) -> Tensor:
+            if breaks and y[0, 0, 0, 0] > 100:
+                return y
+            return y * self.strength
+
+    monkeypatch.setattr(live, "_SITUATIONS", 4)
+    model = Annealed()
+    ours = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=convolutions(model))
+    for k in range(8):
+        ours.strength = model.strength = 1 - k / 20
+        fresh = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=convolutions(model))
+        assert_same(step(ours, images(seed=k), k), step(fresh, images(seed=k), k))
+        assert lengths(ours) == lengths(fresh) != []
+    assert "was compiled for 4 situations and begins anew" in caplog.text
 
 
 def test_forward_counts_its_calls_and_stores_a_map() -> None:
@@ -323,6 +361,91 @@ def test_threads_that_train_at_once() -> None:
         for k in range(3):
             assert_same(found[number][k], step(model, images(1 + number, seed=k)))
         assert lengths(ours[number]) == [3]
+
+
+def test_hooks_are_noticed_while_another_thread_runs() -> None:
+    """Dynamo has settings for each thread, and by its defaults it would not look for hooks again."""
+
+    class Waits(Net):
+        def middle(self, y: Tensor) -> Tensor:
+            wait()
+            return y
+
+    inside, leave = threading.Event(), threading.Event()
+
+    @torch.compiler.disable
+    def wait() -> None:
+        inside.set()
+        assert leave.wait(120)
+
+    other = chained(Waits())
+    thread = threading.Thread(target=lambda: step(other, images()))
+    thread.start()
+    try:
+        assert inside.wait(120)
+        model = Net()
+        ours = chained(model)
+        for k in range(2):
+            if k:
+                for each in (model, ours):
+                    each.act.register_forward_hook(lambda module, args, y: y * 3)
+            assert_same(step(ours, images(seed=k), k), step(model, images(seed=k), k))
+            assert lengths(ours) == [3]
+    finally:
+        leave.set()
+        thread.join(120)
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_dynamo_has_its_settings_back_in_every_thread(first_out: int) -> None:
+    """Two threads run models at once; whichever ends first, both have what was set there before."""
+    names = ("skip_nnmodule_hook_guards", "optimize_ddp")
+    ended = [threading.Event(), threading.Event()]
+    found: list[list[Any]] = [[], []]
+    entered = threading.Barrier(2)
+
+    def read() -> list[Any]:
+        return [getattr(torch._dynamo.config, name) for name in names]
+
+    def run(number: int) -> None:
+        found[number].append(read())
+        with live._settings:
+            entered.wait(60)
+            found[number].append(read())
+            if number != first_out:
+                ended[first_out].wait(60)
+                found[number].append(read())
+        found[number].append(read())
+        ended[number].set()
+
+    in_threads([lambda number=number: run(number) for number in (0, 1)])
+    for before, *inside, after in found:
+        assert before == after == [True, True]
+        assert inside == [[False, False]] * len(inside)
+    assert sorted(map(len, found)) == [3, 4]
+
+
+def test_another_thread_traces_by_fx() -> None:
+    """Its flag for that is one for all threads, and Dynamo by its defaults refuses to run while it is set."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def traced(x: Tensor) -> Tensor:
+        inside.set()
+        assert leave.wait(120)
+        return x + 1
+
+    model = Net()
+    ours = chained(model)
+    thread = threading.Thread(target=lambda: make_fx(traced)(torch.ones(2)))
+    thread.start()
+    try:
+        assert inside.wait(120)
+        for k in range(2):
+            assert_same(step(ours, images(seed=k), k), step(model, images(seed=k), k))
+            assert lengths(ours) == [3]
+    finally:
+        leave.set()
+        thread.join(120)
 
 
 def test_a_hook_on_a_stage() -> None:

@@ -7,6 +7,7 @@ PyTorch's own containers too, and replicas of the module can share what was comp
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -41,8 +42,11 @@ _NO_HOOK = "gf_tvm"
 
 NOT_RUN = "it has not run a training step"
 
-#: Situations (shapes, modes, what is trained) of one model that are kept compiled.
-_SITUATIONS = 64
+#: Situations (shapes, modes, what is trained) in which one piece of code is kept compiled, before it begins anew.
+_SITUATIONS = 256
+#: Dynamo's own limit, beyond which it runs code as it is, for good: what is filtered in graphs alone would be exact.
+#: One step may compile the code of a block for every block.
+_LIMIT = 16 * _SITUATIONS
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Filtered:
                 captured=self._captured,
                 runs=self._runs,
             )
-            limits = {"recompile_limit": _SITUATIONS} if _HAS_LIMIT else {}
+            limits = {"recompile_limit": _LIMIT} if _HAS_LIMIT else {}
             self._functions[rest] = torch.compile(function, backend=backend, dynamic=False, **limits)  # type: ignore[call-overload]
         return self._functions[rest]
 
@@ -170,6 +174,7 @@ class Filtered:
 
     def _captured(self, graph: Captured) -> None:
         self._running.started = True
+        _note_if_full(type(self.module).__name__)
         if graph.interrupted is not None and graph.interrupted not in self.breaks:
             self.breaks[graph.interrupted] = None
             logger.warning(
@@ -180,6 +185,33 @@ class Filtered:
         graphs = getattr(self._running, "graphs", None)
         if graphs is not None:
             graphs.append(graph)
+
+
+#: Code that is compiled for as many situations as are kept, by ``id``: the functions of two models may be equal.
+_full: dict[int, CodeType] = {}
+
+
+def _note_if_full(model: str) -> None:
+    """While a graph is compiled: whether its code has all the situations that are kept."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    if id(code) not in _full and len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)) + 1 >= _SITUATIONS:
+        _full[id(code)] = code
+        logger.warning(
+            "%s: %s was compiled for %d situations and begins anew: what its forward pass reads changes all the time "
+            "(a float attribute, say; TORCH_LOGS=recompiles tells)",
+            model,
+            code.co_name,
+            _SITUATIONS,
+        )
+
+
+def _begin_anew() -> None:
+    """Forget what is compiled of code that has too much of it. No thread may run such code meanwhile."""
+    with torch._dynamo.convert_frame.compile_lock:
+        while _full:
+            torch._C._dynamo.eval_frame.reset_code(_full.popitem()[1])
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -304,35 +336,68 @@ def by_modules() -> Iterator[None]:
         _by_modules.reset(token)
 
 
+class _Count:
+    """How many calls that want the settings run, and what was set before the first of them."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.before: dict[str, Any] = {}
+
+
+class _OwnCount(threading.local, _Count):
+    """One in each thread."""
+
+
+@functools.cache
+def _settings_are_per_thread() -> bool:
+    """Newer versions of PyTorch have settings for each thread, which begins with the defaults."""
+    entry = torch._dynamo.config._config["optimize_ddp"]  # type: ignore[attr-defined]
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
+
+
 class _DynamoSettings:
     """Dynamo's settings while something of ours runs, in any thread: it may compile at any call."""
 
     #: Hooks are part of what a module computes, so they are guarded. DistributedDataParallel would have graphs cut
-    #: where its buckets of gradients end, to send them early; a chain's gradients come all at once.
-    _wanted: ClassVar[dict[str, Any]] = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
+    #: where its buckets of gradients end, to send them early; a chain's gradients come all at once. Another thread may
+    #: trace by torch.fx, whose flag is one for all threads; older versions have no such setting.
+    _wanted: ClassVar[dict[str, Any]] = {
+        "skip_nnmodule_hook_guards": False,
+        "optimize_ddp": False,
+        "force_compile_during_fx_trace": True,
+        "accumulated_recompile_limit": _LIMIT,
+    }
     if not _HAS_LIMIT:
-        _wanted["recompile_limit"] = _SITUATIONS
+        _wanted["recompile_limit"] = _LIMIT
 
     def __init__(self) -> None:
-        self._lock, self._depth = threading.Lock(), 0
-        self._before: dict[str, Any] = {}
+        self._lock, self._all, self._own = threading.Lock(), _Count(), _OwnCount()
+        self._inside = 0
 
     def __enter__(self) -> None:
         config = torch._dynamo.config
+        count = self._own if _settings_are_per_thread() else self._all
         with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._before = {name: getattr(config, name) for name in self._wanted}
-                for name, value in self._wanted.items():
-                    setattr(config, name, value)
+            count.depth += 1
+            if count.depth == 1:
+                count.before = {name: getattr(config, name) for name in self._wanted if hasattr(config, name)}
+                for name in count.before:
+                    setattr(config, name, self._wanted[name])
+            if self._inside == 0 and _full:
+                _begin_anew()
+            self._inside += 1
+            if self._inside == 1:
                 _generators_end_graphs(True)
 
     def __exit__(self, *_: object) -> None:
+        count = self._own if _settings_are_per_thread() else self._all
         with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                for name, value in self._before.items():
+            count.depth -= 1
+            if count.depth == 0:
+                for name, value in count.before.items():
                     setattr(torch._dynamo.config, name, value)
+            self._inside -= 1
+            if self._inside == 0:
                 _generators_end_graphs(False)
 
 
