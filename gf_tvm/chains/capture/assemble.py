@@ -21,7 +21,7 @@ from .aten import IN_PLACE, checkpoints, graph_of, placeholders, stretches, swit
 from .recognise import Known, early_steps, shape_of
 from .regions import Stretch, as_stretch
 from .rest import Backend, compile_rest
-from .sites import Arguments, Chosen, Filter, Site, name_of
+from .sites import Arguments, Chosen, Filter, Site
 
 _aten: Any = torch.ops.aten
 
@@ -287,6 +287,3 @@ class _Assembly:
 
 def _item(results: tuple[Tensor, ...], number: int) -> Tensor:
     return results[number]
-
-
-__all__ = ["Assembled", "ChainStep", "ConvolutionStep", "assemble", "name_of"]

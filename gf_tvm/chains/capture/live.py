@@ -83,6 +83,7 @@ class Filtered:
         self.breaks: dict[str, None] = {}
         self._running = threading.local()
         self._functions: dict[Any, Callable[..., Any]] = {}
+        self._codes: list[CodeType] = []
         # Not by setattr: a copy of the module is still being made, and has none of its own parts yet.
         vars(module)[_STATE] = self
         vars(module)[_REPLICATE] = self.replicate
@@ -140,8 +141,9 @@ class Filtered:
     def _compiled(self, rest: Rest | None) -> Callable[..., Any]:
         if rest not in self._functions:
             # Code of its own for every model: Dynamo counts what it compiles by code.
-            self._code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
-            function = FunctionType(self._code, _call.__globals__)
+            code = _call.__code__.replace(co_name=f"call_{type(self.module).__name__}")
+            self._codes.append(code)
+            function = FunctionType(code, _call.__globals__)
             backend = Backend(
                 self.settings.choice,
                 self.settings.chain,
@@ -165,12 +167,13 @@ class Filtered:
         model: nn.Module = getattr(self._running, "module", self.module)
         names = {id(module): name for name, module in model.named_modules()}
         # Dynamo captures other code than ours where it comes to a part of the model after it broke the model's graph.
-        owner = None if frame.f_code is self._code else frame.f_locals.get("self")
+        ours = any(frame.f_code is code for code in self._codes)
+        owner = None if ours else frame.f_locals.get("self")
         if not isinstance(owner, nn.Module):
             owner = None
         elif owner is not model:  # other parts of the same class have other names, and may not be filtered
             install_guard(LocalSource("self").make_guard(GuardBuilder.ID_MATCH))
-        return Place(names, owner, frame.f_code is self._code and not getattr(self._running, "started", False))
+        return Place(names, owner, ours and not getattr(self._running, "started", False))
 
     def _captured(self, graph: Captured) -> None:
         self._running.started = True
