@@ -37,34 +37,42 @@ def _main(front: Front, functions: dict[Step, tvm.ir.GlobalVar]) -> Any:
         T.func_name("main")
         T.func_attr({"tirx.noalias": True})
         layouts = front.layouts
-        places, arena = front.places
+        memory = front.memory
         given: list[tuple[Any, int]] = [(value, front.batch * layouts[value].image) for value in front.entries]
-        given += [("weights", front.weights), ("arena", arena)]
+        given += [("weights", front.weights), ("arena", memory.size)]
         given += [(value, front.batch * layouts[value].image) for value in front.exits]
         parameters = [T.arg(f"t{k}", T.buffer((max(size, 1),), ACC)) for k, (_, size) in enumerate(given)]
         tensors = {key: simd.flat(tensor) for (key, _), tensor in zip(given, parameters, strict=True)}
 
-        def address(value: int, first: Any) -> Any:
-            """Where the images of a value begin, from image ``first`` of the batch on."""
-            if value not in places:
-                at = first * layouts[value].image
-                return tirx.address_of(tirx.BufferLoad(tensors[value], [at]))
-            _, whole = front.spans[value]
-            at = places[value] + (first * layouts[value].image if whole else 0)
-            return tirx.address_of(tirx.BufferLoad(tensors["arena"], [at]))
+        def address(value: int, first: Any, part: Any) -> Any:
+            """Where the images of a value begin, from image ``first`` of the batch on, for one of the parts."""
+            where = "arena"
+            if value in memory.own:
+                at = memory.shared_size + part * memory.own_size + memory.own[value]
+            elif value in memory.shared:
+                at = memory.shared[value] + (first * layouts[value].image if value in front.whole else 0)
+            else:
+                where, at = value, first * layouts[value].image
+            return tirx.address_of(tirx.BufferLoad(tensors[where], [at]))
 
-        def calls(of: Sequence[Call], first: Any) -> None:
+        def calls(of: Sequence[Call], first: Any, part: Any = 0) -> None:
             for call in of:
-                operands = [address(value, first) for value in call.inputs]
+                operands = [address(value, first, part) for value in call.inputs]
                 if call.step.weights:
                     operands.append(tirx.address_of(tirx.BufferLoad(tensors["weights"], [call.weights])))
-                operands.append(address(call.result, first))
+                operands.append(address(call.result, first, part))
                 T.evaluate(functions[call.step](*operands))
                 # See chains.compile.emit_backward: pointers of different names never meet within a step only.
                 simd.fence()
 
         with simd.streaming(ACC, shared=True):
+            parts = T.bind(tirx.min(emit.threads(), front.parts))
             for nest in front.nests:
-                with emit.loop(front.batch // nest.images) as k:
-                    calls(nest.calls, k * nest.images if front.batch > nest.images else 0)
+                turns = front.batch // nest.images
+                if nest.by_images:
+                    with T.parallel(0, parts) as part, T.serial(0, (turns - part + parts - 1) // parts) as k:
+                        calls(nest.calls, (part + k * parts) * nest.images, part)
+                else:
+                    with emit.loop(turns) as k:
+                        calls(nest.calls, k * nest.images if turns > 1 else 0)
     return builder.get()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from ..chains.compile import emit_functions
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
 from .maps import MapLayout
-from .steps import Convolution, Each, Enter, Leave, Mean, Step, Window
+from .steps import Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
 from .tiling import Cut, cuts, divisors
+from .winograd import Matrix, matrices
 
 #: Registers that are named at a time where there is no other limit.
 _UNROLLED = 8
@@ -56,7 +57,7 @@ class StepCode:
         total = 1
         for extent in extents:
             total *= extent
-        with emit.loop(total, parallel=total > 1) as task:
+        with emit.loop(total, parallel=self.step.shared and total > 1) as task:
             found = []
             for extent in reversed(extents):
                 found.append(T.bind(task % extent) if extent > 1 else 0)
@@ -126,6 +127,46 @@ class StepCode:
                     strip(at, count)
 
 
+class Sums:
+    """Sums of products in registers: of some pixels, each of some registers of output channels.
+
+    Args:
+        start: by register, what they begin with.
+    """
+
+    def __init__(self, pixels: int, vectors: int, lanes: int, start: Sequence[Any]) -> None:
+        self.vectors, self.lanes = vectors, lanes
+        self._sums = T.alloc_buffer((pixels * vectors * lanes,), ACC, scope="local")
+        for p in range(pixels):
+            for v in range(vectors):
+                simd.store(self._sums, self._at(p, v), start[v])
+
+    def _at(self, pixel: int, v: int) -> int:
+        return (pixel * self.vectors + v) * self.lanes
+
+    def __getitem__(self, which: tuple[int, int]) -> Any:
+        return simd.load(self._sums, self._at(*which), self.lanes)
+
+    def add(
+        self, pixels: Any, weights: Any, offsets: Sequence[int], at: Any, first: Any, channels: int, turns: int
+    ) -> None:
+        """Add the products of ``channels`` neighbouring input channels, ``turns`` in one turn of the loop.
+
+        Args:
+            offsets: of the pixels, from ``at`` in the buffer ``pixels``. first: where the weights begin.
+        """
+        lanes, wide = self.lanes, self.vectors * self.lanes
+
+        def one(c: Any) -> None:
+            loaded = [T.bind(simd.load(weights, first + c * wide + v * lanes, lanes)) for v in range(self.vectors)]
+            for p, offset in enumerate(offsets):
+                scalar = simd.splat(simd.load(pixels, at + (c + offset), 1), lanes)
+                for v in range(self.vectors):
+                    simd.store(self._sums, self._at(p, v), self[p, v] + scalar * loaded[v])
+
+        emit.unrolled(channels, turns, one)
+
+
 class Products(StepCode):
     """A convolution by products of one pixel's input channel with registers of output channels."""
 
@@ -171,51 +212,36 @@ class Products(StepCode):
         step, src, dst, lanes = self.step, self.src, self.dst, self.dst.block
         (sy, sx), (dy, dx), (ky, kx) = step.stride, step.dilation, step.kernel
         pixels = [(r, c) for r in range(rows) for c in range(columns)]
-        offsets = [r * sy * src.row + c * sx * src.block for r, c in pixels]
         start = src.origin - step.before[0] * src.row - step.before[1] * src.block
         start = start + image * src.image + row * (sy * src.row) + column * (sx * src.block)
         source = T.bind(start + step.first_block(block) * src.plane)
-        sums = T.alloc_buffer((len(pixels) * vectors * lanes,), ACC, scope="local")
-        for p in range(len(pixels)):
-            for v in range(vectors):
-                bias = simd.load(self.buffers["weights"], step.bias_at + (block + v) * lanes, lanes)
-                simd.store(sums, (p * vectors + v) * lanes, bias)
-
-        def products(x: Any, w: Any, count: int, turns: int) -> None:
-            def one(c: Any) -> None:
-                loaded = [
-                    T.bind(simd.load(self.buffers["weights"], w + (c * vectors + v) * lanes, lanes))
-                    for v in range(vectors)
-                ]
-                for p, offset in enumerate(offsets):
-                    scalar = simd.splat(simd.load(self.buffers["src0"], x + (c + offset), 1), lanes)
-                    for v in range(vectors):
-                        place = (p * vectors + v) * lanes
-                        simd.store(sums, place, simd.load(sums, place, lanes) + scalar * loaded[v])
-
-            emit.unrolled(count, turns, one)
-
+        offsets = [r * sy * src.row + c * sx * src.block for r, c in pixels]
+        sums = Sums(len(pixels), vectors, lanes, self._bias(block, vectors))
         wide = vectors * lanes
         whole, rest = divmod(step.depth, src.block)
+        given = (self.buffers["src0"], self.buffers["weights"], offsets)
         with emit.loop(whole) as b, emit.loop(ky) as y:
             line = T.bind(source + b * src.plane + y * (dy * src.row))
             # Planes have few channels, and then a turn of the loop is a row of the kernel.
             with self._taps(kx, src.block == 1) as turn:
                 for x in turn:
                     w = T.bind(weights + ((b * ky + y) * kx + x) * (src.block * wide))
-                    products(T.bind(line + x * (dx * src.block)), w, src.block, step.tile.turns)
+                    sums.add(*given, T.bind(line + x * (dx * src.block)), w, src.block, step.tile.turns)
         if rest:
             with emit.loop(ky) as y, emit.loop(kx) as x:
                 tap = T.bind(source + whole * src.plane + y * (dy * src.row) + x * (dx * src.block))
                 w = T.bind(weights + whole * src.block * step.taps * wide + (y * kx + x) * (rest * wide))
-                products(tap, w, rest, rest)
+                sums.add(*given, tap, w, rest, rest)
         base = T.bind(image * dst.image + block * dst.plane + dst.origin + row * dst.row + column * dst.block)
         for p, (r, c) in enumerate(pixels):
             for v in range(vectors):
-                value = simd.load(sums, (p * vectors + v) * lanes, lanes)
-                value = self.finished(value, self.other(image, block + v, row + r, column + c))
-                at = base + v * dst.plane + (r * dst.row + c * dst.block)
-                simd.store(self.buffers["dst"], at, value)
+                value = self.finished(sums[p, v], self.other(image, block + v, row + r, column + c))
+                simd.store(self.buffers["dst"], base + v * dst.plane + (r * dst.row + c * dst.block), value)
+
+    def _bias(self, block: Any, vectors: int) -> list[Any]:
+        lanes = self.dst.block
+        at = [self.step.bias_at + (block + v) * lanes for v in range(vectors)]
+        return [T.bind(simd.load(self.buffers["weights"], a, lanes)) for a in at]
 
     @staticmethod
     @contextmanager
@@ -225,6 +251,188 @@ class Products(StepCode):
         else:
             with emit.loop(count) as x:
                 yield [x]
+
+
+class ByWinograd(Products):
+    """A convolution by Winograd's algorithm: tiles are transformed, multiplied and transformed back, a block of rows of
+    tiles at a time."""
+
+    def emit(self) -> None:
+        step = self.step
+        self.tiles_down, self.tiles_across = step.grid
+        self.rows = step.tile.rows
+        self.tiles = self.rows * self.tiles_across
+        self.a, _, self.b = matrices(step.outputs)
+        sizes = [step.taps * layout.blocks * self.tiles * layout.block for layout in (self.src, self.dst)]
+        self.read, self.made = (T.alloc_buffer((size,), ACC) for size in sizes)
+        with emit.loop(step.images * self.tiles_down // self.rows) as part:
+            first = T.bind(part * self.rows)
+            with self.tasks(self.rows, self.src.blocks) as (r, block), emit.loop(self.tiles_across) as t:
+                self._transform(first, r, block, t)
+            weights = 0
+            for family in cuts(self.dst.blocks, step.tile.vectors):
+                self._multiply(family, weights)
+                weights += family.count * family.size * self.dst.block * step.depth
+            with self.tasks(self.rows, self.dst.blocks) as (r, block):
+                self._finish(first, r, block)
+
+    def _transform(self, first: Any, r: Any, block: Any, t: Any) -> None:
+        """B^T d B of a tile."""
+        src, m, n = self.src, self.step.outputs, self.step.points
+        image, row = T.bind((first + r) // self.tiles_down), T.bind((first + r) % self.tiles_down)
+        at = image * src.image + block * src.plane + src.origin + row * (m * src.row) + t * (m * src.block)
+        at = T.bind(at - self.step.before[0] * src.row - self.step.before[1] * src.block)
+        half = _Square(n, n, src.block)
+        for x in range(n):
+            column = [simd.load(self.buffers["src0"], at + y * src.row + x * src.block, src.block) for y in range(n)]
+            half.put_column(x, combined(self.b, column))
+        for y in range(n):
+            for x, value in enumerate(combined(self.b, half.row(y))):
+                simd.store(self.read, self._place(src, y * n + x, block, r * self.tiles_across + t), value)
+
+    def _place(self, layout: MapLayout, product: int, block: Any, tile: Any) -> Any:
+        return ((product * layout.blocks + block) * self.tiles + tile) * layout.block
+
+    def _multiply(self, family: Cut, weights: int) -> None:
+        """The products of a family of output channels, which lie from ``weights`` on for each of a tile's products."""
+        step, src, dst, vectors = self.step, self.src, self.dst, family.size
+        wide = vectors * dst.block
+        zeros = [simd.splat(0.0, dst.block)] * vectors
+        whole, rest = divmod(step.depth, src.block)
+        with self.tasks(step.taps, family.count) as (product, k):
+            w = T.bind(product * (step.bias_at // step.taps) + weights + k * (wide * step.depth))
+            for cut in cuts(self.tiles, step.tile.columns):
+                with emit.loop(cut.count) as j:
+                    tile = T.bind(cut.start + j * cut.size)
+                    offsets = [q * src.block for q in range(cut.size)]
+                    sums = Sums(cut.size, vectors, dst.block, zeros)
+                    source = T.bind(self._place(src, product, 0, tile))
+                    plane = self.tiles * src.block
+                    given = (self.read, self.buffers["weights"], offsets)
+                    with emit.loop(whole) as b:
+                        at, first = T.bind(source + b * plane), T.bind(w + b * (src.block * wide))
+                        sums.add(*given, at, first, src.block, step.tile.turns)
+                    if rest:
+                        sums.add(*given, source + whole * plane, w + whole * src.block * wide, rest, rest)
+                    for v in range(vectors):
+                        to = T.bind(self._place(dst, product, family.start + k * vectors + v, tile))
+                        for q in range(cut.size):
+                            simd.store(self.made, to + q * dst.block, sums[q, v])
+
+    def _finish(self, first: Any, r: Any, block: Any) -> None:
+        """A^T M A of a row of tiles, and all that comes after it."""
+        dst, m = self.dst, self.step.outputs
+        image, down = T.bind((first + r) // self.tiles_down), T.bind((first + r) % self.tiles_down)
+        row = T.bind(down * m)
+        if dst.has_border:
+            self._tile_border(image, block, row)
+        (bias,) = self._bias(block, 1)
+        across, over = divmod(dst.width, m)
+        for tiles, start, width in ((across, 0, m), (min(over, 1), across, over)):
+            if tiles:
+                with emit.loop(tiles) as t:
+                    self._tile_back(image, block, r, row, start + t, width, bias)
+
+    def _tile_back(self, image: Any, block: Any, r: Any, row: Any, t: Any, width: int, bias: Any) -> None:
+        dst, m, n = self.dst, self.step.outputs, self.step.points
+        half = _Square(m, n, dst.block)
+        tile = T.bind(r * self.tiles_across + t)
+        for x in range(n):
+            column = [
+                simd.load(self.made, self._place(dst, y * n + x, block, tile), dst.block) for y in range(n)
+            ]
+            half.put_column(x, combined(self.a, column))
+        column_ = T.bind(t * m)
+        to = T.bind(image * dst.image + block * dst.plane + dst.origin + row * dst.row + column_ * dst.block)
+
+        def line(y: int) -> None:
+            for x, value in enumerate(combined(self.a, half.row(y))[:width]):
+                done = self.finished(T.bind(value + bias), self.other(image, block, row + y, column_ + x))
+                simd.store(self.buffers["dst"], to + y * dst.row + x * dst.block, done)
+
+        left = dst.height % m
+        for y in range(m):
+            if left and y >= left:
+                with T.If(tirx.LT(row + y, dst.height)), T.Then():
+                    line(y)
+            else:
+                line(y)
+
+    def _tile_border(self, image: Any, block: Any, row: Any) -> None:
+        """The border beside a row of tiles."""
+        m, height = self.step.outputs, self.dst.height
+        left = height % m
+        if height <= m:
+            self.border(image, block, 0, height)
+        elif not left:
+            self.border(image, block, row, m)
+        else:
+            with T.If(tirx.LT(row, height - left)):
+                with T.Then():
+                    self.border(image, block, row, m)
+                with T.Else():
+                    self.border(image, block, row, left)
+
+
+class _Square:
+    """Vectors in memory that LLVM turns into registers, or keeps in the first-level cache."""
+
+    def __init__(self, rows: int, columns: int, lanes: int) -> None:
+        self.rows, self.columns, self.lanes = rows, columns, lanes
+        self._values = T.alloc_buffer((rows * columns * lanes,), ACC, scope="local")
+
+    def put_column(self, x: int, values: Sequence[Any]) -> None:
+        """Store a column."""
+        for y, value in enumerate(values):
+            simd.store(self._values, (y * self.columns + x) * self.lanes, value)
+
+    def row(self, y: int) -> list[Any]:
+        """A row."""
+        at = [(y * self.columns + x) * self.lanes for x in range(self.columns)]
+        return [simd.load(self._values, a, self.lanes) for a in at]
+
+
+def combined(matrix: Matrix, values: Sequence[Any]) -> list[Any]:
+    """The products of a matrix with vectors. Rows that differ in signs of even or odd columns share their sums."""
+    values = [T.bind(value) for value in values]
+    lanes = simd.lanes_of(values[0])
+    known: dict[tuple[float, ...], Any] = {}
+
+    def total(row: Sequence[float]) -> Any:
+        """The sum of these multiples, or None."""
+        key = tuple(row)
+        if key not in known:
+            found = None
+            for factor, value in zip(row, values, strict=True):
+                if factor == 0:
+                    continue
+                if found is None:
+                    found = value if factor == 1 else value * simd.splat(factor, lanes)
+                elif factor == 1:
+                    found = found + value
+                elif factor == -1:
+                    found = found - value
+                else:
+                    found = found + value * simd.splat(factor, lanes)
+            known[key] = None if found is None else T.bind(found)
+        return known[key]
+
+    found = []
+    for row in matrix:
+        even = tuple(f if k % 2 == 0 else 0.0 for k, f in enumerate(row))
+        odd = tuple(f if k % 2 else 0.0 for k, f in enumerate(row))
+        opposite = tuple(-f for f in odd)
+        a = total(even)
+        if opposite in known and known[opposite] is not None:
+            b = known[opposite]
+            found.append(T.bind(a - b) if a is not None else T.bind(simd.splat(0.0, lanes) - b))
+            continue
+        b = total(odd)
+        if b is None:
+            found.append(a)
+        else:
+            found.append(b if a is None else T.bind(a + b))
+    return found
 
 
 class Rows(StepCode):
@@ -409,6 +617,7 @@ def _convolution(step: Convolution, buffers: dict[str, Any], lanes: int) -> Step
 
 _EMITTERS: dict[type, Callable[[Any, dict[str, Any], int], StepCode]] = {
     Convolution: _convolution,
+    Winograd: ByWinograd,
     Window: Windows,
     Mean: Means,
     Each: Elements,

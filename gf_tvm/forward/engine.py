@@ -106,7 +106,7 @@ class _Compiled:
 
     def __call__(self, entries: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         self._pack(tensors)
-        arena = self._arenas.pop() if self._arenas else torch.empty(max(1, self.front.places[1]))
+        arena = self._arenas.pop() if self._arenas else torch.empty(self.front.memory.size)
         results = [torch.empty(shape) for shape in self._shapes]
         self.function(*map(_flat, entries), self._weights, arena, *(r.view(-1) for r in results))
         self._arenas.append(arena)

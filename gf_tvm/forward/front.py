@@ -31,10 +31,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Nest:
-    """Calls that ``images`` go through together, before the next ``images`` do."""
+    """Calls that ``images`` go through together, before the next ``images`` do.
+
+    ``by_images``: every thread takes images of its own through all calls, so that threads need not wait for each
+    other; else they share each step.
+    """
 
     images: int
+    by_images: bool
     calls: tuple[Call, ...]
+
+
+#: Threads that get images of their own, at most.
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -82,60 +91,94 @@ class Front:
         """Multiplications and additions of a whole batch."""
         return sum(call.step.flops * (self.batch // call.step.images) for call in self.calls)
 
+    @property
+    def parts(self) -> int:
+        """Threads that get images of their own, at most."""
+        return min(self.batch, MOST_PARTS)
+
     @cached_property
-    def spans(self) -> dict[int, tuple[int, bool]]:
-        """By value in the arena: its elements, and whether it holds the whole batch, since several nests use it."""
+    def whole(self) -> frozenset[int]:
+        """Values of which the arena holds the whole batch, since several nests use them."""
         uses: dict[int, set[int]] = {}
         for k, nest in enumerate(self.nests):
             for call in nest.calls:
                 for value in (*call.inputs, call.result):
                     uses.setdefault(value, set()).add(k)
         outside = {*self.entries, *self.exits}
-        found = {}
-        for value, nests in uses.items():
-            if value not in outside:
-                whole = len(nests) > 1
-                images = self.batch if whole else self.nests[min(nests)].images
-                found[value] = (images * self.layouts[value].image, whole)
-        return found
+        return frozenset(value for value, nests in uses.items() if len(nests) > 1 and value not in outside)
 
     @cached_property
-    def places(self) -> tuple[dict[int, int], int]:
-        """Where in the arena each value begins, and the arena's size, in elements.
+    def memory(self) -> Memory:
+        """Where in the arena the values are.
 
-        A value's place is free again after the last call that reads it, if it is not needed for the next images of
-        its nest; the first place that is large enough is taken.
+        A place is free again after the last call that reads it, if it is not needed for the next images of the nest;
+        the first place that is large enough is taken.
         """
         last: dict[int, int] = {}
+        ends = []
         at = 0
         for nest in self.nests:
-            end = at + len(nest.calls) - 1
+            ends.append(at + len(nest.calls) - 1)
             for k, call in enumerate(nest.calls, at):
                 for value in call.inputs:
                     # What came from before the nest is read again for its next images.
-                    whole = value in self.spans and self.spans[value][1]
-                    last[value] = end if whole else k
-            at = end + 1
-        found: dict[int, int] = {}
-        taken: list[tuple[int, int, int]] = []  # start, end, last call
-        size, k = 0, 0
-        for nest in self.nests:
-            # What the nest leaves for later ones lies there from its first images on.
+                    last[value] = ends[-1] if value in self.whole else k
+            at += len(nest.calls)
+        shared, own = _Places(), _Places()
+        inside = {*self.entries, *self.exits}
+        k = 0
+        for nest, end in zip(self.nests, ends, strict=True):
             begin = k
             for call in nest.calls:
-                value = call.result
-                if value in self.spans:
-                    elements, whole = self.spans[value]
-                    wanted, start = lines(elements), 0
-                    since = begin if whole else k
-                    for s, e, end in sorted(taken):
-                        if end >= since and s < start + wanted and start < e:
-                            start = max(start, e)
-                    found[value] = start
-                    taken.append((start, start + wanted, max(last.get(value, k), k)))
-                    size = max(size, start + wanted)
+                value, until = call.result, max(last.get(call.result, k), k)
+                size = call.step.dst.image
+                if value in self.whole:
+                    # What the nest leaves for later ones lies there from its first images to its last.
+                    shared.put(value, size * self.batch, begin, max(until, end))
+                elif value not in inside:
+                    (own if nest.by_images else shared).put(value, size * nest.images, k, until)
                 k += 1
-        return found, size
+        return Memory(shared.found, shared.size, own.found, own.size, self.parts if own.found else 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the arena is laid out, in elements.
+
+    Attributes:
+        shared: by value, where it begins; shared_size: what they take.
+        own: by value, where it begins among those of one thread; own_size: what these take.
+        parts: threads that have some of their own.
+    """
+
+    shared: dict[int, int]
+    shared_size: int
+    own: dict[int, int]
+    own_size: int
+    parts: int
+
+    @property
+    def size(self) -> int:
+        """Of the arena."""
+        return max(1, self.shared_size + self.parts * self.own_size)
+
+
+class _Places:
+    """Gives values places that are free for some time, counted in calls."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, int] = {}
+        self.size = 0
+        self._taken: list[tuple[int, int, int, int]] = []  # start, end, first and last call
+
+    def put(self, value: int, elements: int, since: int, until: int) -> None:
+        wanted, start = lines(elements), 0
+        for s, e, first, last in sorted(self._taken):
+            if first <= until and since <= last and s < start + wanted and start < e:
+                start = e
+        self.found[value] = start
+        self._taken.append((start, start + wanted, since, until))
+        self.size = max(self.size, start + wanted)
 
 
 def lines(elements: int) -> int:
@@ -143,11 +186,13 @@ def lines(elements: int) -> int:
     return elements + -elements % _LINE
 
 
-def nests(calls: Sequence[tuple[Call, int]]) -> list[tuple[int, list[Call]]]:
-    """Calls that follow each other with equal numbers of images at a time, together."""
-    found: list[tuple[int, list[Call]]] = []
-    for call, images in calls:
-        if not found or found[-1][0] != images:
-            found.append((images, []))
-        found[-1][1].append(call)
-    return found
+def nests(calls: Sequence[tuple[Call, bool]]) -> tuple[Nest, ...]:
+    """Calls that follow each other with equal numbers of images at a time, together; with each, whether threads take
+    images of their own through it."""
+    found: list[tuple[int, bool, list[Call]]] = []
+    for call, by_images in calls:
+        images = call.step.images
+        if not found or found[-1][:2] != (images, by_images):
+            found.append((images, by_images, []))
+        found[-1][2].append(call)
+    return tuple(Nest(images, by_images, tuple(inner)) for images, by_images, inner in found)

@@ -10,15 +10,17 @@ from ..chains.plan import elementwise
 from ..chains.plan.graph import Add, Conv, Gate, Map, Norm, Pad, Part, Pool, Region, Scale, Shape, View, WindowPool
 from ..core.geometry import Pair
 from ..machine.profiles import DeviceProfile
-from .front import Call, Front, Nest, lines, nests
+from .front import Call, Front, lines, nests
 from .maps import MapLayout
 from .packing import Norm as FoldedNorm
 from .packing import Parameters
-from .steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window
-from .tiling import divisors, tile_of
+from .steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
+from .tiling import tile_of
 
 #: Channels up to which an entry that only convolutions read stays as it is: an image's colours.
 _PLANES = 4
+#: Cores that a batch should have work for: boards have four.
+_CORES = 4
 
 
 def can_compile(region: Region, i: int, shapes: Sequence[Shape | None]) -> bool:
@@ -231,6 +233,19 @@ class _Layouts:
         shape = self._shape(part.entries[0])
         self.batch = shape[0]
         self.lanes = profile.lanes
+        for draft in drafts:
+            if draft.kind is Convolution and self._suits_winograd(draft):
+                draft.kind = Winograd
+                draft.settings["outputs"] = 4
+
+    def _suits_winograd(self, draft: _Draft) -> bool:
+        """Whether a convolution is one for Winograd's algorithm: enough channels, and not too much beside the map."""
+        wanted = {"kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1}
+        _, ci, *_ = self._shape(draft.inputs[0])
+        _, co, height, width = self._shape(draft.result)
+        covered = (height + -height % 4) * (width + -width % 4)
+        few = ci < 2 * self.lanes or co < self.lanes or covered > 2 * height * width
+        return all(draft.settings[name] == value for name, value in wanted.items()) and not few
 
     def _shape(self, value: int) -> Shape:
         shape = self.shapes[value]
@@ -256,7 +271,7 @@ class _Layouts:
             settings = dict(draft.settings)
             if settings.get("groups") == 0:  # a batch norm by itself
                 settings["groups"] = inner[draft.result].channels
-            if draft.kind in (Convolution, Window):
+            if draft.kind in (Convolution, Winograd, Window):
                 settings["before"] = draft.before
             step = draft.kind(0, inner[draft.result], srcs, draft.after, **settings)  # type: ignore[arg-type]
             steps.append((step, inputs, draft.result, draft.parameters))
@@ -290,8 +305,8 @@ class _Layouts:
             for place, v in enumerate(draft.inputs):
                 if v != value:
                     continue
-                dense = dense and place == 0 and draft.kind is Convolution and draft.settings["groups"] == 1
-                if place or draft.kind not in (Convolution, Window):
+                dense = dense and place == 0 and draft.kind in (Convolution, Winograd) and draft.settings["groups"] == 1
+                if place or draft.kind not in (Convolution, Winograd, Window):
                     continue
                 above, beside, below, after = self._border(draft, h, w)
                 top, left, bottom, right = max(top, above), max(left, beside), max(bottom, below), max(right, after)
@@ -305,6 +320,9 @@ class _Layouts:
         kernel: Pair = draft.settings.get("kernel", (1, 1))  # type: ignore[assignment]
         stride: Pair = draft.settings.get("stride", (1, 1))  # type: ignore[assignment]
         dilation: Pair = draft.settings.get("dilation", (1, 1))  # type: ignore[assignment]
+        if draft.kind is Winograd:
+            m: int = draft.settings["outputs"]  # type: ignore[assignment]
+            sizes = [size + -size % m for size in sizes]
         below, after = (
             max(0, (out - 1) * s + (k - 1) * d + 1 - before - size)
             for out, s, k, d, before, size in zip(
@@ -317,24 +335,24 @@ class _Layouts:
         self, steps: list[tuple[Step, tuple[int, ...], int, Parameters | None]], exits: tuple[int, ...]
     ) -> Lowered:
         """Steps in nests: large maps a few images at a time, so that they stay in the caches."""
-        images = [self._images(step) for step, *_ in steps]
-        for k in reversed(range(len(images) - 1)):
-            images[k] = min(images[k], images[k + 1])
-        calls: list[tuple[Call, int]] = []
+        found: list[tuple[Call, bool]] = []
         at = 0
-        for (step, inputs, result, _), count in zip(steps, images, strict=True):
-            step = replace(step, images=count)
+        for (step, inputs, result, _), by_images in zip(steps, self._by_images([s for s, *_ in steps]), strict=True):
+            step = replace(step, images=1 if by_images else self.batch, shared=not by_images)
             if isinstance(step, Convolution):
                 step = replace(step, tile=tile_of(step, self.profile))
-            calls.append((Call(step, inputs, result, at), count))
+            found.append((Call(step, inputs, result, at), by_images))
             at += lines(step.weights)
-        found = tuple(Nest(images, tuple(inner)) for images, inner in nests(calls))
-        front = Front(self.batch, self.part.entries, exits, found)
+        front = Front(self.batch, self.part.entries, exits, nests(found))
         return Lowered(front, tuple(parameters for *_, parameters in steps))
 
-    def _images(self, step: Step) -> int:
-        """How many images a step takes at a time: what fits into the second-level caches, or all where it is small."""
-        bytes_ = 4 * (step.dst.image + sum(src.image for src in step.srcs))
-        # Many weights are read once for many images.
-        room = self.arena_bytes if self.arena_bytes is not None else max(2 * self.profile.l2_bytes, 16 * step.weights)
-        return max(k for k in divisors(self.batch) if k == 1 or k * bytes_ <= room)
+    def _by_images(self, steps: Sequence[Step]) -> list[bool]:
+        """By step, whether threads take images of their own through it: up to where weights are many.
+
+        Threads that share a step wait for each other after it. But weights that do not stay in a core's cache are
+        better read once for the whole batch, and few images are no work for several cores.
+        """
+        heavy = [k for k, step in enumerate(steps) if 4 * step.weights > self.profile.l2_share // 2]
+        end = min(heavy, default=len(steps))
+        enough = self.batch % _CORES == 0 or self.batch >= 4 * _CORES
+        return [enough and k < end for k in range(len(steps))]

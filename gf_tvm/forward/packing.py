@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .steps import Convolution
+from .steps import Convolution, Winograd
 from .tiling import cuts
+from .winograd import matrices
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,22 @@ def pack(step: Convolution, parameters: Parameters, tensors: dict[int, Tensor], 
         columns[:co] = weight.reshape(co, step.taps)
         out[: step.bias_at].copy_(columns.view(step.dst.blocks, block, step.taps).transpose(1, 2).reshape(-1))
         return
+    if isinstance(step, Winograd):
+        g = torch.tensor(matrices(step.outputs)[1], dtype=torch.float64)
+        weight = g @ weight @ g.T
     # (blocks of output channels, input channels that they read, taps, output channels)
     dense = _by_block(step, weight)
     at = 0
+    if isinstance(step, Winograd):
+        # By product of a tile: (taps, tiles of output channels, depth, output channels of a tile).
+        wide = out[: step.bias_at].view(step.taps, -1)
+        for cut in cuts(step.dst.blocks, step.tile.vectors):
+            count = cut.count * cut.size
+            part = dense[cut.start : cut.start + count].unflatten(0, (cut.count, cut.size))
+            columns = count * block * step.depth
+            wide[:, at : at + columns].copy_(part.permute(3, 0, 2, 1, 4).reshape(step.taps, -1))
+            at += columns
+        return
     for cut in cuts(step.dst.blocks, step.tile.vectors):
         for tile in range(cut.count):
             first = cut.start + tile * cut.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.geometry import Pair
+from ..core.geometry import Pair, ceil_div
 from .maps import MapLayout
 
 #: What is done to a result before it is stored: (kind, settings). "add" takes the step's other map, times a factor;
@@ -21,12 +21,14 @@ class Step:
     Attributes:
         dst: the result's layout.
         srcs: of the maps that it reads; the second is what ``after`` adds or multiplies with.
+        shared: whether threads share it; else it runs on one.
     """
 
     images: int
     dst: MapLayout
     srcs: tuple[MapLayout, ...]
     after: After = ()
+    shared: bool = True
 
     @property
     def weights(self) -> int:
@@ -78,7 +80,7 @@ class Convolution(Step):
 
     @property
     def taps(self) -> int:
-        """Pixels of the kernel."""
+        """Weights by which every input channel is multiplied for an output channel."""
         return self.kernel[0] * self.kernel[1]
 
     @property
@@ -132,8 +134,36 @@ class Convolution(Step):
 
     @property
     def flops(self) -> int:
-        depth = self.srcs[0].channels // self.groups
-        return 2 * self.images * self.dst.channels * self.dst.height * self.dst.width * depth * self.taps
+        depth, taps = self.srcs[0].channels // self.groups, self.kernel[0] * self.kernel[1]
+        return 2 * self.images * self.dst.channels * self.dst.height * self.dst.width * depth * taps
+
+
+@dataclass(frozen=True)
+class Winograd(Convolution):
+    """A 3x3 convolution by Winograd's algorithm, see :mod:`.winograd`; not grouped, of stride and dilation 1.
+
+    Tiles are counted through the rows of tiles of all images. ``tile.rows`` of these rows are done at a time,
+    ``tile.columns`` is the number of tiles whose sums are in registers together.
+
+    Attributes:
+        outputs: pixels of a tile's result, along an axis.
+    """
+
+    outputs: int = 4
+
+    @property
+    def points(self) -> int:
+        """Pixels of a tile that is read, and products of a tile, along an axis."""
+        return self.outputs + 2
+
+    @property
+    def grid(self) -> Pair:
+        """Tiles of an image."""
+        return ceil_div(self.dst.height, self.outputs), ceil_div(self.dst.width, self.outputs)
+
+    @property
+    def taps(self) -> int:
+        return self.points**2
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..core.geometry import ceil_div
 from ..machine.profiles import DeviceProfile
-from .steps import Convolution, Tile
+from .steps import Convolution, Tile, Winograd
 
 #: Sums that have to be under way so that one does not wait for another: four cycles of two products.
 _IN_FLIGHT = 8
@@ -46,12 +46,35 @@ def tile_of(step: Convolution, profile: DeviceProfile) -> Tile:
     if step.depthwise:
         columns = cuts(step.dst.width, max(1, min(8, profile.registers // 3)))[0].size
         return Tile(columns=columns, chunk=_chunk(step, profile, step.dst.height))
+    if isinstance(step, Winograd):
+        return _winograd_tile(step, profile)
     rows, columns, vectors = min(_candidates(step, profile), key=lambda c: _cost(step, *c))
     block = step.srcs[0].block
     turns = max(k for k in divisors(block) if k == 1 or k * rows * columns * vectors <= _TURN)
     heavy = 4 * step.weights > profile.l2_share // 2
     by_channels = heavy and step.dst.height * step.dst.width <= 400 and step.dst.blocks // vectors >= 4
     return Tile(rows, columns, vectors, _chunk(step, profile, rows), by_channels, turns)
+
+
+def _winograd_tile(step: Winograd, profile: DeviceProfile) -> Tile:
+    """Rows of tiles of which both transforms fit into the second-level cache, or, where all weights do not, any."""
+    down, across = step.grid
+    room = profile.l2_share // 2 if not step.shared else 8 * 2**20
+    row = 4 * across * step.taps * (step.srcs[0].channels + step.dst.channels)
+    rows = max(k for k in divisors(down * step.images) if k == 1 or k * row <= room)
+
+    def cost(vectors: int) -> float:
+        pixels = cuts(rows * across, (profile.registers - 1 - vectors) // vectors)
+        return sum(
+            v.count * p.count * max(p.size * v.size, p.size + v.size, _IN_FLIGHT) * (1 + 1 / (64 * p.size))
+            for v in cuts(step.dst.blocks, vectors)
+            for p in pixels
+        )
+
+    vectors = min(range(1, min(_MOST_VECTORS, step.dst.blocks) + 1), key=cost)
+    columns = cuts(rows * across, (profile.registers - 1 - vectors) // vectors)[0].size
+    turns = max(k for k in divisors(step.srcs[0].block) if k == 1 or k * columns * vectors <= _TURN)
+    return Tile(rows, columns, vectors, 1, False, turns)
 
 
 def _candidates(step: Convolution, profile: DeviceProfile) -> Iterator[tuple[int, int, int]]:
