@@ -220,13 +220,12 @@ class Products(StepCode):
         wide = vectors * lanes
         whole, rest = divmod(step.depth, src.block)
         given = (self.buffers["src0"], self.buffers["weights"], offsets)
-        with emit.loop(whole) as b, emit.loop(ky) as y:
-            line = T.bind(source + b * src.plane + y * (dy * src.row))
-            # Planes have few channels, and then a turn of the loop is a row of the kernel.
-            with self._taps(kx, src.block == 1) as turn:
-                for x in turn:
-                    w = T.bind(weights + ((b * ky + y) * kx + x) * (src.block * wide))
-                    sums.add(*given, T.bind(line + x * (dx * src.block)), w, src.block, step.tile.turns)
+        # Pixels of one block follow each other, so a row of the kernel is as one pixel of more channels.
+        across, channels = (1, kx * src.block) if src.blocks == 1 and dx == 1 and not rest else (kx, src.block)
+        with emit.loop(whole) as b, emit.loop(ky) as y, emit.loop(across) as x:
+            tap = T.bind(source + b * src.plane + y * (dy * src.row) + x * (dx * src.block))
+            w = T.bind(weights + ((b * ky + y) * across + x) * (channels * wide))
+            sums.add(*given, tap, w, channels, step.tile.turns)
         if rest:
             with emit.loop(ky) as y, emit.loop(kx) as x:
                 tap = T.bind(source + whole * src.plane + y * (dy * src.row) + x * (dx * src.block))
@@ -242,15 +241,6 @@ class Products(StepCode):
         lanes = self.dst.block
         at = [self.step.bias_at + (block + v) * lanes for v in range(vectors)]
         return [T.bind(simd.load(self.buffers["weights"], a, lanes)) for a in at]
-
-    @staticmethod
-    @contextmanager
-    def _taps(count: int, written_out: bool) -> Iterator[list[Any]]:
-        if written_out:
-            yield list(range(count))
-        else:
-            with emit.loop(count) as x:
-                yield [x]
 
 
 class ByWinograd(Products):

@@ -17,10 +17,11 @@ from .packing import Parameters
 from .steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
 from .tiling import tile_of
 
-#: Channels up to which an entry that only convolutions read stays as it is: an image's colours.
-_PLANES = 4
+#: Channels up to which an entry that only convolutions read is one block, without others that fill it up.
+_COLOURS = 4
 #: Cores that a batch should have work for: boards have four.
 _CORES = 4
+HEAVY = 0.5
 
 
 def can_compile(region: Region, i: int, shapes: Sequence[Shape | None]) -> bool:
@@ -311,8 +312,8 @@ class _Layouts:
                 above, beside, below, after = self._border(draft, h, w)
                 top, left, bottom, right = max(top, above), max(left, beside), max(bottom, below), max(right, after)
                 fill = draft.fill if any((above, beside, below, after)) else fill
-        planes = value in self.part.entries and dense and c <= _PLANES
-        return MapLayout(c, h, w, 1 if planes else self.lanes, top, left, bottom, right, fill)
+        colours = value in self.part.entries and dense and c <= _COLOURS
+        return MapLayout(c, h, w, c if colours else self.lanes, top, left, bottom, right, fill)
 
     def _border(self, draft: _Draft, height: int, width: int) -> tuple[int, int, int, int]:
         """Pixels that a step reads (above, to the left, below, to the right)."""
@@ -352,7 +353,7 @@ class _Layouts:
         Threads that share a step wait for each other after it. But weights that do not stay in a core's cache are
         better read once for the whole batch, and few images are no work for several cores.
         """
-        heavy = [k for k, step in enumerate(steps) if 4 * step.weights > self.profile.l2_share // 2]
+        heavy = [k for k, step in enumerate(steps) if 4 * step.weights > HEAVY * self.profile.l2_share]
         end = min(heavy, default=len(steps))
         enough = self.batch % _CORES == 0 or self.batch >= 4 * _CORES
         return [enough and k < end for k in range(len(steps))]

@@ -16,7 +16,7 @@ _MOST_VECTORS = 4
 #: Tasks of a loop, at least, so that any number of cores of a board gets equal shares.
 _TASKS = 16
 #: Products in one turn of the innermost loop, about: its code should stay in the cache of decoded instructions.
-_TURN = 256
+_TURN = 128
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def tile_of(step: Convolution, profile: DeviceProfile) -> Tile:
     if isinstance(step, Winograd):
         return _winograd_tile(step, profile)
     rows, columns, vectors = min(_candidates(step, profile), key=lambda c: _cost(step, *c))
-    block = step.srcs[0].block
+    source = step.srcs[0]
+    block = source.block * (step.kernel[1] if source.blocks == 1 and step.dilation[1] == 1 else 1)
     turns = max(k for k in divisors(block) if k == 1 or k * rows * columns * vectors <= _TURN)
     heavy = 4 * step.weights > profile.l2_share // 2
     by_channels = heavy and step.dst.height * step.dst.width <= 400 and step.dst.blocks // vectors >= 4
