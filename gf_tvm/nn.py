@@ -237,7 +237,7 @@ def filter_model(
         library="" if library is None else library.digest,
     )
     if chain or selection.captured or last is not None or rest is not None or forward:
-        engine = Engine() if forward else None
+        engine = Engine("" if library is None else library.digest) if forward else None
         chain_model(model, means, choice, chain, bool(selection.captured), rest, find_kernels, engine)
     else:
         unchain_model(model)
@@ -287,7 +287,7 @@ def compile_backend(
         else:
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
-    engine = Engine() if given.get("forward", True) else None
+    engine = Engine("" if library is None else library.digest) if given.get("forward", True) else None
     backend = Backend(
         choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels, engine
     )

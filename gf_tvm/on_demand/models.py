@@ -34,14 +34,15 @@ def find_kernels(assembled: Assembled) -> None:
     if os.environ.get(SWITCH) == "0":
         return
     steps = without_library(assembled)
-    if not steps and not assembled.fronts:
+    fronts = [step for step in assembled.fronts if not step.library]
+    if not steps and not fronts:
         return
 
     def ready(library: Library) -> None:
-        for step in (*steps, *assembled.fronts):
+        for step in (*steps, *fronts):
             step.use(library.digest)
 
-    forward = tuple(step.program(get_profile("host")) for step in assembled.fronts)
+    forward = tuple(step.program(get_profile("host")) for step in fronts)
     wanted = Wanted(workloads_of(steps), (*programs_of_steps(steps), *forward))
     try:
         kernels = _kernel_cache()

@@ -32,7 +32,7 @@ from ..plan.graph import (
     WindowPool,
 )
 from .aten import arguments_of, value_of
-from .sites import Arguments, Filter, Site, name_of
+from .sites import Filter, Site, name_of
 
 _aten: Any = torch.ops.aten
 
