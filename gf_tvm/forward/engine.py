@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from ..blocked.packing import pack
+from ..blocked.steps import Convolution
 from ..bundle.library import Library, get_library
 from ..chains.plan.graph import Conv, Part, Region, Shape
 from ..core.workload import ALIGNMENT
 from ..machine.profiles import DeviceProfile, get_profile
 from .arena import ARENAS
 from .lower import Lowered, can_compile, lower
-from .packing import pack
 from .programs import FrontProgram
-from .steps import Convolution
 
 logger = logging.getLogger("gf_tvm")
 

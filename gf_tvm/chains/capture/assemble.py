@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...blocked.convolution import ConvolutionProgram
 from ...core.geometry import Geometry
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
@@ -75,6 +76,13 @@ class ConvolutionStep(nn.Module):
         n, ci, h, w = value_of(a.x).shape
         co, _, kh, kw = value_of(a.weight).shape
         return Geometry(n, ci, co, h, w, (kh, kw), self.patch, a.stride, a.padding, a.dilation, a.groups)
+
+    @property
+    def programs(self) -> list[ConvolutionProgram]:
+        """The compiled function that its forward pass can call, if there is one."""
+        assert self.site.arguments is not None
+        program = ConvolutionProgram(self.geometry, self.site.arguments.bias is not None)
+        return [program] if ConvolutionProgram.exists(self.geometry) else []
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight, bias = cast_for_convolution(x, weight, bias)
