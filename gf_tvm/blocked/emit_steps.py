@@ -559,46 +559,39 @@ class Elements(Rows):
 
 
 class Entering(StepCode):
-    """Planes into blocks, or into planes with a border."""
+    """Planes into blocks."""
 
     def emit(self) -> None:
-        src, dst = self.src, self.dst
+        src, dst, side = self.src, self.dst, self.dst.block
         with self.tasks(self.step.images, dst.blocks) as (image, block):
             self.border(image, block, 0, dst.height)
             base = T.bind(image * dst.image + block * dst.plane + dst.origin)
-            side, pixels = dst.block, dst.height * dst.width
-            if not dst.has_border and dst.channels % side == 0 and side == self.lanes and pixels >= side:
-                at = T.bind(image * src.image + block * (side * src.plane))
-
-                def square(first: Any) -> None:
-                    planes = [
-                        T.bind(simd.load(self.buffers["src0"], at + lane * src.plane + first, side))
-                        for lane in range(side)
-                    ]
-                    for k, value in enumerate(emit.transposed(planes)):
-                        simd.store(self.buffers["dst"], base + (first + k) * side, value)
-
-                _squares(pixels, side, square)
-                return
-            if dst.block == 1:
-                with emit.loop(dst.height) as row:
-                    at, to = T.bind(image * src.image + block * src.plane + row * src.row), T.bind(base + row * dst.row)
-
-                    def some(k: Any, width: int, at: Any = at, to: Any = to) -> None:
-                        simd.store(self.buffers["dst"], to + k, simd.load(self.buffers["src0"], at + k, width))
-
-                    emit.each_vector(dst.width, self.lanes, some)
+            planes = [T.bind(image * src.image + self._channel(block * side + k) * src.plane) for k in range(side)]
+            if side == self.lanes and dst.height * dst.width >= side:
+                self._by_squares(planes, base)
                 return
             with emit.loop(dst.height) as row, emit.loop(dst.width) as column:
-                to = T.bind(base + row * dst.row + column * dst.block)
-                for lane in range(dst.block):
-                    channel = (
-                        tirx.min(block * dst.block + lane, src.channels - 1)
-                        if src.channels % dst.block
-                        else (block * dst.block + lane)
-                    )
-                    at = image * src.image + channel * src.plane + row * src.row + column
-                    simd.store(self.buffers["dst"], to + lane, simd.load(self.buffers["src0"], at, 1))
+                to = T.bind(base + row * dst.row + column * side)
+                for lane, plane in enumerate(planes):
+                    value = simd.load(self.buffers["src0"], plane + row * src.row + column, 1)
+                    simd.store(self.buffers["dst"], to + lane, value)
+
+    def _by_squares(self, planes: Sequence[Any], base: Any) -> None:
+        """Turning as many pixels as a block has channels in registers."""
+        dst, side = self.dst, self.dst.block
+
+        def square(first: Any) -> None:
+            rows = [T.bind(simd.load(self.buffers["src0"], plane + first, side)) for plane in planes]
+            for k, value in enumerate(emit.transposed(rows)):
+                pixel = first + k
+                at = pixel // dst.width * dst.row + pixel % dst.width * side if dst.has_border else pixel * side
+                simd.store(self.buffers["dst"], base + at, value)
+
+        _squares(dst.height * dst.width, side, square)
+
+    def _channel(self, channel: Any) -> Any:
+        """A channel; what fills up the last block is as the last one."""
+        return tirx.min(channel, self.src.channels - 1) if self.src.channels % self.dst.block else channel
 
 
 class Leaving(StepCode):
