@@ -48,7 +48,7 @@ def test_logits_have_the_images_size(name: str) -> None:
 
 def test_every_pixel_sees_its_own_place() -> None:
     """A change in one corner changes that corner's logits most: nothing is mirrored or mixed up on the way."""
-    for name in ("fcn_resnet18_010", "upernet_mobilenetv2_010"):
+    for name in ("fcn_resnet18_010", "upernet_mobilenetv2_010", "deeplabv3_efficientnet_lite0_010"):
         model = tiny(name, 64).eval()
         x = torch.randn(1, 3, 64, 64)
         changed = x.clone()
