@@ -37,8 +37,9 @@ def add_parser(subparsers: Any) -> None:
         "--model",
         required=True,
         metavar="M",
-        help="mobilenetv2, resnet18, resnet34, mcunet, efficientnet_lite0; for segmentation fcn_, pspnet_, deeplabv3_ or "
-        "upernet_ and one of these (fcn_resnet18); each also with a width in percent (resnet18_025); or package.module:factory",
+        help="mobilenetv2, resnet18, resnet34, mcunet, efficientnet_lite0; for segmentation fcn_, pspnet_, "
+        "deeplabv3_ or upernet_ and one of these (fcn_resnet18); each also with a width in percent (resnet18_025); or "
+        "package.module:factory",
     )
     option(
         parser,
