@@ -65,6 +65,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add_means_argument(chains)
     option(parser, "--image-size", int, "PIXELS", "resize images to that many pixels per side")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a picture that cannot be read (default: skip and count it)"
+    )
     protocol = parser.add_argument_group("protocol")
     option(protocol, "--epochs", int, "N", "fine-tuning epochs")
     option(protocol, "--pretrain-epochs", int, "N", "pretraining epochs; 0 keeps the weights that the model comes with")
