@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gf_tvm.errors import ModelError
+from gf_tvm.errors import ModelError, PictureError
 from gf_tvm.runners import cli
 from gf_tvm.training.data import load_images
 from gf_tvm.training.data.listing import list_folder, split_folders
-from gf_tvm.training.data.pictures import PictureError, Skipped, read_picture, turned
+from gf_tvm.training.data.pictures import Skipped, read_picture, turned
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,8 @@ def test_many_broken_files_are_counted() -> None:
 def test_a_class_of_broken_files(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     broken("text", tmp_path / "b" / "1.png")
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ModelError, match=r"no image of the class folder .* can be read"):
+    said = r"no image of the class folder .* can be read"
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ModelError, match=said):
         load_images(str(tmp_path))
 
 
@@ -457,7 +458,8 @@ def test_the_command_skips_or_stops(tmp_path: Path, capsys: pytest.CaptureFixtur
         for number in range(10):
             write(tmp_path / "data" / name / f"{number}.png", number)
     broken("truncated", tmp_path / "data" / "a" / "x.jpg")
-    arguments = ["train", "--model", "training_models:tiny", "--data", str(tmp_path / "data"), "--patch", "2"]
+    arguments = ["train", "--protocol", "paper", "--model", "training_models:tiny", "--data", str(tmp_path / "data")]
+    arguments += ["--patch", "2"]
     arguments += ["--epochs", "1", "--pretrain-epochs", "0", "--batch", "2", "--last", "1", "--image-size", "8"]
     with pytest.warns(UserWarning, match="skipped 1 of 21"), pytest.warns(UserWarning, match="x.jpg.*; skipped"):
         assert cli.main([*arguments]) == 0

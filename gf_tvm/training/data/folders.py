@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...errors import ModelError
+from ...errors import ModelError, PictureError
 from .base import CHANNELS, Images, check_memory
 from .listing import list_folder
-from .pictures import PictureError, Skipped, check_pillow, read_picture
+from .pictures import Skipped, check_pillow, read_picture
 
 
 def load_folder(folder: Path, image_size: int, strict: bool = False) -> Images:

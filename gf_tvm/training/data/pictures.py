@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ModelError
+from ...errors import ModelError, PictureError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,10 +31,6 @@ NAMED = 8
 
 #: Pillow's name of the EXIF entry that says how a picture is turned.
 _ORIENTATION = 0x0112
-
-
-class PictureError(ModelError):
-    """A file that is no picture, or one that cannot be shown as it is."""
 
 
 def is_picture(path: Path) -> bool:

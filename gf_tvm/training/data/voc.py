@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...errors import ModelError
+from ...errors import ModelError, PictureError
 from .base import CHANNELS, IGNORED, Images, check_memory
-from .pictures import PictureError, Skipped, check_pillow, is_picture, opened, orientation_of, read_turned, turned
+from .pictures import Skipped, check_pillow, is_picture, opened, orientation_of, read_turned, turned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
