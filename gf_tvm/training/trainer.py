@@ -108,7 +108,9 @@ def train_variants(
 
 def load_data(config: TrainConfig) -> Dataset:
     """The data set of a configuration. Raises ModelError, also if a part has fewer images than one batch."""
-    dataset = load_dataset(config.data, config.image_size, config.seed, config.skew, config.test_fraction)
+    dataset = load_dataset(
+        config.data, config.image_size, config.seed, config.skew, config.test_fraction, config.strict
+    )
     needed = ["finetune_train", *(["pretrain_train"] if config.pretrain_epochs else [])]
     for name in needed:
         if dataset.sizes[name] < config.batch:
@@ -344,9 +346,10 @@ def _identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued.
 
     Neither the number of threads nor the library nor the cache: a run may go on with others, then equal to rounding
-    errors.
+    errors. Whether broken pictures are errors neither, only which pictures there are.
     """
-    return {**{name: value for name, value in config.to_dict().items() if name != "cache"}, "dataset": dataset.digest}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("cache", "strict")}
+    return {**settings, "dataset": dataset.digest}
 
 
 def _check_folder(config: TrainConfig, checkpoint: str | Path | None, resume: bool) -> None:
