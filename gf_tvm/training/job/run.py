@@ -16,10 +16,11 @@ from torch import nn
 from ...files import replacing
 from ...machine import cpu
 from ...models import Preprocessing
-from ...nn import filter_model, select_layers, unfilter_model
+from ...nn import filter_model, unfilter_model
+from ...shapes.model import last_to_run
 from .. import checkpoint as files
 from ..config import TrainConfig, TrainingError
-from ..data import Photos
+from ..data import CHANNELS, Photos
 from ..data.pictures import Skipped
 from ..loop import Fit, precision
 from ..metrics import Metrics
@@ -157,7 +158,7 @@ def fine_tune_model(
     train_photos, validation_photos = pictures.photos(network.preprocessing, config.augment)
     settings = config.steps(size, min(config.batch, len(train_photos)))
     model = network.model
-    names = [name for name, _ in select_layers(model, last=config.last)]
+    names = last_to_run(model, config.last, (1, CHANNELS, size, size))
     head = freeze(model, names, config.train_bn_affine)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
