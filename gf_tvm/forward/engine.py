@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ..blocked.packing import pack
 from ..blocked.steps import Convolution
 from ..bundle.library import Library, get_library
+from ..chains.capture.assemble import ForwardStep
 from ..chains.plan.graph import Conv, Part, Region, Shape
 from ..core.workload import ALIGNMENT
 from ..machine.profiles import DeviceProfile, get_profile
@@ -54,7 +55,7 @@ class Engine:
         return step
 
 
-class FrontStep(nn.Module):
+class FrontStep(ForwardStep):
     """One part of a graph: called with its entries, then its tensors; gives its exits.
 
     Attributes:
