@@ -103,10 +103,9 @@ def _fits(tensor: Tensor) -> bool:
 
 
 def _compiled(part: Part, library: Library) -> Compiled | None:
-    profile = get_profile(library.device)
-    if profile.gpu or library.fingerprints is None:
+    if library.fingerprints is None:  # for a GPU, or of an older version
         return None
-    lowered = lower(part, profile)
+    lowered = lower(part, get_profile(library.device))
     function = library.program(lowered.front.key)
     return None if function is None else Compiled(part, lowered, function, library.fingerprints)
 
