@@ -195,7 +195,9 @@ def _norm(
         goes_on(before, value)
         return
     parameters = Parameters(None, None, (norm,))
-    new(_Draft(Convolution, (source,), value, settings={"groups": 0}, parameters=parameters))
+    # A convolution of every channel by itself; how many these are, the layout says.
+    settings = {"kernel": (1, 1), "stride": (1, 1), "dilation": (1, 1), "groups": 0}
+    new(_Draft(Convolution, (source,), value, settings=settings, parameters=parameters))
 
 
 def _add(
