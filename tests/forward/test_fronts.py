@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from front_networks import Network, exact, excess, random_networks, varied
+import torch.nn.functional as F
+from front_networks import MAPS, Network, exact, excess, network_of, random_networks, varied
 from torch import Tensor
 
 import gf_tvm
 from gf_tvm.bundle.library import Library
+from gf_tvm.chains.plan.elementwise import FUNCTIONS
+from gf_tvm.chains.plan.graph import Add, Conv, Gate, Map, Outside, Pad, Pool, View, WindowPool
 from gf_tvm.core.workload import ALIGNMENT
 from gf_tvm.forward.engine import Compiled
 from gf_tvm.forward.lower import Lowered, lower
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 _FENCE = 64
 
 
-def build(fronts: Sequence[Lowered], profile: str, path: Path) -> Library:
+def build(fronts: Sequence[Lowered], profile: DeviceProfile, path: Path) -> Library:
     gf_tvm.build([], profile, out=path, programs=[FrontProgram(found.front) for found in fronts])
     return gf_tvm.load(path)
 
@@ -54,9 +58,9 @@ def run(network: Network, what: Compiled) -> list[Tensor]:
     assert all(t.data_ptr() % ALIGNMENT == 0 for t in inner)
     what._weights, what._packed = weights, None
     what._pack([network.tensors[t] for t in network.part.tensors])
-    before = [entry.clone() for entry in network.entries]
+    before = [entry.view(torch.int32).clone() for entry in network.entries]
     what._function(*(entry.view(-1) for entry in network.entries), weights, arena, *results)
-    assert all(map(torch.equal, before, network.entries))
+    assert all(torch.equal(was, entry.view(torch.int32)) for was, entry in zip(before, network.entries, strict=True))
     for memory in memories:
         assert memory[:_FENCE].isnan().all()
         assert memory[-_FENCE:].isnan().all()
@@ -120,6 +124,82 @@ def test_random_networks(name: str, tmp_path: Path) -> None:
     assert kinds(cases) == KINDS.keys()
     steps = {call.step for _, found in cases for call in found.front.calls}
     assert sum(not isinstance(step, Enter | Leave) for step in steps) > 150  # twice
-    library = build([found for _, found in cases], profile.name, tmp_path / "fronts.gfb")
+    library = build([found for _, found in cases], profile, tmp_path / "fronts.gfb")
     for network, found in cases:
         assert worst(network, found, library) <= 1, f"{network}\n{found.front.nests}"
+
+
+def conv(x: int, weight: int, co: int, kernel: int = 3, **settings: Any) -> Conv:
+    return Conv("conv", (x,), (weight, None), kernel=(kernel,) * 2, padding=(kernel // 2,) * 2, co=co, filtered=False, **settings)
+
+
+def odd_networks() -> dict[str, Network]:
+    """What random networks hardly ever have."""
+    torch.manual_seed(1)
+    x, pixel = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 1, 1)
+    weights = [torch.randn(4, 3, 3, 3), torch.randn(3, 3, 3, 3), torch.randn(1, 1, 3, 3)]
+    pad = {"rows": (1, 1), "cols": (0, 2)}
+    largest = {"kind": "max", "kernel": (2, 2), "stride": (1, 1), "padding": (1, 1)}
+    # Read by convolutions outside, which no part has.
+    outside = (Outside("outside", (0,), reason="is outside", result=(2, 3, 6, 6)),)
+    return {
+        "one channel": network_of([conv(0, 2, 1), conv(1, 2, 1)], [x[:, :1].clone()], weights, [2]),
+        "a padding of an entry that only others read": network_of(
+            [conv(0, 0, 4), Pad("pad", (1,), **pad), *outside, conv(3, 0, 4)], [x, x + 1], weights, [2, 5]
+        ),
+        "a padding that others read, too": network_of(
+            [conv(0, 1, 3), Pad("pad", (1,), **pad), conv(2, 0, 4), *outside, conv(2, 0, 4)], [x], weights, [3, 5]
+        ),
+        "a pixel with two borders, by way of views": network_of(
+            [
+                Pool("pool", (0,)),
+                conv(1, 0, 4),
+                View("flat", (1,), flat=True),
+                View("back", (3,)),
+                WindowPool("largest", (4,), **largest),
+            ],
+            [x],
+            weights,
+            [2, 5],
+        ),
+        "a view and what it is a view of": network_of(
+            [conv(0, 1, 3), View("flat", (1,), flat=True), Map("relu", (2,), flat=True, kind="relu")], [pixel], weights, [1, 2, 3]
+        ),
+        "a pixel that gates itself": network_of([Gate("gate", (0, 0)), conv(1, 0, 4)], [pixel], weights, [1, 2]),
+        "added to itself, then changed": network_of(
+            [conv(0, 1, 3), Add("add", (1, 1), alpha=-0.5), Map("relu", (2,), kind="relu"), Add("add", (3, 1))], [x], weights, [4]
+        ),
+        "the same twice": network_of([conv(0, 1, 3), conv(0, 1, 3), Add("add", (1, 2))], [x], weights, [1, 3]),
+        "what nobody reads": network_of([conv(0, 0, 4), conv(0, 1, 3)], [x], weights, [2]),
+        "flat entries": network_of(
+            [Conv("linear", (0,), (3, None), True, co=5, filtered=False)], [pixel.flatten(1)], [*weights, torch.randn(5, 3)], [1]
+        ),
+    }  # fmt: skip
+
+
+def test_odd_networks(host: DeviceProfile, tmp_path: Path) -> None:
+    networks = odd_networks()
+    found = {name: lower(network.part, host) for name, network in networks.items()}
+    assert [len(n.entries) for n in networks.values()] == [1] * len(networks)
+    library = build(list(found.values()), host, tmp_path / "odd.gfb")
+    for name, network in networks.items():
+        assert worst(network, found[name], library) <= 1, name
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_nan_is_where_pytorch_has_it(lanes: int, host: DeviceProfile, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 7, 6, generator=torch.Generator().manual_seed(1))
+    x[0, 1, 2, 3] = x[1, 4, 0, 0] = x[1, 0, 6, 5] = math.nan
+    windows = {"kernel": (3, 2), "stride": (1, 1), "padding": (1, 0)}
+    kinds = sorted({kind for kind, _ in MAPS})
+    ops = [WindowPool("largest", (0,), kind="max", **windows)]
+    ops += [Map(kind, (0,), kind=kind, settings=settings) for kind, settings in MAPS]
+    network = network_of(ops, [x], [], range(1, 1 + len(ops)))
+    assert len(network.part.ops) == len(ops) > len(kinds)
+    profile = replace(host, lanes=lanes)
+    found = lower(network.part, profile)
+    results = run(network, compiled(network, found, build([found], profile, tmp_path / "nan.gfb")))
+    expected = [F.max_pool2d(x, (3, 2), 1, (1, 0))]
+    expected += [FUNCTIONS[kind].apply(x, False, *settings) for kind, settings in MAPS]
+    for op, result, wanted in zip(ops, results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, equal_nan=True, rtol=1e-5, atol=1e-5, msg=f"{op}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -317,6 +318,16 @@ def _other_tile(step: Convolution, rng: random.Random) -> Tile:
     if step.depthwise:
         return Tile(columns=columns, chunk=chunk)
     return Tile(rng.randint(1, min(2, chunk)), columns, vectors, chunk, rng.random() < 0.3, turns)
+
+
+def network_of(ops: Sequence[Op], entries: Sequence[Tensor], tensors: Sequence[Tensor], exits: Sequence[int]) -> Network:
+    """A network of these operations; those behind the first that cannot be compiled are outside."""
+    region = Region(len(entries), tuple(ops), dict.fromkeys(exits, "x"))
+    shapes: Any = [tuple(t.shape) if t.dim() == 4 else (*t.shape, 1, 1) for t in entries]
+    shapes = region.shapes(shapes)[0]
+    compiled = list(itertools.takewhile(lambda i: can_compile(region, i, shapes), range(len(ops))))
+    part = part_of(region, shapes, compiled)
+    return Network(0, part, [entries[v] for v in part.entries], list(tensors))
 
 
 # ------------------------------------------------------------------------------------------------------- float64
