@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from front_networks import MAPS, Network, exact, excess, network_of, random_networks, varied
 from torch import Tensor
+from virtual_pi import run_in
 
 import gf_tvm
+from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.bundle.library import Library
 from gf_tvm.chains.plan.elementwise import FUNCTIONS
 from gf_tvm.chains.plan.graph import Add, Conv, Gate, Map, Outside, Pad, Pool, View, WindowPool
@@ -126,7 +132,40 @@ def test_random_networks(name: str, tmp_path: Path) -> None:
     assert sum(not isinstance(step, Enter | Leave) for step in steps) > 150  # twice
     library = build([found for _, found in cases], profile, tmp_path / "fronts.gfb")
     for network, found in cases:
-        assert worst(network, found, library) <= 1, f"{network}\n{found.front.nests}"
+        assert worst(network, found, library) <= 1, f"{network}\n{[call.step for call in found.front.calls]}"
+
+
+def test_random_networks_on_an_emulated_cortex_a72(virtual_root: Path, tmp_path: Path) -> None:
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("linking for aarch64 needs: apt-get install g++-aarch64-linux-gnu")
+    profile = get_profile("rpi4")
+    cases = cases_of(profile, 20)
+    assert kinds(cases) == KINDS.keys()
+    gf_tvm.build([], profile, out=tmp_path / "rpi4.gfb", programs=[FrontProgram(found.front) for _, found in cases])
+    with zipfile.ZipFile(tmp_path / "rpi4.gfb") as archive:
+        manifest = json.loads(archive.read(MANIFEST))
+        (tmp_path / "kernels.so").write_bytes(archive.read(LIBRARY))
+    symbols = {program["key"]: program["symbol"] for program in manifest["programs"]}
+    arrays: dict[str, Any] = {}
+    described = []
+    for k, (network, found) in enumerate(cases):
+        wanted, front = exact(network, by_winograd(found)), found.front
+        # Packed here, by PyTorch.
+        what = Compiled(network.part, found, lambda *_: None, lambda *_: b"")
+        what._pack([network.tensors[t] for t in network.part.tensors])
+        for j, tensor in enumerate((*network.entries, what._weights)):
+            arrays[f"{k}_given_{j}"] = tensor.numpy()
+        for j, exit in enumerate(wanted):
+            arrays[f"{k}_value_{j}"], arrays[f"{k}_error_{j}"] = exit.value.numpy(), exit.error.numpy()
+        given = len(network.entries) + 1
+        described.append({"symbol": symbols[front.key], "arena": front.memory.size, "given": given, "exits": len(wanted)})
+    (tmp_path / "cases.json").write_text(json.dumps(described))
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    said = json.loads(run_in(virtual_root, Path(__file__).with_name("on_board.py"), str(tmp_path), cwd=tmp_path))
+    assert len(said["worst"]) == len(cases)
+    for (network, found), error in zip(cases, said["worst"], strict=True):
+        assert error <= 1, f"{network}\n{[call.step for call in found.front.calls]}"
+    assert said["changes"] == 8 * 297
 
 
 def conv(x: int, weight: int, co: int, kernel: int = 3, **settings: Any) -> Conv:
