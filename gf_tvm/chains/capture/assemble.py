@@ -394,6 +394,8 @@ def _item(results: tuple[Tensor, ...], number: int) -> Tensor:
 
 def part_of(region: Region, shapes: Sequence[Shape | None], ops: Sequence[int]) -> Part:
     """These operations, in order, as a part. Of a padding no result is an exit: who reads it elsewhere pads again."""
+    inputs = {v for i in ops for v in region.ops[i].inputs}
+    ops = [i for i in ops if not isinstance(region.ops[i], Pad) or region.result(i) in inputs]
     made = {region.result(i) for i in ops}
     pads = {region.result(i): region.ops[i].inputs[0] for i in ops if isinstance(region.ops[i], Pad)}
     entries = dict.fromkeys(v for i in ops for v in region.ops[i].inputs if v not in made)
