@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine.allocator import label_of
+from ._allocator import add_allocator_argument
 from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
 from ._cases import add_case_arguments, add_chain_argument, cases_from, chains_from
 from ._compare_gpu import print_gpu
@@ -54,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (png, svg or pdf)")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -116,6 +119,7 @@ def print_comparison(result: Comparison) -> None:
 
     gpu = "gpu" in result.machine
     ran = result.device_name if gpu else f"{result.device_name}, threads: {result.threads}"
+    ran += f", allocator: {label_of(result.machine)}"
     print(f"{ran}, copying: {result.bandwidth_gbs:.1f} GB/s, sgemm: {result.peak_gflops:.0f} GFLOP/s")
     baseline = "the fastest of those below" if gpu else result.rows[0].baseline
     copying = "copying and sgemm in the same rounds (medians; above are the best)"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.config import EvaluateConfig, parse_size
 from ..evaluation.results import EvaluationError
+from ..machine.allocator import label_of
 from ..training.config import SCHEDULES, TrainConfig
+from ._allocator import add_allocator_argument
 from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._output import ProgressBar, check_writable, format_table, write_json
 
@@ -72,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
     protocol.add_argument("--schedule", default=TrainConfig.schedule, choices=SCHEDULES, help="of the learning rate")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON to this file")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -154,7 +157,9 @@ class _Lines:
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:
-    print(f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads")
+    print(
+        f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads, allocator: {label_of(evaluation.machine)}"
+    )
     for what, how in evaluation.conditions.items():
         print(f"  {what}: {how}")
     print()

@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine.allocator import label_of
 from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig
+from ._allocator import add_allocator_argument
 from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._config import add_config_option
 from ._output import ProgressBar, check_writable, format_table, write_json
@@ -136,6 +138,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add_config_option(parser, "gf_tvm.train_config/1")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -229,7 +232,7 @@ def _print_summary(results: list[TrainResult]) -> None:
     print(
         f"{config.model} on {config.data}: fine-tuned {len(first.trained_layers)} convolutions and the classifier "
         f"({first.trained_parameters} of {first.parameters} parameters) on {images['finetune_train']} images, "
-        f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads"
+        f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads, allocator: {label_of(first.machine)}"
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points vs exact", "forward ms", "backward ms", "update ms"]

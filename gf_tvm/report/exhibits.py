@@ -129,6 +129,7 @@ def conditions_of(sources: Iterable[Source], head: Mapping[str, Any]) -> list[tu
         ("Files", ", ".join(dict.fromkeys(source.name for source in sources))),
         ("Machine", ", ".join(parts)),
         ("Threads", str(head["threads"])),
+        ("Allocator", label_of(machine)),
         ("Versions", versions_line(head["versions"])),
     ]
 
