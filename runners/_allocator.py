@@ -32,7 +32,8 @@ def ensure(wanted: str | None, restart: bool) -> None:
     """Make this process run under an allocator. Does not return where the process is started anew.
 
     Args:
-        wanted: a name of :data:`gf_tvm.machine.allocator.ALLOCATORS`; None: jemalloc where it is installed, and no other was preloaded.
+        wanted: a name of :data:`gf_tvm.machine.allocator.ALLOCATORS`; None: jemalloc where it is installed, and no
+            other was preloaded.
         restart: whether this process may be started again: it is a command, and has done nothing yet.
 
     Raises:

@@ -157,9 +157,8 @@ class _Lines:
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:
-    print(
-        f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads, allocator: {label_of(evaluation.machine)}"
-    )
+    ran = f"{evaluation.threads} threads, allocator: {label_of(evaluation.machine)}"
+    print(f"{evaluation.model} on {evaluation.data}, {ran}")
     for what, how in evaluation.conditions.items():
         print(f"  {what}: {how}")
     print()

@@ -232,7 +232,8 @@ def _print_summary(results: list[TrainResult]) -> None:
     print(
         f"{config.model} on {config.data}: fine-tuned {len(first.trained_layers)} convolutions and the classifier "
         f"({first.trained_parameters} of {first.parameters} parameters) on {images['finetune_train']} images, "
-        f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads, allocator: {label_of(first.machine)}"
+        f"tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads, "
+        f"allocator: {label_of(first.machine)}"
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points vs exact", "forward ms", "backward ms", "update ms"]

@@ -84,7 +84,7 @@ def in_use() -> dict[str, Any]:
 
 
 def label_of(machine: Mapping[str, Any]) -> str:
-    """The ``allocator`` in a description of a machine, for a table's head: ``jemalloc 5.3.0``, ``system``, ``unknown``."""
+    """The ``allocator`` in a description of a machine, for tables: ``jemalloc 5.3.0``, ``system``, ``unknown``."""
     found = machine.get("allocator")
     if not isinstance(found, Mapping) or not isinstance(found.get("name"), str):
         return "unknown"
@@ -112,7 +112,7 @@ def give_to_children(environment: Mapping[str, str]) -> None:
 
 
 def environment_of_children() -> dict[str, str]:
-    """What to add to the environment of a child process that measures beside this one, so that it has the same allocator.
+    """What a child process that measures beside this one needs in its environment to have the same allocator.
 
     Other children do not get it: they may be of another architecture, as virtual boards are.
     """

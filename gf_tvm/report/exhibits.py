@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..machine.allocator import label_of
 from .sources import Source
 
 MEASURED, EMULATED, ESTIMATED = "measured", "emulated", "estimated"
