@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "restrictions": restricted,
             "seconds_per_model": args.seconds,
+            "forward_only": "a process of its own for each; OpenVINO under the system's allocator, which it needs",
             "forward_only_missing": missing() if args.baselines else {},
         },
         "rows": [],
@@ -146,21 +148,19 @@ def measure(
         build(
             workloads(cases), check_request((), args.device, chains=cases), args.logs, bundle, programs=programs(cases)
         )
-        others: dict[str, Any] = {}
-        if args.baselines:
-            step = TrainingStep(cases[0].model, cases[0].input_shape)
-            others = forwards(cases[0].model, step.x, threads, without)
-        return measure_steps(
-            name,
-            cases,
-            load(bundle),
-            args.device,
-            (100, args.seconds),
-            limits,
-            progress,
-            (lambda variant, patch, case: peaks(variant, patch, case, bundle)) if args.memory else None,
-            others,
-        )
+        x = TrainingStep(cases[0].model, cases[0].input_shape).x
+        with forwards(cases[0].model, x, threads, without) if args.baselines else nullcontext({}) as others:
+            return measure_steps(
+                name,
+                cases,
+                load(bundle),
+                args.device,
+                (100, args.seconds),
+                limits,
+                progress,
+                (lambda variant, patch, case: peaks(variant, patch, case, bundle)) if args.memory else None,
+                others,
+            )
 
 
 def check(args: argparse.Namespace) -> list[tuple[str, list[ChainCase]]]:

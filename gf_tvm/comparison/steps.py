@@ -44,8 +44,8 @@ CONDITIONS = (
 #: gradients are compared by norm, and a kernel that is wrong changes them by more.
 AGREEMENT = 2e-3
 
-#: A forward pass of the model on the batch that it was made for, by another program: returns the logits.
-Forward = Callable[[], Tensor]
+#: A forward pass of the model on the step's batch by another program; the first call returns the logits.
+Forward = Callable[[], Any]
 
 
 def _has_whole() -> bool:
@@ -278,8 +278,7 @@ def measure_steps(
         for one in found:
             one.limit = _limit_of(one, found, limits)
         calls: dict[str, Callable[[], Any]] = {one.key: one.step for one in found}
-        with torch.no_grad():
-            calls |= {f"forward of {key}": call for key, call in extra.items()}
+        calls |= {f"forward of {key}": call for key, call in extra.items()}
         for one in found:
             one.step.times = StepTimes()
         timings = measure(calls, *effort, lambda part: progress(0.3 + 0.5 * part, f"timing {name}"))
