@@ -20,6 +20,7 @@ from .chains.capture.sites import Choice
 from .chains.model import chain_model, check_means, graphs_of, unchain_model
 from .core.geometry import Pair, Patch, as_pair
 from .errors import ModelError
+from .forward.engine import Engine
 from .on_demand.models import find_kernels
 from .ops.module import FilteredConv2d as FilteredConv2d
 from .ops.module import check_library
@@ -178,6 +179,7 @@ def filter_model(
     chain: bool = True,
     means: torch.dtype | None = None,
     rest: str | None = None,
+    forward: bool = True,
 ) -> M:
     """Give convolutions of ``model`` a filtered backward pass, in place.
 
@@ -207,6 +209,9 @@ def filter_model(
             2^k pixels are exact, up to 2048 pixels in float16 and 256 in bfloat16.
         rest: a backend of ``torch.compile``, such as "inductor", that compiles what is neither a chain nor a filtered
             convolution; None: that runs as it is. Under an outer ``torch.compile`` it is that one's backend.
+        forward: whether the parts before the first trained layer are compiled, too, for CPUs in float32: convolutions
+            with the frozen batch norms, activations and additions after them, and pooling (docs/forward.md). Without
+            it PyTorch runs them.
 
     Returns:
         ``model``.
@@ -232,8 +237,9 @@ def filter_model(
         names=frozenset(selection.filterable),
         library="" if library is None else library.digest,
     )
-    if chain or selection.captured or last is not None or rest is not None:
-        chain_model(model, means, choice, chain, bool(selection.captured), rest, find_kernels)
+    if chain or selection.captured or last is not None or rest is not None or forward:
+        engine = Engine("" if library is None else library.digest) if forward else None
+        chain_model(model, means, choice, chain, bool(selection.captured), rest, find_kernels, engine)
     else:
         unchain_model(model)
     logger.info("%s", filter_report(model))
@@ -241,7 +247,7 @@ def filter_model(
 
 
 #: What ``options`` of :func:`compile_backend` may hold.
-_OPTIONS = ("patch", "last", "layers", "library", "chain", "means", "rest")
+_OPTIONS = ("patch", "last", "layers", "library", "chain", "means", "rest", "forward")
 
 
 def compile_backend(
@@ -252,9 +258,9 @@ def compile_backend(
     Modules stay what they are; convolutions are filtered in the captured graph.
 
     Args:
-        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means`` and ``rest``, as for
-            :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into several. Without
-            ``last`` and ``layers``: convolutions that are filtered modules already.
+        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means``, ``rest`` and
+            ``forward``, as for :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into
+            several. Without ``last`` and ``layers``: convolutions that are filtered modules already.
 
     Raises:
         ModelError: an option that there is not, or a value that is none of its kind.
@@ -282,9 +288,12 @@ def compile_backend(
         else:
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
-    return Backend(choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels)(
-        graph, inputs
+    digest = "" if library is None else library.digest
+    engine = Engine(digest) if given.get("forward", True) else None
+    backend = Backend(
+        choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels, engine
     )
+    return backend(graph, inputs)
 
 
 def unfilter_model(model: M) -> M:

@@ -41,7 +41,7 @@ def _nothing_stays_compiled() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_kernels_on_demand() -> Iterator[None]:
     """Nothing is built in the background, in processes that tests start neither; tests of that ask for it."""
-    # Not by the fixture monkeypatch, which would then be undone after every other fixture, and bring back what they set.
+    # Not by the fixture monkeypatch: it would be undone after every other fixture, and bring back what they set.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GF_TVM_ON_DEMAND", "0")
         yield

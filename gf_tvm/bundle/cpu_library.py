@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..errors import BundleError, GeometryError
 from ..machine.profiles import cpu_flags
 from .format import LIBRARY
 from .kernel import Kernel
-from .runtime import load_library, start_runtime
+from .runtime import fingerprints_of, load_library, start_runtime
 
 _thread = threading.local()
 
@@ -41,10 +41,26 @@ class CpuKernel(Kernel):
         """Nothing to do: a CPU's code is there since the bundle was loaded."""
 
 
-def open_bundle(
-    path: Path, manifest: dict[str, Any], library: bytes
-) -> tuple[list[CpuKernel], dict[str, Callable[..., None]]]:
-    """Check that this machine runs a bundle -> its kernels, and its programs by key.
+#: See :func:`.runtime.fingerprints_of`.
+Fingerprints = Callable[[Sequence[int], Sequence[int]], bytes]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a CPU bundle has.
+
+    Attributes:
+        programs: by key.
+        fingerprints: None in bundles of older versions.
+    """
+
+    kernels: list[CpuKernel]
+    programs: dict[str, Callable[..., None]]
+    fingerprints: Fingerprints | None
+
+
+def open_bundle(path: Path, manifest: dict[str, Any], library: bytes) -> Contents:
+    """Check that this machine runs a bundle -> what it has.
 
     Raises:
         BundleError: it was made for another architecture, CPU or TVM version, or does not load.
@@ -75,9 +91,7 @@ def _minor(version: str) -> str:
     return ".".join(str(version).split(".")[:2])
 
 
-def _map_kernels(
-    path: Path, manifest: dict[str, Any], library: bytes
-) -> tuple[list[CpuKernel], dict[str, Callable[..., None]]]:
+def _map_kernels(path: Path, manifest: dict[str, Any], library: bytes) -> Contents:
     start_runtime()
     place = ""
     try:
@@ -86,6 +100,7 @@ def _map_kernels(
             file = Path(folder) / LIBRARY
             file.write_bytes(library)
             module = _load(path, file)
+            fingerprints = fingerprints_of(file)
     except OSError as error:
         raise BundleError(
             f"{path.name}: cannot unpack the kernels into a temporary folder: {error.strerror or error}{place}; "
@@ -100,7 +115,7 @@ def _map_kernels(
         programs: dict[str, Callable[..., None]] = {
             entry["key"]: partial(_launch, module[entry["symbol"]]) for entry in manifest.get("programs", ())
         }
-        return kernels, programs
+        return Contents(kernels, programs, fingerprints)
     except (KeyError, TypeError, AttributeError, GeometryError) as error:
         raise BundleError(f"{path.name}: the manifest does not fit its kernels ({error})") from None
 

@@ -32,6 +32,7 @@ class Library:
         device: name of the profile that it was built for.
         device_type: of the tensors that its kernels take, "cpu" or "cuda".
         workloads: what it has kernels for.
+        fingerprints: see :func:`.runtime.fingerprints_of`; None where it has no such function.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Library:
         kernels: Sequence[Kernel],
         device_type: str = "cpu",
         programs: Mapping[str, Callable[..., None]] | None = None,
+        fingerprints: Callable[[Sequence[int], Sequence[int]], bytes] | None = None,
     ) -> None:
         self.path = path
         self.digest = digest
@@ -50,6 +52,7 @@ class Library:
         self.manifest = manifest
         self.workloads = tuple(kernel.workload for kernel in kernels)
         self._programs = dict(programs or {})
+        self.fingerprints = fingerprints
         self._kernels = {(k.workload.kernel, k.workload.geometry, k.workload.dtype): k for k in kernels}
 
     def find(self, kernel: str, geometry: Geometry, dtype: str) -> Kernel | None:
@@ -152,5 +155,7 @@ def _open(path: Path, data: bytes, digest: str, keys: list[Ed25519PublicKey] | N
 
         manifest, for_gpu = cuda_library.open_bundle(path, data)
         return Library(path, digest, manifest, for_gpu, cuda_library.device_type())
-    kernels, programs = cpu_library.open_bundle(path, manifest, library)
-    return Library(path, digest, manifest, kernels, programs=programs)
+    contents = cpu_library.open_bundle(path, manifest, library)
+    return Library(
+        path, digest, manifest, contents.kernels, programs=contents.programs, fingerprints=contents.fingerprints
+    )

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,25 @@ def load_library(path: Path) -> Any:
     with suppress(AttributeError):
         ctypes.CDLL(str(path)).gf_tvm_use_openmp()
     return module
+
+
+def fingerprints_of(path: Path) -> Callable[[Sequence[int], Sequence[int]], bytes] | None:
+    """A library's function of (addresses, bytes) of pieces of memory that gives what tells their contents from others.
+
+    None where the library was linked before there was fingerprint.c. It must be loaded.
+    """
+    function = getattr(ctypes.CDLL(str(path)), "gf_tvm_fingerprints", None)
+    if function is None:
+        return None
+
+    def fingerprints(addresses: Sequence[int], sizes: Sequence[int]) -> bytes:
+        count = len(addresses)
+        results = (ctypes.c_uint64 * count)()
+        given = (ctypes.c_void_p * count)(*addresses), (ctypes.c_int64 * count)(*sizes)
+        function(*given, ctypes.c_int64(count), results)
+        return bytes(results)
+
+    return fingerprints
 
 
 def start_extras() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .capture.assemble import ChainStep
+from .capture.assemble import ChainStep, Forward
 from .capture.backend import Captured, FindKernels
 from .capture.live import Settings, compile_model, filtered_parts, release_model
 from .capture.sites import Choice
@@ -89,6 +89,7 @@ def chain_model(
     captured: bool = False,
     rest: str | None = None,
     find_kernels: FindKernels | None = None,
+    forward: Forward | None = None,
 ) -> M:
     """Make ``model`` compile itself, with chains of its filtered convolutions, in place; returns ``model``.
 
@@ -100,9 +101,10 @@ def chain_model(
         captured: whether ``choice`` has convolutions that are no filtered modules.
         rest: backend of ``torch.compile`` for what is neither a chain nor a filtered convolution.
         find_kernels: looks for kernels of what was captured.
+        forward: compiles the parts that need no gradients; None: they run as they are.
     """
     check_means(means)
-    return compile_model(model, Settings(choice, chain, means, captured, rest), find_kernels)
+    return compile_model(model, Settings(choice, chain, means, captured, rest, forward), find_kernels)
 
 
 def unchain_model(model: M) -> M:

@@ -28,8 +28,8 @@ _NEEDLESS_PASSES = ("s_tir.CompactBufferAllocation",)
 #: 1024 bytes, one byte short of the 8 x 32 accumulators of an AVX-512 micro-kernel.
 STACK_BYTES = 8192
 
-#: What every library of kernels has besides: loops on PyTorch's threads.
-OPENMP = str(Path(__file__).with_name("openmp.c"))
+#: What every library of kernels has besides: loops on PyTorch's threads, and fingerprints of parameters.
+SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("openmp.c", "fingerprint.c"))
 
 
 def buffer_bytes(buffer: Any) -> int:
@@ -123,7 +123,8 @@ def export(modules: list[Any], path: Path, profile: DeviceProfile) -> None:
         first.import_module(other)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         objects = _write_objects(first, Path(folder))
-        source = ("-x", "c", OPENMP, "-x", "none")
+        # Before each: g++ takes a .c file for C++.
+        source = (*(word for path in SOURCES for word in ("-x", "c", path)), "-x", "none")
         done = subprocess.run(
             [*linker, "-shared", "-fPIC", "-O2", "-o", str(path), *source, *objects, *libraries],
             stdin=subprocess.DEVNULL,

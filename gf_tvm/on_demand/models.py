@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..chains.capture.assemble import Assembled
 from ..chains.capture.wanted import programs_of_steps, without_library, workloads_of
 from ..errors import CacheError
+from ..machine.profiles import get_profile
 from ..ops.dispatch import AWAITED
 from .cache import KernelCache, obstacle, say_once
 from .identity import Wanted
@@ -33,14 +34,16 @@ def find_kernels(assembled: Assembled) -> None:
     if os.environ.get(SWITCH) == "0":
         return
     steps = without_library(assembled)
-    if not steps:
+    fronts = [step for step in assembled.fronts if not step.library]
+    if not steps and not fronts:
         return
 
     def ready(library: Library) -> None:
-        for step in steps:
+        for step in (*steps, *fronts):
             step.use(library.digest)
 
-    wanted = Wanted(workloads_of(steps), programs_of_steps(steps))
+    forward = tuple(step.program(get_profile("host")) for step in fronts)
+    wanted = Wanted(workloads_of(steps), (*programs_of_steps(steps), *forward))
     try:
         kernels = _kernel_cache()
     except CacheError as error:

@@ -12,7 +12,7 @@ from ..chains import programs_of
 from ..chains.compile.programs import ChainProgram
 from ..core.geometry import Patch
 from ..nn import filter_model, select_filterable
-from ..shapes.model import does_not_run
+from ..shapes.model import does_not_run, last_to_run
 from .loop import training_mode
 from .trainer import freeze
 
@@ -38,7 +38,8 @@ def chain_programs(
     found: dict[str, ChainProgram] = {}
     for patch in patches:
         run = copy.deepcopy(model)
-        selected = select_filterable(run, last=last)
+        chosen = set(last_to_run(run, last, input_shape))
+        selected = select_filterable(run, layers=lambda name, _, chosen=chosen: name in chosen)  # type: ignore[misc]
         freeze(run, list(selected.convs), train_bn_affine)
         filter_model(run, patch, layers=list(selected.filterable))
         training_mode(run, "finetune")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...blocked.convolution import ConvolutionProgram
 from ...core.geometry import Geometry
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
-from ..plan.graph import Conv
+from ..plan.graph import Conv, Pad, Part, Region, Shape, View
 from ..plan.partition import Layout, partition
 from ..run.plan import Plan, make_plan
 from ..run.run import run_chain
@@ -76,6 +77,13 @@ class ConvolutionStep(nn.Module):
         co, _, kh, kw = value_of(a.weight).shape
         return Geometry(n, ci, co, h, w, (kh, kw), self.patch, a.stride, a.padding, a.dilation, a.groups)
 
+    @property
+    def programs(self) -> list[ConvolutionProgram]:
+        """The compiled function that its forward pass can call, if there is one."""
+        assert self.site.arguments is not None
+        program = ConvolutionProgram(self.geometry, self.site.arguments.bias is not None)
+        return [program] if ConvolutionProgram.exists(self.geometry) else []
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight, bias = cast_for_convolution(x, weight, bias)
         y: Tensor = operators.conv2d(x, weight, bias, *self._settings, self.patch, self.digest, weight.requires_grad)[0]
@@ -97,6 +105,22 @@ class CheckpointStep(nn.Module):
         return checkpoint(self.body, *given, **self.settings)
 
 
+class Forward(Protocol):
+    """What compiles parts of a graph that need no gradients: :class:`gf_tvm.forward.engine.Engine`."""
+
+    def takes(self, region: Region, op: int, shapes: Sequence[Shape | None]) -> bool:
+        """Whether an operation can be in such a part."""
+
+    def is_worth(self, part: Part) -> bool:
+        """Whether the part had better be compiled."""
+
+    def step(self, part: Part, body: fx.GraphModule) -> nn.Module:
+        """What runs in its place: called with the part's entries, then its tensors; gives a tuple of its exits.
+
+        ``body``: the same by PyTorch's operators.
+        """
+
+
 @dataclass
 class Assembled:
     """A graph with chains in it.
@@ -104,12 +128,14 @@ class Assembled:
     Attributes:
         module: called as the graph was.
         chains, convolutions: its steps of these kinds, in the order of execution, those of checkpointed parts too.
+        fronts: its parts without gradients, as :class:`Forward` compiled them.
         alone: filtered convolutions that are in no chain, by name, and why.
     """
 
     module: fx.GraphModule
     chains: list[ChainStep] = field(default_factory=list)
     convolutions: list[ConvolutionStep] = field(default_factory=list)
+    fronts: list[nn.Module] = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
 
@@ -120,6 +146,7 @@ def assemble(
     chain: bool = True,
     means: torch.dtype | None = None,
     rest: Backend | None = None,
+    forward: Forward | None = None,
 ) -> Assembled:
     """Put a graph together.
 
@@ -128,8 +155,9 @@ def assemble(
         trained: by input of the graph, whether its gradient is needed.
         chain: whether filtered convolutions form chains.
         rest: what compiles the steps that are neither chains nor filtered convolutions; None: they run one by one.
+        forward: what compiles parts that need no gradients; None: nothing.
     """
-    found = _Assembly(aten, chosen, trained, chain, means, rest).run()
+    found = _Assembly(aten, chosen, trained, chain, means, rest, forward).run()
     if rest is not None:
         found.module = compile_rest(found.module, rest)
     return found
@@ -144,8 +172,10 @@ class _Assembly:
         chain: bool,
         means: torch.dtype | None,
         rest: Backend | None,
+        forward: Forward | None,
     ) -> None:
         self.aten, self.chosen, self.chain, self.means, self.rest = aten, chosen, chain, means, rest
+        self.forward = forward
         self.checkpoints = set(checkpoints(aten.graph))
         self.sites = {site.node: site for site in chosen.sites}
         without_changes(aten.graph)
@@ -208,9 +238,12 @@ class _Assembly:
         if node in self.checkpoints:
             given = node.args[1:]
             flags = [isinstance(g, fx.Node) and self.needs[self.known.source(g)] for g in given]
-            inner = assemble(self.parts[graph_of(node)], self.chosen, flags, self.chain, self.means, self.rest)
+            inner = assemble(
+                self.parts[graph_of(node)], self.chosen, flags, self.chain, self.means, self.rest, self.forward
+            )
             self.result.chains += inner.chains
             self.result.convolutions += inner.convolutions
+            self.result.fronts += inner.fronts
             self.result.alone |= inner.alone
             settings = {k: v for k, v in node.kwargs.items() if k in ("use_reentrant", "preserve_rng_state")}
             self.env[node] = self._call("checkpoint", CheckpointStep(inner.module, settings), given)  # type: ignore[arg-type]
@@ -231,11 +264,20 @@ class _Assembly:
         trained = frozenset(i for i, t in enumerate(stretch.tensors) if self.gradients and self.needs[t])
         layout = partition(region, [shape_of(node) for node in entries], flags, trained, self.chain)
         self.needs.update(zip(nodes[region.entries :], layout.situation.needs[region.entries :], strict=True))
+        group: list[int] = []
         for unit in layout.units:
+            if not isinstance(unit, tuple) and self._compiles(stretch, layout, unit, group):
+                group.append(unit)
+                continue
+            made = {region.result(i) for i in group}
+            if any(made & set(region.ops[i].inputs) for i in (unit if isinstance(unit, tuple) else (unit,))):
+                self._front(stretch, layout, group)
+                group = []
             if isinstance(unit, tuple):
                 self._chain(stretch, layout, unit)
             else:
                 self._plain(nodes[region.result(unit)])
+        self._front(stretch, layout, group)
         chained = {i for unit in layout.units if isinstance(unit, tuple) for i in unit}
         for i, op in enumerate(region.ops):
             node = nodes[region.result(i)]
@@ -249,6 +291,50 @@ class _Assembly:
                 else:
                     reason = getattr(op, "reason", "cannot stay on the patch grid")
                 self.result.alone[self.sites[node].name] = reason
+
+    # Parts without gradients
+
+    def _compiles(self, stretch: Stretch, layout: Layout, i: int, group: Sequence[int]) -> bool:
+        """Whether an operation goes into the part that ``group`` is of."""
+        region, nodes, shapes = stretch.region, stretch.nodes, layout.situation.shapes
+        value, op = region.result(i), region.ops[i]
+        if self.forward is None or layout.situation.needs[value] or not self.forward.takes(region, i, shapes):
+            return False
+        if isinstance(op, View) and op.inputs[0] - region.entries not in group:
+            return False
+        tensors = (stretch.tensors[t] for t in op.tensors if t is not None)
+        same_batch = {shapes[v][0] for v in (*op.inputs, value)} == {shapes[region.result((*group, i)[0])][0]}  # type: ignore[index]
+        return same_batch and all(map(_is_plain, (*(nodes[v] for v in (*op.inputs, value)), *tensors)))
+
+    def _front(self, stretch: Stretch, layout: Layout, group: Sequence[int]) -> None:
+        """Run a part, compiled where that is worth it."""
+        region, nodes = stretch.region, stretch.nodes
+        part = part_of(region, layout.situation.shapes, group)
+        if self.forward is None or not group or not self.forward.is_worth(part):
+            for i in group:
+                self._plain(nodes[region.result(i)])
+            return
+        given = [nodes[v] for v in part.entries] + [stretch.tensors[t] for t in part.tensors]
+        step = self.forward.step(part, self._body(part, stretch, given))
+        self.result.fronts.append(step)
+        call = self._call("forward", step, given)
+        for number, value in enumerate(part.exits):
+            self.env[nodes[value]] = self.graph.call_function(_item, (call, number))
+        for i in group:
+            if isinstance(region.ops[i], Pad) and _read_outside(region, i, group):
+                self._plain(nodes[region.result(i)])
+
+    def _body(self, part: Part, stretch: Stretch, given: Sequence[fx.Node]) -> fx.GraphModule:
+        """A part by PyTorch's operators."""
+        graph, env = self.graph, self.env
+        self.graph = fx.Graph()
+        self.env = {node: self.graph.placeholder(f"given_{k}") for k, node in enumerate(given)}
+        for i in part.ops:
+            self._plain(stretch.nodes[part.region.result(i)])
+        self.graph.output(tuple(self._new(stretch.nodes[value]) for value in part.exits))
+        body = fx.GraphModule(self.parts, self.graph, "Forward")
+        self.graph, self.env = graph, env
+        return body
 
     def _chain(self, stretch: Stretch, layout: Layout, ops: tuple[int, ...]) -> None:
         step = ChainStep(stretch, layout, ops, self.means)
@@ -287,3 +373,28 @@ class _Assembly:
 
 def _item(results: tuple[Tensor, ...], number: int) -> Tensor:
     return results[number]
+
+
+def part_of(region: Region, shapes: Sequence[Shape | None], ops: Sequence[int]) -> Part:
+    """These operations, in order, as a part. Of a padding no result is an exit: who reads it elsewhere pads again."""
+    made = {region.result(i) for i in ops}
+    pads = {region.result(i): region.ops[i].inputs[0] for i in ops if isinstance(region.ops[i], Pad)}
+    entries = dict.fromkeys(v for i in ops for v in region.ops[i].inputs if v not in made)
+    outside = [i for i in range(len(region.ops)) if i not in set(ops)]
+    read = {v for i in outside for v in region.ops[i].inputs} | set(region.exits)
+    exits = dict.fromkeys(pads.get(v, v) for v in sorted(made & read))
+    tensors = dict.fromkeys(t for i in ops for t in region.ops[i].tensors if t is not None)
+    kept = tuple(v for v in exits if v in made)
+    return Part(region, tuple(ops), tuple(shapes), tuple(entries), kept, tuple(tensors))
+
+
+def _read_outside(region: Region, i: int, group: Sequence[int]) -> bool:
+    value = region.result(i)
+    others = (op for k, op in enumerate(region.ops) if k not in group)
+    return value in region.exits or any(value in op.inputs for op in others)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a step's result is a tensor of float32 on the CPU."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == "cpu"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .assemble import Assembled, ChainStep, assemble
+from .assemble import Assembled, ChainStep, Forward, assemble
 from .aten import NotTaken, has_symbols, to_aten, without_values
 from .rest import Backend as Rest
 from .sites import Choice, Chosen, Place, choose, module_of, name_modules, sites_of
@@ -48,6 +48,7 @@ class Backend:
         means: dtype in which chains keep the means of derivatives; None: as they are summed.
         rest: backend of ``torch.compile`` for what is neither a chain nor a filtered convolution; None: it runs as is.
         find_kernels: gets everything that was put together.
+        forward: compiles the parts that need no gradients; None: they run as they are.
         place: asked, when a graph is captured, whose code it is.
         captured: told of each graph once.
         runs: told of a graph whenever it runs.
@@ -58,6 +59,7 @@ class Backend:
     means: torch.dtype | None = None
     rest: Rest | None = None
     find_kernels: FindKernels | None = None
+    forward: Forward | None = None
     place: Callable[[], Place] | None = None
     captured: Callable[[Captured], None] | None = None
     runs: Callable[[Captured], None] | None = None
@@ -87,7 +89,7 @@ class Backend:
             return graph
         chosen = choose(sites_of(aten), self.choice, place.whole and interrupted is None)
         trained = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
-        assembled = assemble(aten, chosen, trained, self.chain, self.means, self.rest)
+        assembled = assemble(aten, chosen, trained, self.chain, self.means, self.rest, self.forward)
         found = Captured(assembled, chosen, interrupted)
         for step in assembled.chains:
             logger.info("a chain of %d: %s", len(step.plan.convolutions), ", ".join(step.plan.convolutions))

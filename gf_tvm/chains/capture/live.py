@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from ...errors import GfTvmError
+from .assemble import Forward
 from .backend import Backend, Captured, FindKernels
 from .rest import Backend as Rest
 from .sites import Choice, Place
@@ -61,6 +62,7 @@ class Settings:
     means: torch.dtype | None
     captured: bool = False
     rest: str | None = None
+    forward: Forward | None = None
 
 
 class Filtered:
@@ -150,6 +152,7 @@ class Filtered:
                 self.settings.means,
                 rest,
                 self.find_kernels,
+                self.settings.forward,
                 place=self._place,
                 captured=self._captured,
                 runs=self._runs,

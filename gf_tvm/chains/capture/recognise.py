@@ -32,7 +32,7 @@ from ..plan.graph import (
     WindowPool,
 )
 from .aten import arguments_of, value_of
-from .sites import Arguments, Filter, Site, name_of
+from .sites import Filter, Site, name_of
 
 _aten: Any = torch.ops.aten
 
@@ -181,10 +181,8 @@ def _convolution(node: fx.Node, site: Site, known: Known) -> Recognised:
         inputs = tuple(t for t in (a.x, a.weight, a.bias) if t is not None)
         return Found(Outside(site.name, (), reason=reason, result=shape_of(node)), inputs)
 
-    if chosen is None:
-        return _unfiltered(site, a, known) or apart("is not filtered")
     if a.weight not in known.early or (a.bias is not None and a.bias not in known.early):
-        return apart("has a weight that is computed from the network's input")
+        return apart("is not filtered" if chosen is None else "has a weight that is computed from the network's input")
     kernel = value_of(a.weight).shape
     op = Conv(
         site.name,
@@ -195,19 +193,11 @@ def _convolution(node: fx.Node, site: Site, known: Known) -> Recognised:
         dilation=a.dilation,
         groups=a.groups,
         co=kernel[0],
-        patch=chosen.patch,
-        library=chosen.library,
+        patch=(1, 1) if chosen is None else chosen.patch,
+        library="" if chosen is None else chosen.library,
+        filtered=chosen is not None,
     )
     return Found(op, (a.x,), (a.weight, a.bias))
-
-
-def _unfiltered(site: Site, a: Arguments, known: Known) -> Recognised | None:
-    kernel = value_of(a.weight).shape
-    plain = (tuple(kernel[2:]), a.stride, a.padding) == ((1, 1), (1, 1), (0, 0))
-    if _is_small(a.x) and plain and a.weight in known.early and (a.bias is None or a.bias in known.early):
-        op = Conv(site.name, (), groups=a.groups, co=kernel[0], filtered=False)
-        return Found(op, (a.x,), (a.weight, a.bias))
-    return None
 
 
 def _linear(c: Call) -> Recognised | None:

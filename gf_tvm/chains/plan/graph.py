@@ -62,7 +62,8 @@ class Op:
 class Conv(Op):
     """A convolution; ``tensors``: weight, bias.
 
-    ``filtered``: else an exact one, which has to be 1x1 on a 1x1 map; a linear layer (``flat``) is one, too.
+    ``filtered``: else an exact one, which stays on the grid if it is 1x1 on a 1x1 map; a linear layer (``flat``) is
+    one, too.
     """
 
     kernel: Pair = (1, 1)
@@ -83,12 +84,14 @@ class Conv(Op):
         )
 
     def shape(self, *inputs: Shape) -> Shape:
-        if not self.filtered and inputs[0][2:] != (1, 1):
-            raise Misfit("is not filtered")
         try:
-            return self.geometry(inputs[0]).y_shape
+            shape: Shape = self.geometry(inputs[0]).y_shape
         except GeometryError as error:
             raise Misfit(str(error)) from None
+        plain = (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0)) and inputs[0][2:] == (1, 1)
+        if not self.filtered and not plain:
+            raise Misfit("is not filtered", shape)
+        return shape
 
 
 @dataclass(frozen=True)
@@ -354,3 +357,22 @@ class Region:
     def with_library(self, digest: str) -> Region:
         """The same with another library for the kernels of all convolutions."""
         return replace(self, ops=tuple(replace(op, library=digest) if isinstance(op, Conv) else op for op in self.ops))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Operations of a region that run together and need no gradients.
+
+    Attributes:
+        ops: numbers of operations, in order.
+        shapes: of all values of the region.
+        entries, exits: values that it reads, and those that are read elsewhere.
+        tensors: numbers of the region's tensors that it reads.
+    """
+
+    region: Region
+    ops: tuple[int, ...]
+    shapes: tuple[Shape | None, ...]
+    entries: tuple[int, ...]
+    exits: tuple[int, ...]
+    tensors: tuple[int, ...] = ()
