@@ -1,4 +1,4 @@
-"""Whole training steps measured: exact, compiled by PyTorch, filtered, chained. What a user gains, not a kernel.
+"""Whole training steps measured: exact, compiled by PyTorch, filtered, chained, whole. What a user gains, not a kernel.
 
 All variants of one model make the same step on the same batch, interleaved in one run: forward pass with the loss,
 backward pass, update. As in fine-tuning, the chosen convolutions and the last linear layer are trained, and batch norms
@@ -9,7 +9,6 @@ its own for each variant (:mod:`gf_tvm.comparison.step_memory`).
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,15 +47,6 @@ AGREEMENT = 2e-3
 Forward = Callable[[], Any]
 
 
-def _has_whole() -> bool:
-    return "forward" in inspect.signature(filter_model).parameters
-
-
-def _no_forward() -> dict[str, Any]:
-    """Leaves the forward pass to PyTorch, where there is a choice."""
-    return {"forward": False} if _has_whole() else {}
-
-
 @dataclass(frozen=True)
 class Variant:
     """One way to make the step.
@@ -65,14 +55,12 @@ class Variant:
         make: changes a copy of the model; gets the patch, the names of the convolutions, and the library.
         filtered: whether there is one for each patch.
         compiles: whether operators of a forward pass are fused.
-        available: whether this gf_tvm has it.
     """
 
     name: str
     make: Callable[[nn.Module, Pair, list[str], Library | None], nn.Module]
     filtered: bool = True
     compiles: bool = False
-    available: Callable[[], bool] = lambda: True
 
 
 def _compiled(model: nn.Module, *_: Any) -> nn.Module:
@@ -88,30 +76,24 @@ VARIANTS = {
         Variant(
             "filtered",
             lambda model, patch, layers, library: filter_model(
-                model, patch, layers=layers, library=library, chain=False, **_no_forward()
+                model, patch, layers=layers, library=library, chain=False, forward=False
             ),
         ),
         Variant(
             "chained",
             lambda model, patch, layers, library: filter_model(
-                model, patch, layers=layers, library=library, **_no_forward()
+                model, patch, layers=layers, library=library, forward=False
             ),
         ),
         Variant(
             "whole",
             lambda model, patch, layers, library: filter_model(
-                model, patch, layers=layers, library=library, **({"forward": True} if _has_whole() else {})
+                model, patch, layers=layers, library=library, forward=True
             ),
             compiles=True,
-            available=_has_whole,
         ),
     )
 }
-
-
-def variants() -> list[Variant]:
-    """Those that this gf_tvm has, in the order of the columns."""
-    return [variant for variant in VARIANTS.values() if variant.available()]
 
 
 @dataclass(frozen=True)
@@ -260,7 +242,7 @@ def measure_steps(
     found: list[_Measured] = []
     with plain_operators_wanted():
         exact = _reference(first, None)
-        for variant in variants():
+        for variant in VARIANTS.values():
             patches: list[Pair | None] = [case.patch for case in cases] if variant.filtered else [None]
             for patch in patches:
                 progress(0.3 * len(found) / (len(VARIANTS) * len(cases)), f"checking {name}, {variant.name}")
@@ -321,7 +303,7 @@ def _reference(case: ChainCase, patch: Pair | None) -> tuple[Tensor, dict[str, T
     """Logits and gradients in float64, filtered layer by layer by plain operators."""
     model = copy.deepcopy(case.model).double()
     if patch is not None:
-        filter_model(model, patch, layers=list(case.layers), chain=False, **_no_forward())
+        filter_model(model, patch, layers=list(case.layers), chain=False, forward=False)
     step = TrainingStep(model, case.input_shape, torch.float64)
     return step(), step.gradients()
 
