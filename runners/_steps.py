@@ -11,8 +11,10 @@ from ._rows import digits
 if TYPE_CHECKING:
     from ..comparison.steps import StepRow
 
-HEADERS = ("model", "input", "convs", "patch", "variant", "forward", "backward", "update", "step")
-HEADERS += ("limit", "over exact", "over compiled", "saved MB", "peak MB")
+HEADERS = (
+    *("model", "input", "convs", "patch", "variant", "forward", "backward", "update", "step"),
+    *("limit", "over exact", "over compiled", "saved MB", "peak MB"),
+)
 
 
 def step_cells(rows: Sequence[StepRow]) -> list[tuple[object, ...]]:

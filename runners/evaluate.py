@@ -170,6 +170,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         "forward ms",
         "backward ms",
         "update ms",
+        "step ms",
     ]
     headers += ["saved for\nbackward kB", "saved by\nconvolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
     exact = {s.last: s.score for s in evaluation.settings if s.variant == "exact"}
@@ -178,7 +179,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
     for s in evaluation.settings:
         difference = 100 * (s.score - exact[s.last]) if s.last in exact and s.variant != "exact" else None
         row: list[object] = [s.name, 100 * s.score, None if s.spread is None else 100 * s.spread, difference]
-        row += [s.step_ms["forward"], s.step_ms["backward"], s.step_ms["update"]]
+        row += [s.step_ms["forward"], s.step_ms["backward"], s.step_ms["update"], s.total_ms]
         row += [s.kept_bytes / 1e3, s.kept_bytes_convolutions / 1e3]
         row += [None if s.peak_bytes is None else s.peak_bytes / 1e6, s.forward_flops / 1e6, s.backward_flops / 1e6]
         rows.append([*row, s.energy_joules_per_step] if measured else row)

@@ -32,12 +32,8 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert step.main([*command, "--seconds", "0", "--no-memory", *files]) == 0
     document = json.loads(Path("step.json").read_text())
     (row,) = document["rows"]
-    assert (row["name"], row["patch"], row["input"], len(row["convolutions"])) == (
-        "resnet18_025",
-        [2, 2],
-        [1, 3, 16, 16],
-        2,
-    )
+    assert (row["name"], row["patch"], row["input"]) == ("resnet18_025", [2, 2], [1, 3, 16, 16])
+    assert len(row["convolutions"]) == 2
     assert list(row["step_ms"]) == list(VARIANTS)
     assert set(row["forward_only_ms"]) == set(_forward_baselines.PROGRAMS) - set(_forward_baselines.missing())
     assert document["machine"]["allocator"]["name"]

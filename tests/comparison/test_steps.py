@@ -148,8 +148,7 @@ def test_what_a_process_says_when_it_fails() -> None:
     (case,) = cases()
     model = copy.deepcopy(case.model)
     model.extra = lambda: None
-    assert (
-        "cannot be pickled" in step_memory.peaks(VARIANTS["exact"], (2, 2), replace(case, model=model), None)["reason"]
-    )
+    refused = step_memory.peaks(VARIANTS["exact"], (2, 2), replace(case, model=model), None)
+    assert "cannot be pickled" in refused["reason"]
     wrong = step_memory.peaks(VARIANTS["exact"], (2, 2), replace(case, input_shape=(1, 5, 8, 8)), None)
     assert "channels" in wrong["reason"]
