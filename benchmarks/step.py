@@ -34,7 +34,7 @@ from gf_tvm.bundle.library import load
 from gf_tvm.comparison.chains import ChainCase, chain_cases, programs, workloads
 from gf_tvm.comparison.run import check_request
 from gf_tvm.comparison.step_memory import peaks
-from gf_tvm.comparison.steps import CONDITIONS, StepRow, TrainingStep, measure_steps
+from gf_tvm.comparison.steps import CONDITIONS, StepRow, TrainingStep, front_programs, measure_steps
 from gf_tvm.machine import cpu
 from gf_tvm.models import build_model
 from gf_tvm.runners._allocator import add_allocator_argument
@@ -44,8 +44,6 @@ from gf_tvm.runners._steps import HEADERS, print_steps, step_cells
 from gf_tvm.runners.cli import Parser, run_command, run_parsed
 from gf_tvm.shapes import parse_patches
 
-#: Names that stand for a factory.
-FACTORIES = {"efficientnet_lite0": "_step_models:efficientnet_lite0"}
 #: What keeps libraries to older instructions.
 RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 
@@ -56,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--models",
         default="mobilenetv2,resnet18,efficientnet_lite0,mcunet",
         metavar="M,...",
-        help="built-in names, efficientnet_lite0, or package.module:factory (default: %(default)s)",
+        help="built-in names, or package.module:factory (default: %(default)s)",
     )
     parser.add_argument("--batches", default="8,32", metavar="N,...", help="images in a step (default: 8,32)")
     parser.add_argument("--size", type=int, default=224, metavar="P", help="pixels of an image's side (default: 224)")
@@ -145,9 +143,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="gf_tvm-step-") as folder:
         bundle = Path(folder) / "step.gfb"
         progress(0.0, f"building for {name}")
-        build(
-            workloads(cases), check_request((), args.device, chains=cases), args.logs, bundle, programs=programs(cases)
-        )
+        profile = check_request((), args.device, chains=cases)
+        wanted = [*programs(cases), *front_programs(cases, profile)]
+        build(workloads(cases), profile, args.logs, bundle, programs=wanted)
         x = TrainingStep(cases[0].model, cases[0].input_shape).x
         with forwards(cases[0].model, x, threads, without) if args.baselines else nullcontext({}) as others:
             return measure_steps(
@@ -186,7 +184,7 @@ def check(args: argparse.Namespace) -> list[tuple[str, list[ChainCase]]]:
             for last in counts:
                 with torch.random.fork_rng(devices=()):
                     torch.manual_seed(0)
-                    model = build_model(FACTORIES.get(name, name), CLASSES, image_size=args.size)
+                    model = build_model(name, CLASSES, image_size=args.size)
                 cases = chain_cases(model, shape, last=last, patches=patches)
                 check_request((), args.device, args.threads, seconds=args.seconds, chains=cases)
                 jobs.append((name, cases))

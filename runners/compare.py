@@ -154,6 +154,10 @@ def _library(
 
         workloads = list(dict.fromkeys([*workloads, *chain_comparison.workloads(chains)]))
         programs += chain_comparison.programs(chains)
+        if args.steps:
+            from ..comparison.steps import front_programs
+
+            programs += front_programs([case for case in chains if case.dtype == "float32"], profile)
     report = build_with_progress(workloads, profile, args.logs, folder / "compare.gfb", programs)
     return Path(report.path), report
 

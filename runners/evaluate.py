@@ -46,6 +46,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--last", default="1,2,4", metavar="K,...", help="numbers of last convolutions to fine-tune (default: 1,2,4)"
     )
+    parser.add_argument(
+        "--protocol",
+        choices=("paper",),
+        default="paper",
+        help="of gf-tvm train: every run pretrains on one part of the data and fine-tunes on another one",
+    )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="runs of each setting (default: 0)")
     chains = parser.add_mutually_exclusive_group()
     add_chain_argument(chains, "each patch without chains, as in gf-tvm train --no-chain")
@@ -158,7 +164,7 @@ class _Lines:
 
 def _print(evaluation: Evaluation, out: Path) -> None:
     ran = f"{evaluation.threads} threads, allocator: {label_of(evaluation.machine)}"
-    print(f"{evaluation.model} on {evaluation.data}, {ran}")
+    print(f"protocol paper: {evaluation.model} on {evaluation.data}, {ran}")
     for what, how in evaluation.conditions.items():
         print(f"  {what}: {how}")
     print()

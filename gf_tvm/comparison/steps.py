@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..chains.capture.live import filtered_parts
 from ..core.geometry import Pair
+from ..forward.programs import FrontProgram
+from ..machine.profiles import DeviceProfile
 from ..machine.timing import Timing, measure, timing_of
 from ..models import logits_of
 from ..nn import filter_model
@@ -133,6 +136,22 @@ class StepRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def front_programs(cases: Sequence[ChainCase], profile: DeviceProfile) -> list[FrontProgram]:
+    """What a library for these cases needs for the variant ``whole`` besides what chains need."""
+    found: dict[str, FrontProgram] = {}
+    for case in cases:
+        model = filter_model(copy.deepcopy(case.model), case.patch, layers=list(case.layers))
+        model.to("meta")(torch.empty(case.input_shape, device="meta"))
+        found |= {program.key: program for program in (front.program(profile) for front in _fronts(model))}
+    return list(found.values())
+
+
+def _fronts(model: nn.Module) -> list[Any]:
+    """The parts of the forward pass that may be compiled."""
+    states = [state.last for _, state in filtered_parts(model) if not isinstance(state.last, str)]
+    return [front for last in states for graph in last for front in graph.assembled.fronts]
 
 
 class TrainingStep:
@@ -256,6 +275,9 @@ def measure_steps(
                         raise
                     # Inductor needs a C++ compiler, which a board may lack.
                     unmeasured[variant.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        for one in found:
+            if one.variant.name == "whole" and not any(front.compiled for front in _fronts(one.step.model)):
+                unmeasured["compiled parts of whole"] = "there are none, so PyTorch ran the forward pass"
         extra = _checked(forwards or {}, exact[0])
         for one in found:
             one.limit = _limit_of(one, found, limits)

@@ -104,7 +104,8 @@ def model_cases(
 def last_to_run(model: nn.Module, last: int, input_shape: Sequence[int]) -> list[str]:
     """The last Conv2d modules of a model, by name, in the order in which they run first.
 
-    They are those that ``last=`` stands for in :func:`gf_tvm.filter_model`. Runs the model once on zeros, as :func:`model_cases` does. Modules that do not run come before all others.
+    They are those that ``last=`` stands for in :func:`gf_tvm.filter_model`. Runs the model once on zeros, as
+    :func:`model_cases` does. Modules that do not run come before all others.
 
     Raises:
         ModelError: fewer convolutions, or the model does not run on that input.
