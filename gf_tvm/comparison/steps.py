@@ -9,8 +9,10 @@ its own for each variant (:mod:`gf_tvm.comparison.step_memory`).
 from __future__ import annotations
 
 import copy
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from ..machine.profiles import DeviceProfile
 from ..machine.timing import Timing, measure, timing_of
 from ..models import logits_of
 from ..nn import filter_model
+from ..on_demand.models import SWITCH
 from ..shapes.cases import format_patch
 from ..training.step_costs import StepTimes, count_kept_bytes
 from .chain_variants import plain_operators_wanted
@@ -143,9 +146,24 @@ def front_programs(cases: Sequence[ChainCase], profile: DeviceProfile) -> list[F
     found: dict[str, FrontProgram] = {}
     for case in cases:
         model = filter_model(copy.deepcopy(case.model), case.patch, layers=list(case.layers))
-        model.to("meta")(torch.empty(case.input_shape, device="meta"))
+        with plain_operators_wanted(), _nothing_built():  # on real memory: what has none is not compiled
+            model(torch.zeros(case.input_shape))
         found |= {program.key: program for program in (front.program(profile) for front in _fronts(model))}
     return list(found.values())
+
+
+@contextmanager
+def _nothing_built() -> Iterator[None]:
+    """No kernels are built in the background: they would disturb what is timed."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
 
 
 def _fronts(model: nn.Module) -> list[Any]:
