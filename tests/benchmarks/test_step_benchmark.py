@@ -35,6 +35,7 @@ def test_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["name"], row["patch"], row["input"]) == ("resnet18_025", [2, 2], [1, 3, 16, 16])
     assert len(row["convolutions"]) == 2
     assert list(row["step_ms"]) == list(VARIANTS)
+    assert row["unmeasured"] == {}  # "whole" ran its compiled parts, too
     assert set(row["forward_only_ms"]) == set(_forward_baselines.PROGRAMS) - set(_forward_baselines.missing())
     assert document["machine"]["allocator"]["name"]
     assert document["peak_gflops"] == 150
