@@ -524,8 +524,8 @@ class Windows(Rows):
     def _joined(self, a: Any, b: Any) -> Any:
         if self.step.kind == "mean":
             return a + b
-        # NaN wins, as in PyTorch.
-        return tirx.Select(tirx.GT(b, a), b, tirx.Select(tirx.NE(b, b), b, a))
+        # NaN wins, as in PyTorch: its sums are NaN. TVM takes it that b != b never holds.
+        return tirx.Select(tirx.GT(b, a), b, tirx.Select(tirx.GE(a, b), a, a + b))
 
 
 class Means(Rows):

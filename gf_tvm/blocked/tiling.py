@@ -73,7 +73,7 @@ def _winograd_tile(step: Winograd, profile: DeviceProfile) -> Tile:
     rows = max(k for k in divisors(down * step.images) if k == 1 or k * row <= room)
 
     def cost(vectors: int) -> float:
-        pixels = cuts(rows * across, (profile.registers - 1 - vectors) // vectors)
+        pixels = cuts(rows * across, _pixels(profile, vectors))
         return sum(
             v.count * p.count * max(p.size * v.size, p.size + v.size, _IN_FLIGHT) * (1 + 1 / (64 * p.size))
             for v in cuts(step.dst.blocks, vectors)
@@ -81,16 +81,27 @@ def _winograd_tile(step: Winograd, profile: DeviceProfile) -> Tile:
         )
 
     vectors = min(range(1, min(_MOST_VECTORS, step.dst.blocks) + 1), key=cost)
-    columns = cuts(rows * across, (profile.registers - 1 - vectors) // vectors)[0].size
+    columns = cuts(rows * across, _pixels(profile, vectors))[0].size
     turns = max(k for k in divisors(step.srcs[0].block) if k == 1 or k * columns * vectors <= _TURN)
     return Tile(rows, columns, vectors, 1, False, turns)
+
+
+def _pixels(profile: DeviceProfile, vectors: int) -> int:
+    """Pixels whose sums fit into registers, with those of the weights, and of what they are multiplied with.
+
+    That is a register for one pixel after the other, but on Arm one for each: LLVM loads the neighbouring channels of a
+    pixel once and multiplies with lanes.
+    """
+    if profile.arch == "aarch64":
+        return (profile.registers - vectors) // (vectors + 1)
+    return (profile.registers - 1 - vectors) // vectors
 
 
 def _candidates(step: Convolution, profile: DeviceProfile) -> Iterator[tuple[int, int, int]]:
     height, width = step.dst.height, step.dst.width
     most = _MOST_VECTORS if step.groups == 1 else 1
     for vectors in range(1, min(most, step.dst.blocks) + 1):
-        pixels = (profile.registers - 1 - vectors) // vectors
+        pixels = _pixels(profile, vectors)
         if pixels >= 1:
             yield 1, cuts(width, pixels)[0].size, vectors
         if pixels >= 2 * width and height > 1:

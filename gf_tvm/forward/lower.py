@@ -59,15 +59,20 @@ def _fits(op: WindowPool, x: Shape) -> bool:
 def _other_border(region: Region, i: int) -> bool:
     """Whether others want another border around the map of which a maximum is taken than that wants."""
     op = region.ops[i]
-    others = (other for k, other in enumerate(region.ops) if k != i and op.inputs[0] in other.inputs)
-    return (
-        isinstance(op, WindowPool)
-        and op.kind == "max"
-        and any(
-            isinstance(other, Conv | Pad) or (isinstance(other, WindowPool) and other.kind == "mean")
-            for other in others
-        )
+    if not isinstance(op, WindowPool) or op.kind != "max":
+        return False
+    source = _origin(region, op.inputs[0])
+    others = (other for other in region.ops if source in (_origin(region, v) for v in other.inputs))
+    return any(
+        isinstance(other, Conv | Pad) or (isinstance(other, WindowPool) and other.kind == "mean") for other in others
     )
+
+
+def _origin(region: Region, value: int) -> int:
+    """The value that a view of which is ``value``, or a view of that."""
+    while value >= region.entries and isinstance(op := region.ops[value - region.entries], View):
+        value = op.inputs[0]
+    return value
 
 
 @dataclass
@@ -203,7 +208,9 @@ def _norm(
         goes_on(before, value)
         return
     parameters = Parameters(None, None, (norm,))
-    new(_Draft(Convolution, (source,), value, settings={"groups": 0}, parameters=parameters))
+    # A convolution of every channel by itself; how many these are, the layout says.
+    settings = {"kernel": (1, 1), "stride": (1, 1), "dilation": (1, 1), "groups": 0}
+    new(_Draft(Convolution, (source,), value, settings=settings, parameters=parameters))
 
 
 def _add(
@@ -283,20 +290,13 @@ class _Layouts:
         results = {draft.result for draft in self.drafts}
         exits = []
         for value in self.part.exits:
-            inside = self._origin(value)
+            inside = _origin(self.part.region, value)
             plain = self._plain(inside)
             assert inside in results
             steps.append((Leave(0, plain, (inner[inside],)), (inside,), values, None))
             exits.append(values)
             values += 1
         return self._nested(steps, tuple(exits))
-
-    def _origin(self, value: int) -> int:
-        """The value that a view of which is ``value``."""
-        region = self.part.region
-        while value >= region.entries and isinstance(op := region.ops[value - region.entries], View):
-            value = op.inputs[0]
-        return value
 
     def _plain(self, value: int) -> MapLayout:
         _, c, h, w = self._shape(value)

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ...blocked.convolution import ConvolutionProgram
 from ...core.geometry import Geometry
+from ...machine.profiles import DeviceProfile
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
+from ..compile.programs import Program
 from ..plan.graph import Conv, Pad, Part, Region, Shape, View
 from ..plan.partition import Layout, partition
 from ..run.plan import Plan, make_plan
@@ -105,6 +107,24 @@ class CheckpointStep(nn.Module):
         return checkpoint(self.body, *given, **self.settings)
 
 
+class ForwardStep(nn.Module):
+    """A part without gradients: called with its entries, then its tensors; gives a tuple of its exits.
+
+    Attributes:
+        library: digest of the library whose function it calls; "" while it calls none.
+    """
+
+    library: str
+
+    def program(self, profile: DeviceProfile) -> Program:
+        """What a library needs for it."""
+        raise NotImplementedError
+
+    def use(self, digest: str) -> None:
+        """Take the compiled function from the loaded library of this digest, from the next step on."""
+        raise NotImplementedError
+
+
 class Forward(Protocol):
     """What compiles parts of a graph that need no gradients: :class:`gf_tvm.forward.engine.Engine`."""
 
@@ -114,11 +134,8 @@ class Forward(Protocol):
     def is_worth(self, part: Part) -> bool:
         """Whether the part had better be compiled."""
 
-    def step(self, part: Part, body: fx.GraphModule) -> nn.Module:
-        """What runs in its place: called with the part's entries, then its tensors; gives a tuple of its exits.
-
-        ``body``: the same by PyTorch's operators.
-        """
+    def step(self, part: Part, body: fx.GraphModule) -> ForwardStep:
+        """What runs in its place; ``body``: the same by PyTorch's operators."""
 
 
 @dataclass
@@ -135,7 +152,7 @@ class Assembled:
     module: fx.GraphModule
     chains: list[ChainStep] = field(default_factory=list)
     convolutions: list[ConvolutionStep] = field(default_factory=list)
-    fronts: list[nn.Module] = field(default_factory=list)
+    fronts: list[ForwardStep] = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
 
@@ -377,6 +394,8 @@ def _item(results: tuple[Tensor, ...], number: int) -> Tensor:
 
 def part_of(region: Region, shapes: Sequence[Shape | None], ops: Sequence[int]) -> Part:
     """These operations, in order, as a part. Of a padding no result is an exit: who reads it elsewhere pads again."""
+    inputs = {v for i in ops for v in region.ops[i].inputs}
+    ops = [i for i in ops if not isinstance(region.ops[i], Pad) or region.result(i) in inputs]
     made = {region.result(i) for i in ops}
     pads = {region.result(i): region.ops[i].inputs[0] for i in ops if isinstance(region.ops[i], Pad)}
     entries = dict.fromkeys(v for i in ops for v in region.ops[i].inputs if v not in made)
@@ -395,6 +414,7 @@ def _read_outside(region: Region, i: int, group: Sequence[int]) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a step's result is a tensor of float32 on the CPU."""
+    """Whether a step's result is a tensor of float32 on the CPU, or on none."""
     value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == "cpu"
+    # A model whose programs are wanted, and nothing else, runs on no device.
+    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type in ("cpu", "meta")

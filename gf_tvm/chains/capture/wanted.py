@@ -6,19 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from ...blocked.convolution import ConvolutionProgram
 from ...core.geometry import Geometry
 from ...core.workload import DTYPES, Workload
-from ..compile.programs import ChainProgram
+from ..compile.programs import ChainProgram, Program
 from ..plan.graph import Conv
 from ..plan.lowering import Kept
 from ..plan.steps import ConvInput, ConvWeight
 from ..run.plan import Plan
 from .assemble import Assembled, ChainStep, ConvolutionStep
 from .aten import value_of
-
-#: What chains and filtered convolutions call beside kernels.
-Program = ChainProgram | ConvolutionProgram
 
 
 def programs_of_plan(plan: Plan) -> list[Program]:
