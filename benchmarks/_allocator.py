@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 
+from gf_tvm.machine.allocator import in_use
+
 # Of malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -21,9 +23,9 @@ def keep_freed_memory() -> bool:
     glibc 2.36).
 
     Returns:
-        Whether the allocator could be told: only glibc's can.
+        Whether the allocator could be told: only glibc's can, where no other was preloaded.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or in_use()["name"] != "system":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # No block is mapped by itself, and the heap is never given back.

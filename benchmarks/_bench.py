@@ -22,7 +22,7 @@ from gf_tvm.errors import FarmError, GfTvmError
 from gf_tvm.farm.protocol import Address, TrackerLost
 from gf_tvm.farm.server import versions
 from gf_tvm.farm.tracker import boards
-from gf_tvm.machine import cpu
+from gf_tvm.machine import allocator, cpu
 
 
 class UsageError(GfTvmError):
@@ -67,6 +67,7 @@ def conditions() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": cpu.cpu_model(),
         "cores": cpu.usable_cores(),
+        "allocator": allocator.in_use(),
         "load_before": [round(value, 2) for value in os.getloadavg()],
         "versions": versions(),
     }

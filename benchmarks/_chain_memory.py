@@ -37,10 +37,10 @@ def step_bytes(arguments: dict[str, Any], number: int, patch: tuple[int, int], b
 
 def _measure(request: dict[str, Any]) -> dict[str, Any]:
     import torch
-    from _cpu_step import TrainingStep
     from chains import networks
 
     import gf_tvm
+    from gf_tvm.comparison.steps import TrainingStep
     from gf_tvm.machine import cpu
     from gf_tvm.training.trainer import freeze
 

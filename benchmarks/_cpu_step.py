@@ -17,26 +17,24 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gf_tvm
 from gf_cuda.rounds import interleaved, quantile
 from gf_tvm.bundle.kernel import Kernel
 from gf_tvm.bundle.library import Library
-from gf_tvm.comparison.convolutions import ComparisonError, Data, relative_error
+from gf_tvm.comparison.convolutions import ComparisonError, Data
+from gf_tvm.comparison.steps import TrainingStep, agree
 from gf_tvm.core import reference, verify
 from gf_tvm.core.geometry import Geometry, Pair
 from gf_tvm.core.workload import Workload
-from gf_tvm.models import build_model, logits_of
+from gf_tvm.models import build_model
 from gf_tvm.nn import select_layers
 from gf_tvm.shapes import Case, format_patch, model_cases
 from gf_tvm.training.step_costs import StepTimes
 
 CLASSES = 10
 ROUNDS_LEAST, ROUNDS_MOST = 5, 200
-#: Two float32 steps that differ in the order of their sums only.
-AGREEMENT = 1e-3
 
 Call = Callable[[], Any]
 
@@ -131,7 +129,7 @@ def measure_step(
         warnings.simplefilter("ignore", gf_tvm.FallbackWarning)  # the plain copy has no library on purpose
         for call in calls.values():  # warm-up; oneDNN compiles at the first call
             call()
-        agree(steps["plain"], steps["gf_tvm"])
+        agree(steps["gf_tvm"], steps["plain"])
         once = sum(_seconds(call) for call in calls.values())
         rounds = max(ROUNDS_LEAST, min(ROUNDS_MOST, int(seconds / once)))
         for step in steps.values():
@@ -150,42 +148,6 @@ def measure_step(
         "layers": [_layer_figures(layer, samples, index) for index, layer in enumerate(layers)],
         "gains": {variant: _gains(variant, layers, samples) for variant in ("plain", "gf_tvm")},
     }
-
-
-class TrainingStep:
-    """One training step of a model, on the same batch every time; ``times`` has its phases."""
-
-    def __init__(self, model: nn.Module, shape: Sequence[int]) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.model, self.times = model, StepTimes()
-        self._x = torch.randn(tuple(shape), generator=generator)
-        self._target = torch.randint(CLASSES, (shape[0],), generator=generator)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # A rate of zero takes as long, and every step does the same: a loss that falls to zero ends in denormals.
-        self._optimizer = torch.optim.SGD(self.parameters, lr=0.0, momentum=0.9)
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(logits_of(self.model(self._x)), self._target)
-        forward = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        backward = time.perf_counter()
-        self._optimizer.step()
-        self.times.add(start, forward, backward, time.perf_counter())
-
-
-def agree(one: TrainingStep, other: TrainingStep) -> None:
-    """Raise ComparisonError unless two steps gave the same gradients."""
-    for wanted, got in zip(one.parameters, other.parameters, strict=True):
-        assert wanted.grad is not None
-        assert got.grad is not None
-        error = relative_error(got.grad, wanted.grad.double())
-        if not error <= AGREEMENT:
-            raise ComparisonError(
-                f"the steps do not agree, so they were not timed: a gradient of shape {tuple(wanted.shape)} differs "
-                f"by {error:.3g} of its largest value"
-            )
 
 
 def _check(library: Library, workload: Workload) -> None:

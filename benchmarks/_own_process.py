@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from gf_tvm.machine.allocator import environment_of_children
 
 _CLEAR = Path("/proc/self/clear_refs")
 _TIMEOUT = 300
@@ -16,7 +19,14 @@ def ask(script: str, request: dict[str, Any]) -> dict[str, Any]:
     """What ``script`` prints last when it is called with ``request``; or ``reason``, why there is nothing."""
     command = [sys.executable, str(Path(script).resolve()), json.dumps(request)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+            env={**os.environ, **environment_of_children()},
+        )
     except subprocess.TimeoutExpired:
         return {"reason": f"no result after {_TIMEOUT} s"}
     lines = done.stdout.splitlines()

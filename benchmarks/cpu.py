@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="gf_tvm-cpu-") as folder:
         request = check(args, Path(folder))
         if args.keep_freed and not keep_freed_memory():
-            raise UsageError("this C library's allocator cannot be told to keep memory; say --no-keep-freed")
+            raise UsageError("this process's allocator cannot be told to keep memory; say --no-keep-freed")
         if args.library is None:
             library = tuned(request.workloads, request.profile, args.logs, request.bundle)
         else:

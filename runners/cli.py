@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TextIO, cast
 from .._version import __version__
 from ..errors import GfTvmError
 from . import build, cache, compare, devices, evaluate, export, farm, logs, predict, report, train, tune
+from ._allocator import ensure
 from ._output import Escaping
 
 #: One module each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``. Importing one must
@@ -119,6 +120,9 @@ def run_parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> i
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse's way to end after --help, --version and its errors
         return stop.code if isinstance(stop.code, int) else 0
+    if hasattr(args, "allocator"):
+        # Arguments that a program hands over are no reason to replace that program.
+        ensure(args.allocator, restart=argv is None)
     code: int = args.run(args)
     return code
 

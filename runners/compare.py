@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine.allocator import label_of
+from ._allocator import add_allocator_argument
 from ._building import add_logs_argument, build_with_progress, check_logs, print_reasons
 from ._cases import add_case_arguments, add_chain_argument, cases_from, chains_from
 from ._compare_gpu import print_gpu
 from ._output import ProgressBar, check_results, format_table, write_json
 from ._rows import digits, label
+from ._steps import print_steps
 
 if TYPE_CHECKING:
     from ..building import BuildReport, Program
-    from ..bundle.library import Library
     from ..comparison.chains import ChainCase
     from ..comparison.run import Comparison
+    from ..machine.profiles import DeviceProfile
     from ..shapes import Case
 
 
@@ -54,26 +58,28 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and conditions as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows (png, svg or pdf)")
+    parser.add_argument(
+        "--steps",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --model, where its chains are measured in float32: first whole training steps, exact, compiled by "
+        "torch.compile, filtered, chained, with the memory that a process takes",
+    )
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..comparison.run import check_request, compare
+    from ..comparison.run import check_request
 
     check_results(args.json, args.plot)
     check_logs(args.logs)
     cases = cases_from(args)
     chains = chains_from(args)
     profile = check_request(cases, args.device, args.threads, seconds=args.seconds, energy=args.energy, chains=chains)
-    library, built = _library(args, cases, chains, profile)
-    parts = 1000
-    with ProgressBar(parts, "comparing", unit="part") as progress:
-
-        def update(done: float, of: float, what: str) -> None:
-            progress.update(int(parts * done / of), what)
-
-        options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
-        result = compare(cases, library, profile.name, args.threads, chains=chains, **options)
+    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
+        file, built = _library(args, cases, chains, profile, Path(folder))
+        result = _compare(args, cases, chains, profile, file)
     if args.json is not None:
         write_json(args.json, result.to_dict())
     if args.plot is not None:
@@ -82,21 +88,64 @@ def run(args: argparse.Namespace) -> int:
         plot(result, args.plot)
     if built is not None:
         print_reasons(built)
+    if result.steps:
+        print_steps(result.steps)
+        print()
     print_comparison(result)
     if chains:
         print_chains(result)
     return 0
 
 
-def _library(
-    args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: Any
-) -> tuple[Library, BuildReport | None]:
-    """The bundle that was named, or one that is built from the logs and forgotten after this run, and its report."""
+def _compare(
+    args: argparse.Namespace, cases: Sequence[Case], chains: Sequence[ChainCase], profile: DeviceProfile, file: Path
+) -> Comparison:
+    """Convolutions and chains, then whole steps."""
     from ..bundle.library import load
+    from ..comparison.run import compare
+
+    library, parts = load(file), 1000
+    with ProgressBar(parts, "comparing", unit="part") as progress:
+
+        def update(done: float, of: float, what: str) -> None:
+            progress.update(int(parts * done / of), what)
+
+        options: dict[str, Any] = {"seconds": args.seconds, "progress": update, "energy": args.energy}
+        result = compare(cases, library, profile.name, args.threads, chains=chains, **options)
+    stepped = [case for case in chains if case.dtype == "float32"] if args.steps else []
+    if not stepped:
+        return result
+
+    from ..comparison.step_memory import peaks
+    from ..comparison.steps import CONDITIONS, measure_steps
+    from ..machine.cpu import torch_threads
+
+    with ProgressBar(parts, "comparing steps", unit="part") as progress, torch_threads(args.threads):
+        rows = measure_steps(
+            args.model,
+            stepped,
+            library,
+            profile.name,
+            (100, args.seconds),
+            (result.peak_gflops, result.bandwidth_gbs),
+            lambda part, what: progress.update(int(parts * part), what),
+            lambda variant, patch, case: peaks(variant, patch, case, file),
+        )
+    return replace(result, steps=tuple(rows), conditions={**result.conditions, "steps": CONDITIONS})
+
+
+def _library(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    chains: Sequence[ChainCase],
+    profile: DeviceProfile,
+    folder: Path,
+) -> tuple[Path, BuildReport | None]:
+    """The bundle that was named, or one that is built from the logs in ``folder``, and its report."""
     from ..shapes import workloads_of
 
     if args.library is not None:
-        return load(args.library), None
+        return args.library, None
     # Without the workloads that training calls in a model's first trained layer: they are not compared.
     workloads = [workload for workload in workloads_of(cases) if workload.kernel in ("filter_input", "backward")]
     programs: list[Program] = []
@@ -105,9 +154,12 @@ def _library(
 
         workloads = list(dict.fromkeys([*workloads, *chain_comparison.workloads(chains)]))
         programs += chain_comparison.programs(chains)
-    with tempfile.TemporaryDirectory(prefix="gf_tvm-") as folder:
-        report = build_with_progress(workloads, profile, args.logs, Path(folder) / "compare.gfb", programs)
-        return load(report.path), report  # its code stays mapped when the file is gone
+        if args.steps:
+            from ..comparison.steps import front_programs
+
+            programs += front_programs([case for case in chains if case.dtype == "float32"], profile)
+    report = build_with_progress(workloads, profile, args.logs, folder / "compare.gfb", programs)
+    return Path(report.path), report
 
 
 def print_comparison(result: Comparison) -> None:
@@ -116,6 +168,7 @@ def print_comparison(result: Comparison) -> None:
 
     gpu = "gpu" in result.machine
     ran = result.device_name if gpu else f"{result.device_name}, threads: {result.threads}"
+    ran += f", allocator: {label_of(result.machine)}"
     print(f"{ran}, copying: {result.bandwidth_gbs:.1f} GB/s, sgemm: {result.peak_gflops:.0f} GFLOP/s")
     baseline = "the fastest of those below" if gpu else result.rows[0].baseline
     copying = "copying and sgemm in the same rounds (medians; above are the best)"

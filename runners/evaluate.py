@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.config import EvaluateConfig, parse_size
 from ..evaluation.results import EvaluationError
+from ..machine.allocator import label_of
 from ..training.config import SCHEDULES, TrainConfig
+from ._allocator import add_allocator_argument
 from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._output import ProgressBar, check_writable, format_table, write_json
 
@@ -78,6 +80,7 @@ def add_parser(subparsers: Any) -> None:
     protocol.add_argument("--schedule", default=TrainConfig.schedule, choices=SCHEDULES, help="of the learning rate")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON to this file")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -160,7 +163,8 @@ class _Lines:
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:
-    print(f"protocol paper: {evaluation.model} on {evaluation.data}, {evaluation.threads} threads")
+    ran = f"{evaluation.threads} threads, allocator: {label_of(evaluation.machine)}"
+    print(f"protocol paper: {evaluation.model} on {evaluation.data}, {ran}")
     for what, how in evaluation.conditions.items():
         print(f"  {what}: {how}")
     print()
@@ -172,6 +176,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
         "forward ms",
         "backward ms",
         "update ms",
+        "step ms",
     ]
     headers += ["saved for\nbackward kB", "saved by\nconvolutions kB", "peak MB", "forward MFLOP", "backward MFLOP"]
     exact = {s.last: s.score for s in evaluation.settings if s.variant == "exact"}
@@ -180,7 +185,7 @@ def _print(evaluation: Evaluation, out: Path) -> None:
     for s in evaluation.settings:
         difference = 100 * (s.score - exact[s.last]) if s.last in exact and s.variant != "exact" else None
         row: list[object] = [s.name, 100 * s.score, None if s.spread is None else 100 * s.spread, difference]
-        row += [s.step_ms["forward"], s.step_ms["backward"], s.step_ms["update"]]
+        row += [s.step_ms["forward"], s.step_ms["backward"], s.step_ms["update"], s.total_ms]
         row += [s.kept_bytes / 1e3, s.kept_bytes_convolutions / 1e3]
         row += [None if s.peak_bytes is None else s.peak_bytes / 1e6, s.forward_flops / 1e6, s.backward_flops / 1e6]
         rows.append([*row, s.energy_joules_per_step] if measured else row)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ._allocator import add_allocator_argument
 from ._output import ProgressBar, check_writable, printable, write_json
 
 SCHEMA = "gf_tvm.predictions/1"
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
         "--top", type=int, default=3, metavar="K", help="how many classes to name (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine.allocator import label_of
 from ..training.config import AMP, CACHES, SCHEDULES, TrainConfig, TrainingError
 from ..training.job.config import JobConfig
+from ._allocator import add_allocator_argument
 from ._cases import add_chain_argument, add_means_argument, parse_variants
 from ._config import add_config_option
 from ._output import check_writable, format_table, write_json
@@ -203,6 +205,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: as many as PyTorch takes)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add_config_option(parser, "gf_tvm.train_config/1")
+    add_allocator_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -258,7 +261,8 @@ def _print_summary(results: list[TrainResult]) -> None:
     print(
         f"protocol paper: {config.model} on {config.data}: fine-tuned {len(first.trained_layers)} convolutions and the "
         f"classifier ({first.trained_parameters} of {first.parameters} parameters) on {images['finetune_train']} "
-        f"images, tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads"
+        f"images, tested on {images['finetune_test']} ({first.metric}); batch {config.batch}, {first.threads} threads, "
+        f"allocator: {label_of(first.machine)}"
     )
     exact = next((result for result in results if result.config.patch is None), None)
     headers = ["run", "before %", "after %", "points vs exact", "forward ms", "backward ms", "update ms"]

@@ -41,6 +41,7 @@ from .rows import ChainRow, Row, geometric_means
 if TYPE_CHECKING:
     from ..bundle.library import Library
     from .chains import ChainCase, Outcome
+    from .steps import StepRow
 
 SCHEMA_VERSION = 1
 
@@ -64,6 +65,7 @@ class Comparison:
     conditions: dict[str, Any]
     rows: tuple[Row, ...]
     chains: tuple[ChainRow, ...] = ()
+    steps: tuple[StepRow, ...] = ()
 
     @property
     def device_name(self) -> str:
@@ -72,7 +74,7 @@ class Comparison:
         return str(gpu["name"] if gpu else self.machine["cpu"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: schema version, head, rows, geometric means per patch, rows of chains."""
+        """Plain values for JSON: schema version, head, rows, geometric means per patch, rows of chains and steps."""
         return {
             "schema_version": SCHEMA_VERSION,
             "machine": self.machine,
@@ -84,6 +86,7 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
             "geometric_means": geometric_means(self.rows),
             "chains": [asdict(row) for row in self.chains],
+            "steps": [row.to_dict() for row in self.steps],
         }
 
 

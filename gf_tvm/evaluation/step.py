@@ -26,6 +26,7 @@ from ..chains.capture.backend import watch_steps
 from ..chains.model import compiles_itself
 from ..errors import GfTvmError
 from ..machine import cpu
+from ..machine.allocator import environment_of_children
 from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset, Images
 from ..training.loop import training_mode
@@ -75,7 +76,11 @@ def measure_apart(config: TrainConfig, classes: int, masks: bool, library: Path 
             text=True,
             check=False,
             # The user's model may be importable here only because of what this process has in its path.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env={
+                **os.environ,
+                **environment_of_children(),
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            },
         )
         content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     if "cost" in content:

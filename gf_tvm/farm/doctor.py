@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FarmError, GfTvmError
+from ..machine import allocator
 from ..machine.sensors import Sensors
 from . import jetson
 
@@ -172,6 +173,7 @@ def board_checks(sensors: Sensors | None = None, folder: Path | None = None) -> 
         ("memory", _memory, PROBE_SECONDS),
         ("torch", _torch, IMPORT_SECONDS + 5),
         ("tvm", _runtime, IMPORT_SECONDS + 5),
+        ("allocator", _allocator, PROBE_SECONDS),
         ("disk", lambda: _disk(folder), PROBE_SECONDS),
         ("clock", lambda: _sensors(sensors), PROBE_SECONDS),
         ("time", _time, PROBE_SECONDS),
@@ -179,6 +181,15 @@ def board_checks(sensors: Sensors | None = None, folder: Path | None = None) -> 
     ):
         yield from guarded(name, probe, seconds)
     yield from _jetson()
+
+
+def _allocator() -> Check:
+    """Whether the commands find one that keeps the memory of large tensors."""
+    wanted = allocator.ALLOCATORS["jemalloc"]
+    path = allocator.installed(wanted)
+    if path is None:
+        return Check("allocator", WARNING, "jemalloc is not installed, so forward passes take longer", wanted.install)
+    return Check("allocator", OK, f"jemalloc: {path}")
 
 
 def host_checks(

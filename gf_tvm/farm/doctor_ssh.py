@@ -22,7 +22,7 @@ from .ssh import Ssh, SshError
 _MESSAGE = "gf_tvm-doctor-says "
 #: What the doctor is made of; none of it imports more than the standard library.
 _PORTABLE = (
-    *("gf_tvm", "gf_tvm.errors", "gf_tvm.machine", "gf_tvm.machine.sensors"),
+    *("gf_tvm", "gf_tvm.errors", "gf_tvm.machine", "gf_tvm.machine.allocator", "gf_tvm.machine.sensors"),
     *("gf_tvm.farm", "gf_tvm.farm.jetson", "gf_tvm.farm.doctor"),
 )
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
+from . import allocator
 
 _PACKAGES = ("gf-tvm", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 
@@ -26,7 +27,11 @@ _CPU_FOLDER = Path("/sys/devices/system/cpu")
 
 
 def describe() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory (bytes) and operating system, as plain values for JSON."""
+    """CPU, cores that this process may use, memory (bytes) and operating system, as plain values for JSON.
+
+    And what decides as much of a time as they do: the ``allocator`` that this process really uses
+    (:func:`gf_tvm.machine.allocator.in_use`).
+    """
     return {
         "cpu": cpu_model(),
         "arch": platform.machine(),
@@ -34,6 +39,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": _meminfo("MemTotal"),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "system": f"{platform.system()} {platform.release()}",
+        "allocator": allocator.in_use(),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..machine.allocator import label_of
 from .sources import Source
 
 MEASURED, EMULATED, ESTIMATED = "measured", "emulated", "estimated"
@@ -129,6 +130,7 @@ def conditions_of(sources: Iterable[Source], head: Mapping[str, Any]) -> list[tu
         ("Files", ", ".join(dict.fromkeys(source.name for source in sources))),
         ("Machine", ", ".join(parts)),
         ("Threads", str(head["threads"])),
+        ("Allocator", label_of(machine)),
         ("Versions", versions_line(head["versions"])),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gf_tvm import building as bundle_module
 from gf_tvm.bundle import library as library_module
 from gf_tvm.bundle.cpu_library import CpuKernel
 from gf_tvm.bundle.library import load
+from gf_tvm.comparison.steps import VARIANTS
 from gf_tvm.machine.profiles import get_profile
 from gf_tvm.runners.cli import main
 
@@ -82,14 +84,28 @@ def test_compare_with_a_library_that_lacks_kernels(bundle: Path, capsys: pytest.
 
 
 def test_compare_a_model() -> None:
-    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2"]
-    assert main([*command, "--seconds", "0", "--json", "rows.json"]) == 0
+    command = [
+        "compare",
+        "--model",
+        "resnet18_025",
+        "--input",
+        "1x3x16x16",
+        "--last",
+        "2",
+        "--no-steps",
+        "--patch",
+        "2",
+    ]
+    assert main([*command, "--no-steps", "--seconds", "0", "--json", "rows.json"]) == 0
     (row,) = json.loads(Path("rows.json").read_text())["rows"]
     assert row["name"].endswith(" x2")
     assert len(row["layers"]) == 2
 
 
-def test_compare_chains(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow  # a process for each variant
+def test_compare_chains(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = replace(VARIANTS["compiled"], make=lambda model, *_: torch.compile(model, backend="eager"))
+    monkeypatch.setitem(VARIANTS, "compiled", eager)
     command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2"]
     assert main([*command, "--seconds", "0", "--threads", "1", "--json", "rows.json"]) == 0
     out = capsys.readouterr().out
@@ -102,14 +118,29 @@ def test_compare_chains(capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["schedule"], row["filtered_schedule"]) == ("default", "default")
     assert row["kernels"] == {"filtered": {"default": 2}, "chained": {"default": 3}}
     assert 0 < row["max_rel_error"] < 1e-5
+    (step,) = document["steps"]
+    assert list(step["step_ms"]) == list(VARIANTS)
+    assert all(peak > 0 for peak in step["step_peak_bytes"].values())
+    assert out.index("Whole training steps") < out.index("Backward pass") < out.index("Chains:")
     assert row["name"] in out
     assert "in place of" not in out
 
 
 @pytest.mark.filterwarnings("ignore::gf_tvm.FallbackWarning")
 def test_compare_chains_with_a_library_that_lacks_kernels(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["compare", "--model", "resnet18_025", "--input", "1x3x16x16", "--last", "2", "--patch", "2,7"]
-    assert main([*command, "--seconds", "0", "--library", str(bundle), "--json", "rows.json"]) == 0
+    command = [
+        "compare",
+        "--model",
+        "resnet18_025",
+        "--input",
+        "1x3x16x16",
+        "--last",
+        "2",
+        "--no-steps",
+        "--patch",
+        "2,7",
+    ]
+    assert main([*command, "--no-steps", "--seconds", "0", "--library", str(bundle), "--json", "rows.json"]) == 0
     rows = json.loads(Path("rows.json").read_text())["chains"]
     assert [row["schedule"] for row in rows] == ["torch", "torch"]
     assert "R2: plain PyTorch operators ran in place of 2 of 2 filtered and 3 of 3 chained" in capsys.readouterr().out
