@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .bundle import signing
 from .bundle.format import CUDA_SCHEMA, LIBRARY, SCHEMA, checksums, write
+from .bundle.program import Program
 from .core.workload import Workload
 from .errors import BuildError
 from .machine.profiles import DeviceProfile, get_profile
@@ -51,17 +52,6 @@ class BuildReport:
     path: Path
     kernels: tuple[BuiltKernel, ...]
     programs: tuple[str, ...] = ()
-
-
-class Program(Protocol):
-    """A function that is made of several kernels' work, as the backward pass of a chain; for CPUs."""
-
-    @property
-    def key(self) -> str:
-        """What it computes: equal keys, equal functions."""
-
-    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-        """The IRModule of its function ``main``. ``config_of``: the best known point of a workload's space."""
 
 
 def build(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ._output import ProgressBar
 
 if TYPE_CHECKING:
-    from ..building import BuildReport, BuiltKernel, Program
+    from ..building import BuildReport, BuiltKernel
+    from ..bundle.program import Program
     from ..core.workload import Workload
     from ..machine.profiles import DeviceProfile
 

@@ -10,7 +10,7 @@ from ..training.config import CHAIN_MEANS
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..building import Program
+    from ..bundle.program import Program
     from ..comparison.chains import ChainCase
     from ..core.geometry import Pair
     from ..core.workload import Workload

@@ -19,7 +19,8 @@ from ._rows import digits, label
 from ._steps import print_steps
 
 if TYPE_CHECKING:
-    from ..building import BuildReport, Program
+    from ..building import BuildReport
+    from ..bundle.program import Program
     from ..comparison.chains import ChainCase
     from ..comparison.run import Comparison
     from ..machine.profiles import DeviceProfile

@@ -20,7 +20,10 @@ _PIXELS = 1024
 
 @dataclass(frozen=True)
 class ConvolutionProgram:
-    """See :class:`gf_tvm.building.Program`. The function takes x, weight, bias (if there is one) and y, contiguous."""
+    """See :class:`gf_tvm.bundle.program.Program`.
+
+    The function takes x, weight, bias (if there is one) and y, contiguous.
+    """
 
     geometry: Geometry
     bias: bool
@@ -39,20 +42,15 @@ class ConvolutionProgram:
         """The IRModule of the function ``main``; needs the compiler."""
         from .emit_packing import emit_convolution
 
-        return emit_convolution(self, profile)
+        return emit_convolution(self.geometry, self.bias, self.steps(profile), self.key)
 
     def steps(self, profile: DeviceProfile) -> tuple[Enter, Convolution, Leave]:
         """From x to blocks, the convolution, from blocks to y."""
         g, lanes = self.geometry, profile.lanes
         _, _, height, width = g.y_shape
         made = MapLayout(g.co, height, width, lanes)
-        settings = {
-            "kernel": g.kernel,
-            "stride": g.stride,
-            "dilation": g.dilation,
-            "groups": g.groups,
-            "before": g.padding,
-        }
+        settings: dict[str, Any] = {"kernel": g.kernel, "stride": g.stride, "dilation": g.dilation}
+        settings |= {"groups": g.groups, "before": g.padding}
         step = Convolution(g.n, made, (MapLayout(g.ci, g.h, g.w, lanes),), **settings)
         m = 1
         if suits_winograd(step) and g.n * height * width >= _PIXELS:

@@ -9,38 +9,38 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from ..core.geometry import Geometry
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
-from ..machine.profiles import DeviceProfile
-from .convolution import ConvolutionProgram
 from .emit_steps import combined, step_function
-from .steps import Convolution, Winograd
+from .steps import Convolution, Enter, Leave, Winograd
 from .tiling import Cut, cuts
 from .winograd import TAPS, matrices
 
 
-def emit_convolution(program: ConvolutionProgram, profile: DeviceProfile) -> Any:
-    """The IRModule of ``program``."""
-    enter, step, leave = program.steps(profile)
+def emit_convolution(geometry: Geometry, bias: bool, steps: tuple[Enter, Convolution, Leave], name: str) -> Any:
+    """The IRModule of a convolution by these steps, whose functions are called ``name`` and what they do."""
+    enter, step, leave = steps
+    lanes = step.dst.block
 
     def nothing(kind: str, *_: Any) -> Any:
         raise AssertionError(f"no {kind} comes after it")
 
-    names = [f"{program.key}_{what}" for what in ("enter", "pack", "multiply", "leave")]
+    names = [f"{name}_{what}" for what in ("enter", "pack", "multiply", "leave")]
     functions = [
-        step_function(enter, names[0], profile.lanes, nothing),
-        _pack_function(step, names[1], program.bias),
-        step_function(step, names[2], profile.lanes, nothing),
-        step_function(leave, names[3], profile.lanes, nothing),
+        step_function(enter, names[0], lanes, nothing),
+        _pack_function(step, names[1], bias),
+        step_function(step, names[2], lanes, nothing),
+        step_function(leave, names[3], lanes, nothing),
     ]
     variables = [tvm.ir.GlobalVar(name) for name in names]
-    g = program.geometry
+    g = geometry
     with IRBuilder() as builder, T.prim_func():
         T.func_name("main")
         T.func_attr({"tirx.noalias": True})
-        shapes = [("x", g.x_shape), ("weight", g.weight_shape), *([("bias", (g.co,))] if program.bias else [])]
+        shapes = [("x", g.x_shape), ("weight", g.weight_shape), *([("bias", (g.co,))] if bias else [])]
         parameters = [T.arg(name, T.buffer(shape, ACC)) for name, shape in (*shapes, ("y", g.y_shape))]
-        x, weight, *bias, y = map(simd.flat, parameters)
+        x, weight, *biases, y = map(simd.flat, parameters)
         read, packed, made = (
             T.alloc_buffer((size,), ACC) for size in (g.n * enter.dst.image, step.weights, g.n * step.dst.image)
         )
@@ -52,7 +52,7 @@ def emit_convolution(program: ConvolutionProgram, profile: DeviceProfile) -> Any
 
         with simd.streaming(ACC, shared=True):
             call(variables[0], x, read)
-            call(variables[1], weight, *bias, packed)
+            call(variables[1], weight, *biases, packed)
             call(variables[2], read, packed, made)
             call(variables[3], made, y)
     return tvm.IRModule({"main": builder.get(), **dict(zip(variables, functions, strict=True))})

@@ -73,10 +73,10 @@ def pack(step: Convolution, parameters: Parameters, tensors: dict[int, Tensor], 
         wide = out[: step.bias_at].view(step.taps, -1)
         for cut in cuts(step.dst.blocks, step.tile.vectors):
             count = cut.count * cut.size
-            part = dense[cut.start : cut.start + count].unflatten(0, (cut.count, cut.size))
-            columns = count * block * step.depth
-            wide[:, at : at + columns].copy_(part.permute(3, 0, 2, 1, 4).reshape(step.taps, -1))
-            at += columns
+            part = dense[cut.start : cut.start + count].view(cut.count, cut.size, *dense.shape[1:])
+            width = count * block * step.depth
+            wide[:, at : at + width].copy_(part.permute(3, 0, 2, 1, 4).reshape(step.taps, -1))
+            at += width
         return
     for cut in cuts(step.dst.blocks, step.tile.vectors):
         for tile in range(cut.count):
@@ -128,7 +128,7 @@ def _in_turns(step: Convolution, part: Tensor) -> Tensor:
     whole = step.depth // block * block
     pieces = []
     if whole:
-        pieces.append(ordered[:whole].unflatten(0, (-1, block)).transpose(1, 2).reshape(-1))
+        pieces.append(ordered[:whole].reshape(-1, block, *ordered.shape[1:]).transpose(1, 2).reshape(-1))
     if whole < step.depth:
         pieces.append(ordered[whole:].transpose(0, 1).reshape(-1))
     return torch.cat(pieces)

@@ -9,13 +9,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..bundle.program import Program
 from ..errors import ModelError
 from ..machine.profiles import DeviceProfile, get_profile
 from .capture.assemble import ChainStep, Forward
 from .capture.backend import Captured, FindKernels
 from .capture.live import Settings, compile_model, filtered_parts, release_model
 from .capture.sites import Choice
-from .capture.wanted import Program, programs_of_steps
+from .capture.wanted import programs_of_steps
 from .run.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..chains.compile.programs import Program
+from ..bundle.program import Program
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
 from ..core.dtypes import itemsize, torch_dtype

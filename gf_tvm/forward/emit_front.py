@@ -47,7 +47,7 @@ def _main(front: Front, functions: dict[Step, tvm.ir.GlobalVar]) -> Any:
 
         def address(value: int, first: Any, part: Any) -> Any:
             """Where the images of a value begin, from image ``first`` of the batch on, for one of the parts."""
-            where = "arena"
+            where: str | int = "arena"
             if value in memory.own:
                 at = memory.shared_size + part * memory.own_size + memory.own[value]
             elif value in memory.shared:

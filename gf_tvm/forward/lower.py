@@ -176,7 +176,7 @@ def _drafts(part: Part) -> list[_Draft]:
             new(_Draft(Mean, (given[0],), value))
         else:
             assert isinstance(op, WindowPool)
-            settings = {"kind": op.kind, "kernel": op.kernel, "stride": op.stride}
+            settings: dict[str, object] = {"kind": op.kind, "kernel": op.kernel, "stride": op.stride}
             fill = -math.inf if op.kind == "max" else 0.0
             new(_Draft(Window, (given[0],), value, before=op.padding, settings=settings, fill=fill))
     for draft in order:

@@ -13,7 +13,7 @@ from .front import Front
 
 @dataclass(frozen=True)
 class FrontProgram:
-    """One function of a bundle, see :class:`gf_tvm.building.Program`."""
+    """One function of a bundle, see :class:`gf_tvm.bundle.program.Program`."""
 
     front: Front
 

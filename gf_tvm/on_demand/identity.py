@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..building import Program, versions
+from ..building import versions
+from ..bundle.program import Program
 from ..core.workload import Workload
 from ..errors import BuildError
 from ..farm.wheel import code_of

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from ..bundle.program import Program
 from ..chains import programs_of
-from ..chains.compile.programs import Program
 from ..core.geometry import Patch
 from ..machine.profiles import DeviceProfile
 from ..nn import filter_model, select_filterable
@@ -45,7 +45,7 @@ def chain_programs(
     for patch in patches:
         run = copy.deepcopy(model)
         chosen = set(last_to_run(run, last, input_shape))
-        selected = select_filterable(run, layers=lambda name, _, chosen=chosen: name in chosen)  # type: ignore[misc]
+        selected = select_filterable(run, layers=lambda name, _, chosen=chosen: name in chosen)
         freeze(run, list(selected.convs), train_bn_affine)
         filter_model(run, patch, layers=list(selected.filterable), chain=chain)
         training_mode(run, "finetune")

@@ -20,6 +20,7 @@ from torch import Tensor
 from virtual_pi import run_in
 
 import gf_tvm
+from gf_tvm.blocked.steps import Convolution, Each, Enter, Leave, Mean, Window, Winograd
 from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.bundle.library import Library
 from gf_tvm.chains.plan.elementwise import FUNCTIONS
@@ -28,7 +29,6 @@ from gf_tvm.core.workload import ALIGNMENT
 from gf_tvm.forward.engine import Compiled
 from gf_tvm.forward.lower import Lowered, lower
 from gf_tvm.forward.programs import FrontProgram
-from gf_tvm.blocked.steps import Convolution, Each, Enter, Leave, Mean, Window, Winograd
 from gf_tvm.machine.profiles import DeviceProfile, get_profile, missing_flags
 
 pytestmark = pytest.mark.usefixtures("one_thread")

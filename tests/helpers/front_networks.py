@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gf_tvm.blocked.steps import Convolution, Tile, Winograd
+from gf_tvm.blocked.tiling import divisors, tile_of
 from gf_tvm.chains.capture.assemble import part_of
 from gf_tvm.chains.plan import elementwise
 from gf_tvm.chains.plan.graph import (
@@ -34,8 +36,6 @@ from gf_tvm.chains.plan.graph import (
 from gf_tvm.core import verify
 from gf_tvm.forward.front import Call, Front, lines, nests
 from gf_tvm.forward.lower import Lowered, can_compile
-from gf_tvm.blocked.steps import Convolution, Tile, Winograd
-from gf_tvm.blocked.tiling import divisors, tile_of
 from gf_tvm.machine.profiles import DeviceProfile
 
 _EPS = torch.finfo(torch.float32).eps

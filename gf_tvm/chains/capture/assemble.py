@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...blocked.convolution import ConvolutionProgram
+from ...bundle.program import Program
 from ...core.geometry import Geometry
 from ...machine.profiles import DeviceProfile
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
-from ..compile.programs import Program
 from ..plan.graph import Conv, Pad, Part, Region, Shape, View
 from ..plan.partition import Layout, partition
 from ..run.plan import Plan, make_plan

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from ...bundle.program import Program
 from ...core.geometry import Geometry
 from ...core.workload import DTYPES, Workload
-from ..compile.programs import ChainProgram, Program
+from ..compile.programs import ChainProgram
 from ..plan.graph import Conv
 from ..plan.lowering import Kept
 from ..plan.steps import ConvInput, ConvWeight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ...core.workload import Workload
 from ...machine.profiles import DeviceProfile
@@ -16,20 +16,9 @@ from .compiled import Backward
 from .segment import Segment
 
 
-class Program(Protocol):
-    """What :class:`gf_tvm.building.Program` says, for what is above and below it."""
-
-    @property
-    def key(self) -> str:
-        """Equal for functions that do the same."""
-
-    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
-        """The IRModule of the function ``main``; needs the compiler."""
-
-
 @dataclass(frozen=True)
 class ChainProgram:
-    """One function of a bundle, see :class:`gf_tvm.building.Program`.
+    """One function of a bundle, see :class:`gf_tvm.bundle.program.Program`.
 
     Attributes:
         what: a chain's whole backward pass, or a segment of its forward pass.
