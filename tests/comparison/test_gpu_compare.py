@@ -334,7 +334,8 @@ def test_the_command_prints_and_writes(
     gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "_library", lambda *arguments: (library(gpu), None))
+    monkeypatch.setattr(command, "_library", lambda *arguments: (Path("gpu.gfb"), None))
+    monkeypatch.setattr("gf_tvm.bundle.library.load", lambda path: library(gpu))
     Path("shapes.json").write_text(
         json.dumps({"n": 2, "kernel": 3, "padding": 1, "cases": [{"name": "small", "ci": 4, "co": 6, "h": 9, "w": 8}]})
     )
