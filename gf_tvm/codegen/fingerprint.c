@@ -27,8 +27,8 @@ static uint64_t word_at(const char* memory) {
 }
 
 /* Several chains of words, so that one product need not wait for the other. A link is reversible: whatever follows, a
- * changed word changes the result. Without products it would not do: weights whose signs are all changed, or a weight
- * that moves among zeros, come out as before. */
+ * changed word changes the result. Sums and rotations alone would not do: a weight that moves among zeros would come
+ * out as before. */
 static uint64_t fingerprint(const char* memory, int64_t bytes, uint64_t seed) {
   uint64_t ways[WAYS] = {1, 2, 3, 4, 5, 6, 7, 8};
   int64_t at = 0;
