@@ -37,6 +37,10 @@ class ModelError(GfTvmError, ValueError):
     """A model, layer selection or data set that cannot be used as asked."""
 
 
+class PictureError(ModelError):
+    """A file that is no picture, or one that cannot be shown as it is."""
+
+
 class FarmError(GfTvmError):
     """A tracker, server or board that cannot be used as asked."""
 

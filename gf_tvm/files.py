@@ -4,10 +4,12 @@ before their contents take memory; places, sizes."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import re
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,28 @@ def make_folder(folder: Path) -> None:
     probe = folder / f".probe.{os.getpid()}.tmp"
     create(probe).close()
     probe.unlink()
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The sha256 of an open file from its beginning, in hexadecimal digits. Raises OSError."""
+    file.seek(0)
+    h = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        h.update(chunk)
+    return h.hexdigest()
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise ValueError or BadZipFile unless a file is an archive as torch.save writes it: nothing in it is packed."""
+    file.seek(0)
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError(f"its entries have more than its own {size} bytes")
+    file.seek(0)
 
 
 def same_file(handle: int, path: Path) -> bool:

@@ -209,8 +209,9 @@ def filter_model(
             2^k pixels are exact, up to 2048 pixels in float16 and 256 in bfloat16.
         rest: a backend of ``torch.compile``, such as "inductor", that compiles what is neither a chain nor a filtered
             convolution; None: that runs as it is. Under an outer ``torch.compile`` it is that one's backend.
-        forward: whether the parts before the first trained layer are compiled, too, for CPUs (float32): convolutions
-            with the frozen batch norms, activations and additions after them, and pooling. Without it PyTorch runs them.
+        forward: whether the parts before the first trained layer are compiled, too, for CPUs in float32: convolutions
+            with the frozen batch norms, activations and additions after them, and pooling (docs/forward.md). Without
+            it PyTorch runs them.
 
     Returns:
         ``model``.
@@ -257,9 +258,9 @@ def compile_backend(
     Modules stay what they are; convolutions are filtered in the captured graph.
 
     Args:
-        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means``, ``rest`` and ``forward``, as
-            for :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into several. Without
-            ``last`` and ``layers``: convolutions that are filtered modules already.
+        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means``, ``rest`` and
+            ``forward``, as for :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into
+            several. Without ``last`` and ``layers``: convolutions that are filtered modules already.
 
     Raises:
         ModelError: an option that there is not, or a value that is none of its kind.
@@ -287,7 +288,8 @@ def compile_backend(
         else:
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
-    engine = Engine("" if library is None else library.digest) if given.get("forward", True) else None
+    digest = "" if library is None else library.digest
+    engine = Engine(digest) if given.get("forward", True) else None
     backend = Backend(
         choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels, engine
     )

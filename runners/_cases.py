@@ -147,16 +147,16 @@ def parse_variants(text: str) -> list[Pair | None]:
 
 
 def programs_from(args: argparse.Namespace) -> list[Program]:
-    """With --model: what training's chains are compiled to, unless single convolutions are picked.
+    """With --model: what training's steps are compiled to, unless single convolutions are picked.
     ``args.train_bn_affine`` as for gf-tvm train.
 
-    Raises GeometryError and ModelError.
+    Raises GeometryError, ModelError and DeviceError.
     """
     from ..shapes import parse_patches
     from ..training import chain_programs
 
-    if not _has_chains(args):
+    if args.model is None or args.cases is not None:
         return []
     model, shape = _model_from(args)
     patches = _PATCHES if args.patch is None else parse_patches(args.patch)
-    return [*chain_programs(model, shape, args.last, patches, args.train_bn_affine)]
+    return [*chain_programs(model, shape, args.last, patches, args.train_bn_affine, args.device, args.chain)]

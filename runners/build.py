@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     print_reasons(report)
     counts = Counter(kernel.schedule for kernel in report.kernels)
     summary = ", ".join(f"{counts[name]} {name}" for name in ("tuned", "default") if counts[name])
-    chains = f" and {len(programs)} whole chains" if programs else ""
-    print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}){chains}, {size / 1e3:.0f} kB")
+    whole = f" and {len(programs)} programs" if programs else ""
+    print(f"{report.path}: {len(report.kernels)} kernels for {profile.name} ({summary}){whole}, {size / 1e3:.0f} kB")
     if runtime is not None:
         from ..farm.wheel import build_runtime_wheel
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from .._version import __version__
 from ..errors import GfTvmError
-from . import build, cache, compare, devices, evaluate, farm, logs, report, train, tune
+from . import build, cache, compare, devices, evaluate, export, farm, logs, predict, report, train, tune
 from ._output import Escaping
 
 #: One module each, with ``add_parser(subparsers)`` and ``run(args)``; in the order of ``--help``. Importing one must
@@ -26,6 +26,8 @@ COMMANDS: dict[str, ModuleType] = {
     "build": build,
     "cache": cache,
     "train": train,
+    "predict": predict,
+    "export": export,
     "compare": compare,
     "evaluate": evaluate,
     "report": report,

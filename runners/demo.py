@@ -30,7 +30,8 @@ def _steps(out: Path, chain: bool) -> dict[str, list[str]]:
     logs, bundle = str(out / "logs"), str(out / "demo.gfb")
     tune = ["tune", "--device", "host", *model, "--patch", "4"]
     tune += [*form, "--kernels", "weight_grad" if chain else "backward_weight"]
-    train = ["train", "--model", MODEL, "--data", "digits", "--last", str(LAST), "--batch", str(BATCH)]
+    train = ["train", "--protocol", "paper", "--model", MODEL, "--data", "digits", "--last", str(LAST)]
+    train += ["--batch", str(BATCH)]
     train += ["--image-size", str(IMAGE), *PROTOCOL, "--library", bundle, "--checkpoint", str(out / "checkpoints")]
     return {
         "Tune one kernel here; the others have shipped logs or default schedules": [

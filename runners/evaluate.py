@@ -44,6 +44,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--last", default="1,2,4", metavar="K,...", help="numbers of last convolutions to fine-tune (default: 1,2,4)"
     )
+    parser.add_argument(
+        "--protocol",
+        choices=("paper",),
+        default="paper",
+        help="of gf-tvm train: every run pretrains on one part of the data and fine-tunes on another one",
+    )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="runs of each setting (default: 0)")
     chains = parser.add_mutually_exclusive_group()
     add_chain_argument(chains, "each patch without chains, as in gf-tvm train --no-chain")
@@ -154,7 +160,7 @@ class _Lines:
 
 
 def _print(evaluation: Evaluation, out: Path) -> None:
-    print(f"{evaluation.model} on {evaluation.data}, {evaluation.threads} threads")
+    print(f"protocol paper: {evaluation.model} on {evaluation.data}, {evaluation.threads} threads")
     for what, how in evaluation.conditions.items():
         print(f"  {what}: {how}")
     print()

@@ -230,7 +230,8 @@ def test_a_bomb_is_one_line(tmp_path: Path, name: str) -> None:
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.npz", {"x.npy": zeros(BOMB, npy(MANY, np.uint8)), "y.npy": LABELS})
-    command = [sys.executable, "-m", "gf_tvm.runners.cli", "train", "--model", "resnet18", "--data", str(path)]
+    command = [sys.executable, "-m", "gf_tvm.runners.cli", "train", "--protocol", "paper", "--model", "resnet18"]
+    command += ["--data", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("gf-tvm: error: cannot read ")

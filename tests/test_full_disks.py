@@ -147,7 +147,7 @@ def test_results_are_written_where_nobody_reads_the_output(
         "devices": [],
         "logs show": [str(gf_tvm.tuning.shipped_logs())],
         "build": ["--shapes", str(shapes), "--out", str(tmp_path / "a.gfb")],
-        "train": [*data, *training, "--last", "1", "--patch", "2"],
+        "train": ["--protocol", "paper", *data, *training, "--last", "1", "--patch", "2"],
         "compare": ["--shapes", str(shapes), "--seconds", "0"],
         "evaluate": [*data, *training, "--last", "1", "--patch", "2", "--out", str(tmp_path / "out")],
         "tune": ["--shapes", str(shapes), "--trials", "1", "--logs", str(tmp_path / "logs")],

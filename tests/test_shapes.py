@@ -25,6 +25,7 @@ from gf_tvm.ops.dispatch import FallbackWarning
 from gf_tvm.shapes import (
     Case,
     format_patch,
+    last_to_run,
     load_cases,
     model_cases,
     paper_cases,
@@ -299,6 +300,34 @@ def test_layers_with_forward_passes_of_their_own() -> None:
         (("1",), 7, (3, 3), (2, 2), (0, 0)),
         (("2",), 3, (1, 1), (1, 1), (0, 0)),
     ]
+
+
+class Backwards(nn.Module):
+    """Registered in another order than run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Conv2d(6, 7, 3)
+        self.first = nn.Conv2d(3, 5, 3)
+        self.unused = nn.Conv2d(1, 1, 1)
+        self.second = nn.Conv2d(5, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("last", "names"), [(1, ["third"]), (2, ["second", "third"]), (4, ["unused", "first", "second", "third"])]
+)
+def test_the_last_layers_are_the_last_to_run(last: int, names: list[str]) -> None:
+    assert last_to_run(Backwards(), last, (1, 3, 8, 8)) == names
+    cases = model_cases(Backwards(), (1, 3, 8, 8), last=last)
+    assert [case.name for case in cases] == [name for name in names if name != "unused"]
+
+
+def test_no_more_layers_than_there_are() -> None:
+    with pytest.raises(ModelError, match="between 1 and 4"):
+        last_to_run(Backwards(), 5, (1, 3, 8, 8))
 
 
 def test_layers_that_never_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..machine.profiles import DeviceProfile, get_profile
 from .capture.assemble import ChainStep, Forward
 from .capture.backend import Captured, FindKernels
 from .capture.live import Settings, compile_model, filtered_parts, release_model
 from .capture.sites import Choice
-from .capture.wanted import programs_of_plan
-from .compile.programs import ChainProgram
+from .capture.wanted import Program, programs_of_steps
 from .run.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -145,14 +145,26 @@ def _chain(step: ChainStep, prefix: str) -> Chain:
     return Chain(names, tuple(ends), bool(plan.needs), plan.kept_values, step.kept_bytes)
 
 
-def programs_of(model: nn.Module) -> list[ChainProgram]:
-    """What :func:`gf_tvm.build` can compile of the chains of ``model``'s last training step, besides single kernels.
+def programs_of(model: nn.Module, device: DeviceProfile | str = "host") -> list[Program]:
+    """What :func:`gf_tvm.build` can compile of ``model``'s last training step, besides single kernels.
 
-    They are for the shapes of that step, and for what was trained in it.
+    The chains, the exact convolutions of what is filtered, and the parts without gradients. They are for the shapes of
+    that step, and for what was trained in it.
+
+    Args:
+        device: the CPU that it is built for.
+
+    Raises:
+        DeviceError: there is no such profile, or there are no kernels for this CPU.
     """
-    found: dict[str, ChainProgram] = {}
-    for plan in plans_of(model):
-        found |= {program.key: program for program in programs_of_plan(plan)}
+    found: dict[str, Program] = {}
+    for _, graph in graphs_of(model):
+        assembled = graph.assembled
+        programs: list[Program] = [*programs_of_steps([*assembled.chains, *assembled.convolutions])]
+        if assembled.fronts:
+            profile = get_profile(device) if isinstance(device, str) else device
+            programs += [front.program(profile) for front in assembled.fronts]
+        found |= {program.key: program for program in programs}
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..chains.compile.programs import ChainProgram
+from ..chains.compile.programs import Program
 from ..chains.model import chains_of
 from ..chains.piece import Piece, pieces_of
 from ..core.dtypes import itemsize, torch_dtype
@@ -68,9 +68,9 @@ class ChainCase:
         cases = model_cases(_copy(self.model), self.input_shape, layers=list(self.layers), patches=[self.patch])
         return workloads_of(cases, chained=True)
 
-    def programs(self) -> list[ChainProgram]:
+    def programs(self) -> list[Program]:
         """What of the chained variant can be compiled as a whole."""
-        run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers))
+        run = filter_model(copy.deepcopy(self.model), self.patch, layers=list(self.layers), forward=False)
         return programs_for(run, self.input_shape)
 
 
@@ -113,7 +113,7 @@ def workloads(chains: Iterable[ChainCase]) -> list[Workload]:
     return list(dict.fromkeys(workload for case in chains for workload in case.workloads()))
 
 
-def programs(chains: Iterable[ChainCase]) -> list[ChainProgram]:
+def programs(chains: Iterable[ChainCase]) -> list[Program]:
     """And what else of the chained variants a library can have."""
     return list({program.key: program for case in chains for program in case.programs()}.values())
 

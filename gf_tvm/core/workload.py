@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import GeometryError
@@ -85,3 +85,9 @@ class Workload:
             return cls(value["kernel"], Geometry(**value["geometry"]), value["dtype"], value["layout"])
         except (KeyError, TypeError) as error:
             raise GeometryError(f"not a workload: {error}") from None
+
+
+def convolution_key(geometry: Geometry, bias: bool) -> str:
+    """The key of the program that computes a convolution's exact result, for libraries' programs; patches do not
+    matter."""
+    return f"convolution_{replace(geometry, patch=(1, 1)).key}{'_bias' if bias else ''}"

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import build_model
-from ..nn import filter_model, filter_report, select_layers
+from ..nn import filter_model, filter_report
+from ..shapes.model import last_to_run
 from ..training.config import TrainConfig
 from ..training.data import CHANNELS, Dataset, batches
 from ..training.loop import derived, seeded, training_mode
@@ -42,7 +43,9 @@ def cosines(
     with seeded(config.seed, "weights"):
         model = build_model(config.model, len(dataset.classes), CHANNELS, config.image_size)
     model.load_state_dict(state)
-    layers = dict(select_layers(model, last=config.last))
+    modules = dict(model.named_modules())
+    shape = (1, CHANNELS, config.image_size, config.image_size)
+    layers = {name: modules[name] for name in last_to_run(model, config.last, shape)}
     trained = {id(p) for module in layers.values() for p in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -54,8 +57,7 @@ def cosines(
         return [_gradients(model, layers, x, y, config.seed) for x, y in data]
 
     exact = all_gradients()
-    names = {name for name, _ in select_layers(model, last=config.last)}
-    filter_model(model, config.patch, layers=lambda name, _: name in names, library=library, chain=False)  # type: ignore[arg-type]
+    filter_model(model, config.patch, layers=lambda name, _: name in layers, library=library, chain=False)  # type: ignore[arg-type]
     filtered = all_gradients()
     found = []
     for name in (name for name in layers if name in filter_report(model).filtered):

@@ -304,7 +304,7 @@ class _Work:
         values = {**run.to_dict(), "patch": run.patch_name.removeprefix("R")}
         if self.library is not None:
             values["library"] = str(self.library.path)
-        return {"schema": CONFIG_SCHEMA, **values}
+        return {"schema": CONFIG_SCHEMA, "protocol": "paper", **values}
 
     def _advance(self, parts: int) -> None:
         self._done += parts

@@ -10,12 +10,13 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from ..blocked.emit_steps import step_function
+from ..blocked.steps import Step
+from ..chains.compile.emit_functions import function
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
 from ..machine.profiles import DeviceProfile
-from .emit_steps import step_function
 from .front import Call, Front
-from .steps import Step
 
 
 def emit_front(front: Front, profile: DeviceProfile) -> Any:
@@ -27,7 +28,7 @@ def emit_front(front: Front, profile: DeviceProfile) -> Any:
     for call in front.calls:
         if call.step not in functions:
             name = f"{front.key}_{len(functions)}"
-            functions[call.step] = tvm.ir.GlobalVar(name), step_function(call.step, name, profile.lanes)
+            functions[call.step] = tvm.ir.GlobalVar(name), step_function(call.step, name, profile.lanes, function)
     variables = {step: variable for step, (variable, _) in functions.items()}
     return tvm.IRModule({"main": _main(front, variables), **dict(functions.values())})
 

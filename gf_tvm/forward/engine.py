@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from ..blocked.packing import pack
+from ..blocked.steps import Convolution
 from ..bundle.library import Library, get_library
+from ..chains.capture.assemble import ForwardStep
 from ..chains.plan.graph import Conv, Part, Region, Shape
 from ..core.workload import ALIGNMENT
 from ..machine.profiles import DeviceProfile, get_profile
 from .arena import ARENAS
 from .lower import Lowered, can_compile, lower
-from .packing import pack
 from .programs import FrontProgram
-from .steps import Convolution
 
 logger = logging.getLogger("gf_tvm")
 
@@ -54,7 +55,7 @@ class Engine:
         return step
 
 
-class FrontStep(nn.Module):
+class FrontStep(ForwardStep):
     """One part of a graph: called with its entries, then its tensors; gives its exits.
 
     Attributes:
@@ -102,10 +103,9 @@ def _fits(tensor: Tensor) -> bool:
 
 
 def _compiled(part: Part, library: Library) -> Compiled | None:
-    profile = get_profile(library.device)
-    if profile.gpu or library.fingerprints is None:
+    if library.fingerprints is None:  # for a GPU, or of an older version
         return None
-    lowered = lower(part, profile)
+    lowered = lower(part, get_profile(library.device))
     function = library.program(lowered.front.key)
     return None if function is None else Compiled(part, lowered, function, library.fingerprints)
 

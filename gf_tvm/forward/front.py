@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .maps import MapLayout
-from .steps import Step
+from ..blocked.maps import MapLayout
+from ..blocked.steps import Step
 
 #: Elements that maps in the arena begin at multiples of: a cache line.
 _LINE = 16

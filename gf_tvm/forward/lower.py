@@ -6,22 +6,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..blocked.maps import MapLayout
+from ..blocked.packing import Norm as FoldedNorm
+from ..blocked.packing import Parameters
+from ..blocked.steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
+from ..blocked.tiling import suits_winograd, tile_of
 from ..chains.plan import elementwise
 from ..chains.plan.graph import Add, Conv, Gate, Map, Norm, Pad, Part, Pool, Region, Scale, Shape, View, WindowPool
 from ..core.geometry import Pair
 from ..machine.profiles import DeviceProfile
 from .front import Call, Front, lines, nests
-from .maps import MapLayout
-from .packing import Norm as FoldedNorm
-from .packing import Parameters
-from .steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
-from .tiling import tile_of
 
 #: Channels up to which an entry that only convolutions read is one block, without others that fill it up.
 _COLOURS = 4
 #: Cores that a batch should have work for: boards have four.
 _CORES = 4
-HEAVY = 0.5
+#: Packed weights that are read again for each image, as a part of a core's share of the second-level cache.
+HEAVY = 1.2
 
 
 def can_compile(region: Region, i: int, shapes: Sequence[Shape | None]) -> bool:
@@ -48,9 +49,10 @@ def can_compile(region: Region, i: int, shapes: Sequence[Shape | None]) -> bool:
 def _fits(op: WindowPool, x: Shape) -> bool:
     """Whether all windows are equal: what padding adds to a mean counts, and nothing reaches beyond it."""
     _, _, *sizes = op.shape(x)
-    over = [(o - 1) * s + k - 2 * p - i for i, o, k, s, p in zip(x[2:], sizes, op.kernel, op.stride, op.padding, strict=True)]
     if op.kind == "max":
         return True
+    axes = zip(x[2:], sizes, op.kernel, op.stride, op.padding, strict=True)
+    over = [(o - 1) * s + k - 2 * p - i for i, o, k, s, p in axes]
     return op.divisor is None and max(over) <= 0 and (op.include_pad or op.padding == (0, 0))
 
 
@@ -61,7 +63,9 @@ def _other_border(region: Region, i: int) -> bool:
         return False
     source = _origin(region, op.inputs[0])
     others = (other for other in region.ops if source in (_origin(region, v) for v in other.inputs))
-    return any(isinstance(other, Conv | Pad) or (isinstance(other, WindowPool) and other.kind == "mean") for other in others)
+    return any(
+        isinstance(other, Conv | Pad) or (isinstance(other, WindowPool) and other.kind == "mean") for other in others
+    )
 
 
 def _origin(region: Region, value: int) -> int:
@@ -196,7 +200,8 @@ def _norm(
     new: Callable[[_Draft], None],
 ) -> None:
     mean, variance, scale, shift = op.tensors
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     norm = FoldedNorm(mean, variance, scale, shift, op.eps)
     if before is not None and before.parameters is not None and not before.after:
         before.parameters = replace(before.parameters, norms=(*before.parameters.norms, norm))
@@ -250,13 +255,9 @@ class _Layouts:
                 draft.settings["outputs"] = 4
 
     def _suits_winograd(self, draft: _Draft) -> bool:
-        """Whether a convolution is one for Winograd's algorithm: enough channels, and not too much beside the map."""
-        wanted = {"kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1}
-        _, ci, *_ = self._shape(draft.inputs[0])
-        _, co, height, width = self._shape(draft.result)
-        covered = (height + -height % 4) * (width + -width % 4)
-        few = ci < 2 * self.lanes or co < self.lanes or covered > 2 * height * width
-        return all(draft.settings[name] == value for name, value in wanted.items()) and not few
+        (_, ci, h, w), (_, co, height, width) = self._shape(draft.inputs[0]), self._shape(draft.result)
+        src, dst = MapLayout(ci, h, w, self.lanes), MapLayout(co, height, width, self.lanes)
+        return suits_winograd(Convolution(1, dst, (src,), **draft.settings))  # type: ignore[arg-type]
 
     def _shape(self, value: int) -> Shape:
         shape = self.shapes[value]

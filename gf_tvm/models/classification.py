@@ -2,20 +2,31 @@
 
 Sources: MobileNetV2: Sandler et al., CVPR 2018, table 2. ResNet-18 and ResNet-34: He et al., CVPR 2016, table 1.
 MCUNet: Lin, Chen, Lin, Cohn, Gan, Han, "MCUNet: Tiny Deep Learning on IoT Devices", NeurIPS 2020; the paper shows its
-networks as figures, so the table is that of the authors' model zoo.
+networks as figures, so the table is that of the authors' model zoo. EfficientNet-Lite0: Tan, Le, "EfficientNet:
+Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019, table 1 (B0), without squeeze and excitation and
+with ReLU6, as its authors published it for devices (tensorflow/tpu, efficientnet/lite).
+
+Parameters are named as in torchvision's networks, so that its published weights load as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .layers import LAST_MAP, SMALL_IMAGE, BasicBlock, InvertedResidual, Strides, conv, initialise, scaled
+from .layers import LAST_MAP, SMALL_IMAGE, BasicBlock, InvertedResidual, Norm, Strides, conv, initialise, scaled, unit
 
 #: (expansion, channels, kernel size, nominal stride) of an inverted residual.
 Block = tuple[int, int, int, int]
+
+#: Of the features before the classifier, while training; as the networks were published.
+DROPOUT = 0.2
+
+#: TensorFlow's defaults in the networks that were trained there.
+_LITE_NORM = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
 class InvertedResidualTrunk(nn.Module):
@@ -33,12 +44,16 @@ class InvertedResidualTrunk(nn.Module):
         width: float,
         strides: Strides,
         stem_stride: int,
+        norm: Norm = nn.BatchNorm2d,
+        same: int | None = None,
     ) -> None:
-        """``stem``, ``blocks``: channels at width 1. ``stem_stride``: 2, or 1 for a small image."""
+        """``stem``, ``blocks``: channels at width 1. ``stem_stride``: 2, or 1 for a small image. ``norm``, ``same``: as
+        for :func:`~.layers.unit`; ``same`` is the images' size."""
         super().__init__()
         channels = scaled(width, stem)
         first = strides.take(stem_stride)
-        layers: list[nn.Module] = [conv(in_channels, channels, 3, first), nn.BatchNorm2d(channels), nn.ReLU6()]
+        layers: list[nn.Module] = [unit(in_channels, channels, 3, first, norm=norm, same=same)]
+        size = None if same is None else -(-same // first)
         self._ends: dict[int, int] = {}  # layer after which a map of the pyramid is complete -> its channels
         for number, (expansion, block_channels, kernel, nominal) in enumerate(blocks):
             if nominal > 1 and any(b[3] > 1 for b in blocks[:number]):
@@ -46,8 +61,8 @@ class InvertedResidualTrunk(nn.Module):
             dilation = strides.dilation  # a strided block that loses its stride keeps the dilation before it
             stride = strides.take(nominal)
             co = scaled(width, block_channels)
-            layers.append(InvertedResidual(channels, co, stride, expansion, kernel, dilation))
-            channels = co
+            layers.append(InvertedResidual(channels, co, stride, expansion, kernel, dilation, norm, size))
+            channels, size = co, None if size is None else -(-size // stride)
         self._ends[len(layers) - 1] = channels
         self.channels = tuple(self._ends.values())
         self.features = nn.Sequential(*layers)
@@ -84,9 +99,38 @@ class MobileNetV2(InvertedResidualTrunk):
         strides, stem_stride = Strides(image_size), 2 if image_size >= SMALL_IMAGE else 1
         super().__init__(32, _repeated(self.STAGES), in_channels, width, strides, stem_stride)
         last = scaled(width, 1280)
-        self.features.extend([conv(self.channels[-1], last, 1), nn.BatchNorm2d(last), nn.ReLU6()])
+        self.features.append(unit(self.channels[-1], last, 1))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(last, num_classes)
+        self.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(last, num_classes))
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (n, in_channels, h, w) -> logits (n, num_classes)."""
+        logits: Tensor = self.classifier(self.pool(self.features(x)).flatten(1))
+        return logits
+
+
+class EfficientNetLite0(InvertedResidualTrunk):
+    """EfficientNet-Lite0: EfficientNet-B0 for devices, without gates and with ReLU6. Arguments as for
+    :class:`MobileNetV2`.
+
+    Padded as in TensorFlow, where it was trained: at stride 2 the odd row and column of zeros come after the map.
+    """
+
+    #: (expansion, channels, blocks, kernel size, stride of the first block).
+    STAGES = (
+        *((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2)),
+        *((6, 112, 3, 5, 1), (6, 192, 4, 5, 2), (6, 320, 1, 3, 1)),
+    )
+    BLOCKS = tuple((t, c, k, s if i == 0 else 1) for t, c, n, k, s in STAGES for i in range(n))
+
+    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0) -> None:
+        strides, stem_stride = Strides(image_size), 2 if image_size >= SMALL_IMAGE else 1
+        super().__init__(32, self.BLOCKS, in_channels, width, strides, stem_stride, _LITE_NORM, image_size)
+        last = scaled(width, 1280)
+        self.features.append(unit(self.channels[-1], last, 1, norm=_LITE_NORM))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(last, num_classes))
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,8 +245,12 @@ def build_trunk(name: str, in_channels: int, image_size: int, width: float, stri
     kind = TRUNKS[name]
     if issubclass(kind, ResNet18):
         return ResNetTrunk(kind.BLOCKS, in_channels, image_size, width, strides)
-    stem, blocks = (16, MCUNet.BLOCKS) if kind is MCUNet else (32, _repeated(MobileNetV2.STAGES))
-    return InvertedResidualTrunk(stem, blocks, in_channels, width, strides, 2 if image_size >= SMALL_IMAGE else 1)
+    stem_stride = 2 if image_size >= SMALL_IMAGE else 1
+    if kind is EfficientNetLite0:
+        blocks = EfficientNetLite0.BLOCKS
+        return InvertedResidualTrunk(32, blocks, in_channels, width, strides, stem_stride, _LITE_NORM, image_size)
+    stem, stages = (16, MCUNet.BLOCKS) if kind is MCUNet else (32, _repeated(MobileNetV2.STAGES))
+    return InvertedResidualTrunk(stem, stages, in_channels, width, strides, stem_stride)
 
 
 Trunk = ResNetTrunk | InvertedResidualTrunk
@@ -213,4 +261,5 @@ TRUNKS: dict[str, type[Trunk]] = {
     "resnet18": ResNet18,
     "resnet34": ResNet34,
     "mcunet": MCUNet,
+    "efficientnet_lite0": EfficientNetLite0,
 }

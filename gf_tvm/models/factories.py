@@ -36,9 +36,9 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, image_size: i
     """Build an image classifier or a segmentation network with random weights from torch's global generator.
 
     Args:
-        name: a key of ``MODELS``: ``mobilenetv2``, ``resnet18``, ``resnet34`` or ``mcunet`` for classification, for
-            segmentation ``fcn_``, ``pspnet_``, ``deeplabv3_`` or ``upernet_`` and one of these; the same with a width
-            in percent as three digits (``resnet18_025`` has a quarter of the channels); or
+        name: a key of ``MODELS``: ``mobilenetv2``, ``resnet18``, ``resnet34``, ``mcunet`` or ``efficientnet_lite0``
+            for classification, for segmentation ``fcn_``, ``pspnet_``, ``deeplabv3_`` or ``upernet_`` and one of these;
+            the same with a width in percent as three digits (``resnet18_025`` has a quarter of the channels); or
             ``package.module:factory``, any callable that returns an ``nn.Module`` whose output is logits
             (n, num_classes), for segmentation (n, num_classes, h, w), or has them as ``.logits``. A factory gets
             those of ``num_classes``, ``in_channels`` and ``image_size`` that it names as parameters

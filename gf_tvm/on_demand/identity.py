@@ -24,7 +24,7 @@ FORMAT = "gf_tvm.kernels/1"
 
 #: The packages, and the one module, whose code decides what a workload or program becomes: all that a build imports, as
 #: a test has a build show. More would have everything built again after a change that has nothing to do with it.
-CODE = ("bundle", "chains", "codegen", "core", "forward", "kernels", "machine", "ops", "schedules", "tuning")
+CODE = ("blocked", "bundle", "chains", "codegen", "core", "forward", "kernels", "machine", "ops", "schedules", "tuning")
 CODE_MODULE = "building.py"
 
 

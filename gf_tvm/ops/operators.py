@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bundle.kernel import Kernel
+from ..bundle.library import get_library
 from ..core import reference
 from ..core.geometry import Axis, Geometry, Pair
 from ..core.verify import from_saved, to_saved
+from ..core.workload import ALIGNMENT, convolution_key
 from ..errors import GeometryError
-from .dispatch import as_kernel_takes, find_kernel, without_autocast
+from .dispatch import AWAITED, as_kernel_takes, find_kernel, without_autocast
 
 _SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int[] patch, str library"
 
@@ -98,9 +100,28 @@ def conv2d(
         tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups, tuple(patch)
     )
     with without_autocast(x.device.type):
-        y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
-        y = y.contiguous(memory_format=_format(x, weight))
+        y = _compiled_convolution(x, weight, bias, geometry, library)
+        if y is None:
+            y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
+            y = y.contiguous(memory_format=_format(x, weight))
         return y, _filter_input(x, geometry, library) if save else x.new_empty(0)
+
+
+def _compiled_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, library: str
+) -> Tensor | None:
+    """A convolution's result by the library's program; None where it has none, or not for such tensors."""
+    if library in ("", AWAITED) or geometry.n == 0:
+        return None
+    given = [x, weight] if bias is None else [x, weight, bias]
+    if any(not t.is_cpu or t.dtype is not torch.float32 or not t.is_contiguous() for t in given):
+        return None
+    function = get_library(library).program(convolution_key(geometry, bias is not None))
+    if function is None:
+        return None
+    y = x.new_empty(geometry.y_shape)
+    function(*(t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for t in given), y)
+    return y
 
 
 def _filter_input(x: Tensor, geometry: Geometry, library: str) -> Tensor:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cases import with_dtypes as with_dtypes
     from .cases import workloads_of as workloads_of
     from .model import does_not_run as does_not_run
+    from .model import last_to_run as last_to_run
     from .model import layer_geometry as layer_geometry
     from .model import model_cases as model_cases
 
@@ -28,6 +29,7 @@ _HOMES = {
     "as_patches": "cases",
     "does_not_run": "model",
     "format_patch": "cases",
+    "last_to_run": "model",
     "layer_geometry": "model",
     "load_cases": "cases",
     "model_cases": "model",

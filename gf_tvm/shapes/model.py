@@ -16,7 +16,7 @@ from ..chains.capture.live import by_modules
 from ..core.geometry import Geometry, Patch, as_pair
 from ..core.workload import DTYPES
 from ..errors import GeometryError, ModelError
-from ..nn import Layers, select_filterable
+from ..nn import Layers, select_filterable, select_layers
 from .cases import Case, as_patches
 
 logger = logging.getLogger("gf_tvm")
@@ -51,7 +51,11 @@ def model_cases(
     """
     shape = tuple(input_shape)
     pairs = as_patches(patches)
-    selection = select_filterable(model, last, layers)
+    if last is not None and layers is None:
+        chosen = set(last_to_run(model, last, shape))
+        selection = select_filterable(model, layers=lambda name, _: name in chosen)
+    else:
+        selection = select_filterable(model, last, layers)
     selected = selection.filterable
     seen: dict[tuple[Geometry, str], list[tuple[str, bool]]] = {}  # geometry without patch, dtype: who, needs gradient
     called: set[str] = set()
@@ -75,34 +79,13 @@ def model_cases(
             hooks += calls.watch(name, layer)
         else:
             hooks.append(layer.register_forward_pre_hook(recorder(name), with_kwargs=True))
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     trained = {id(p) for module in selected.values() for p in module.parameters()}
-    first = next((p for p, _ in parameters if p.is_floating_point()), None)
     try:
-        model.eval()
-        for parameter, _ in parameters:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(id(parameter) in trained)
-        with torch.enable_grad(), calls, by_modules():  # a filtered model would be compiled with the hooks
-            zeros = torch.zeros(
-                shape,
-                dtype=first.dtype if first is not None else torch.float32,
-                device=first.device if first is not None else None,
-            )
-            model(zeros)
-    except (GeometryError, ModelError):
-        raise
-    except Exception as error:
-        raise does_not_run(model, shape, error) from error
+        with calls:
+            _run_on_zeros(model, shape, trained)
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, flag in parameters:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
     idle = [name for name in selected if name not in called]
     if not called:
         raise ModelError(f"none of the selected layers ran in {type(model).__name__}: {', '.join(idle)}")
@@ -116,6 +99,59 @@ def model_cases(
         needs_no_gradient = not all(needed for _, needed in users)
         cases += [Case(label, replace(geometry, patch=p), dtype, names, needs_no_gradient) for p in pairs]
     return cases
+
+
+def last_to_run(model: nn.Module, last: int, input_shape: Sequence[int]) -> list[str]:
+    """The last Conv2d modules of a model, by name, in the order in which they run first.
+
+    They are those that ``last=`` stands for in :func:`gf_tvm.filter_model`. Runs the model once on zeros, as
+    :func:`model_cases` does. Modules that do not run come before all others.
+
+    Raises:
+        ModelError: fewer convolutions, or the model does not run on that input.
+    """
+    select_layers(model, last=last)  # whether there are so many
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    ran: dict[str, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: void(ran.setdefault(name)))
+        for name, module in convs.items()
+    ]
+    try:
+        _run_on_zeros(model, tuple(input_shape), set())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*(name for name in convs if name not in ran), *ran][-last:]
+
+
+def _run_on_zeros(model: nn.Module, shape: tuple[int, ...], trained: set[int]) -> None:
+    """Run a model in evaluation mode, where the parameters of these identities alone need gradients."""
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    first = next((p for p, _ in parameters if p.is_floating_point()), None)
+    try:
+        model.eval()
+        for parameter, _ in parameters:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in trained)
+        with torch.enable_grad(), by_modules():  # a filtered model would be compiled with the hooks
+            zeros = torch.zeros(
+                shape,
+                dtype=first.dtype if first is not None else torch.float32,
+                device=first.device if first is not None else None,
+            )
+            model(zeros)
+    except (GeometryError, ModelError):
+        raise
+    except Exception as error:
+        raise does_not_run(model, shape, error) from error
+    finally:
+        for parameter, flag in parameters:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
 
 
 class _Calls(TorchFunctionMode):

@@ -8,11 +8,11 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..files import make_folder, replacing
+from ..files import check_archive, make_folder, replacing
 from .config import TrainingError
 
 #: Changes with the content of a checkpoint; another one is refused.
@@ -73,7 +73,7 @@ def load(path: Path) -> dict[str, Any] | None:
     """
     try:
         with open(path, "rb") as file:
-            _check_sizes(file)
+            check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
@@ -84,18 +84,6 @@ def load(path: Path) -> dict[str, Any] | None:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise TrainingError(f"{str(path)!r} is not a checkpoint of format {FORMAT!r}, found {found!r}; delete it")
     return content
-
-
-def _check_sizes(file: BinaryIO) -> None:
-    """Raise ValueError or BadZipFile unless a file is an archive as torch.save writes it: nothing in it is packed."""
-    size = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its entries are compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > size:
-        raise ValueError(f"its entries have more than its own {size} bytes")
-    file.seek(0)
 
 
 def check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ class TrainConfig:
         chain: gradients stay on the patch grid between filtered convolutions, see :mod:`gf_tvm.chains`; means nothing
             to the exact backward pass. ``float16`` or ``bfloat16``: with the means of derivatives kept in that dtype.
             False: each convolution is filtered by itself, as in the paper.
+        strict: a picture that cannot be read is an error; else it is skipped, with a warning.
 
     Raises:
         TrainingError: a value is out of range. GeometryError: a patch that is none.
@@ -101,6 +102,7 @@ class TrainConfig:
     min_delta: float = 0.0
     cache: str = "auto"
     chain: bool | str = True
+    strict: bool = False
 
     def __post_init__(self) -> None:
         patch = None if self.patch in (None, "exact") else self.patch

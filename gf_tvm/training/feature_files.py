@@ -6,7 +6,6 @@ their shapes and dtypes, and the sha256 of ``X.bin``. It is written last, so it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import MAX_JSON, read_limited, replacing
+from ..files import MAX_JSON, read_limited, replacing, sha256_of
 
 FORMAT = "gf_tvm.features/1"
 ALIGNMENT = 64
@@ -61,7 +60,7 @@ def write(
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # before the old file's description goes: a full disk leaves both
-        head = {"format": FORMAT, "identity": identity, "tensors": _described(layouts), "sha256": _sha256(file)}
+        head = {"format": FORMAT, "identity": identity, "tensors": _described(layouts), "sha256": sha256_of(file)}
         description.unlink(missing_ok=True)
     with replacing(description) as file:
         file.write(json.dumps(head).encode())
@@ -87,7 +86,7 @@ def read(path: Path, identity: dict[str, Any], layouts: list[TensorSpec]) -> lis
         if path.stat().st_size != size:
             raise Refused(f"it has {path.stat().st_size} bytes, not {size}")
         with open(path, "rb") as file:
-            if _sha256(file) != head.get("sha256"):
+            if sha256_of(file) != head.get("sha256"):
                 raise Refused("its sha256 is another one")
         bytes_ = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
     except (OSError, ValueError) as error:
@@ -109,11 +108,3 @@ def _offsets(layouts: list[TensorSpec]) -> tuple[list[int], int]:
 
 def _described(layouts: list[TensorSpec]) -> list[dict[str, Any]]:
     return [{"shape": list(layout.shape), "dtype": str(layout.dtype).removeprefix("torch.")} for layout in layouts]
-
-
-def _sha256(file: Any) -> str:
-    file.seek(0)
-    h = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        h.update(chunk)
-    return h.hexdigest()

@@ -29,7 +29,7 @@ from ..nn import filter_report
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .cut import put_back
-from .data import Images, batches
+from .data import Images, Photos, batches, steps
 from .learning_rate import learning_rate
 from .results import EpochRow, Event, EventCallback
 from .step_costs import StepTimes, count_kept_bytes
@@ -51,8 +51,8 @@ class Fit:
         phase: str,
         model: nn.Module,
         layers: dict[str, nn.Module],
-        train_images: Images,
-        test_images: Images,
+        train_images: Images | Photos,
+        test_images: Images | Photos,
         epochs: int,
         lr: float,
         cache: FrozenCache | None = None,
@@ -69,10 +69,11 @@ class Fit:
         """
         self.config, self.phase, self.model, self.layers = config, phase, model, layers
         self.variant = "exact" if phase == "pretrain" else config.variant
-        self.train_images, self.test_images = train_images, test_images
+        self.train_images: Images | Photos = train_images
+        self.test_images: Images | Photos = test_images
         self.objective = objective_of(train_images)
         self.epochs, self.lr = epochs, lr
-        self.steps = len(train_images) // config.batch
+        self.steps = steps(train_images, config.batch)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -303,7 +304,9 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def accuracy_of(model: nn.Module, images: Images, batch: int, network: Callable[[Tensor], Any] | None = None) -> float:
+def accuracy_of(
+    model: nn.Module, images: Images | Photos, batch: int, network: Callable[[Tensor], Any] | None = None
+) -> float:
     """The score of ``model`` on ``images`` by their task's metric, in evaluation mode.
 
     ``network`` is called in place of ``model``.

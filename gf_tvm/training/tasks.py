@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import logits_of
-from .data import IGNORED, Images
+from .data import IGNORED, Images, Photos
 
 
 class Score(Protocol):
@@ -128,7 +128,7 @@ def _enlarged(logits: Tensor, y: Tensor) -> Tensor:
     return F.interpolate(logits, size=y.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def objective_of(images: Images) -> Objective:
+def objective_of(images: Images | Photos) -> Objective:
     """Loss and metric for the labels of ``images``."""
     return _objective(images.has_masks)
 

@@ -23,9 +23,9 @@ from torch import nn
 from ..errors import ModelError
 from ..machine import cpu
 from ..models import build_model
-from ..nn import filter_model, select_filterable, select_layers
+from ..nn import filter_model, select_filterable
 from ..shapes.cases import workloads_of
-from ..shapes.model import model_cases
+from ..shapes.model import last_to_run, model_cases
 from . import checkpoint as files
 from .config import TrainConfig, TrainingError
 from .data import CHANNELS, Dataset, load_dataset
@@ -108,7 +108,9 @@ def train_variants(
 
 def load_data(config: TrainConfig) -> Dataset:
     """The data set of a configuration. Raises ModelError, also if a part has fewer images than one batch."""
-    dataset = load_dataset(config.data, config.image_size, config.seed, config.skew, config.test_fraction)
+    dataset = load_dataset(
+        config.data, config.image_size, config.seed, config.skew, config.test_fraction, config.strict
+    )
     needed = ["finetune_train", *(["pretrain_train"] if config.pretrain_epochs else [])]
     for name in needed:
         if dataset.sizes[name] < config.batch:
@@ -137,10 +139,14 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
             f"{config.model!r} gives logits of shape {tuple(logits.shape)} for {len(x)} images of "
             f"{len(dataset.classes)} classes"
         )
-    if config.patch is None:
-        select_layers(model, last=config.last)
-    else:
-        filter_model(model, patch=_patch(config), last=config.last, chain=False)
+    chosen = set(_last(model, config, dataset))
+    if config.patch is not None:
+        filter_model(model, patch=_patch(config), layers=lambda name, _: name in chosen, chain=False)
+
+
+def _last(model: nn.Module, config: TrainConfig, dataset: Dataset) -> list[str]:
+    """The convolutions that are fine-tuned, by name, in the order in which they run."""
+    return last_to_run(model, config.last, (1, *dataset.pretrain_train.x.shape[1:]))
 
 
 def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], str | None]:
@@ -149,7 +155,7 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     as for :func:`check`.
     """
     model = _build(config, dataset)
-    names = [name for name, _ in select_layers(model, last=config.last)]
+    names = _last(model, config, dataset)
     freeze(model, names, config.train_bn_affine)
     _, planned = plan_cache(
         config,
@@ -162,7 +168,8 @@ def obstacles(config: TrainConfig, dataset: Dataset) -> tuple[dict[str, str], st
     )
     if config.patch is None:
         return {}, planned.reason
-    return dict(select_filterable(model, last=config.last).obstacles), planned.reason
+    selection = select_filterable(model, layers=lambda name, _: name in names)
+    return dict(selection.obstacles), planned.reason
 
 
 def pretrain(
@@ -244,7 +251,7 @@ def finetune(
         model.load_state_dict(pretrained.state)
     except RuntimeError as error:
         raise ModelError(f"the pretrained weights do not fit {config.model!r}: {str(error).splitlines()[0]}") from None
-    names = [name for name, _ in select_layers(model, last=config.last)]
+    names = _last(model, config, dataset)
     head = freeze(model, names, config.train_bn_affine)
     if config.patch is not None:
         patch, means = _patch(config), config.chain_means
@@ -344,9 +351,10 @@ def _identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued.
 
     Neither the number of threads nor the library nor the cache: a run may go on with others, then equal to rounding
-    errors.
+    errors. Whether broken pictures are errors neither, only which pictures there are.
     """
-    return {**{name: value for name, value in config.to_dict().items() if name != "cache"}, "dataset": dataset.digest}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("cache", "strict")}
+    return {**settings, "dataset": dataset.digest}
 
 
 def _check_folder(config: TrainConfig, checkpoint: str | Path | None, resume: bool) -> None:

@@ -582,7 +582,7 @@ def test_a_step_that_dies_is_one_line(train: TrainConfig, monkeypatch: pytest.Mo
         ("{", "a configuration must be JSON"),
         ("[]", "must be an object of settings, got list"),
         ('{"schema": "gf_tvm.train/1"}', "not a configuration of schema 'gf_tvm.train_config/1'"),
-        ('{"model": "resnet18", "epoch": 1}', "unknown setting 'epoch'; known: model, data"),
+        ('{"model": "resnet18", "epoch": 1}', "unknown setting 'epoch'; known: model, weights, data"),
         ('{"model": ["resnet18"]}', "model must be a single value, got ['resnet18']"),
         ('{"model": "resnet18", "epochs": "many"}', "argument --epochs: invalid int value: 'many'"),
         ('{"model": "resnet18", "epochs": 1.5}', "epochs must be an integer of at least 1, got 1.5"),

@@ -20,19 +20,19 @@ from torch import Tensor
 from virtual_pi import run_in
 
 import gf_tvm
+from gf_tvm.blocked import emit_steps
+from gf_tvm.blocked.emit_steps import Products, StepCode
+from gf_tvm.blocked.steps import Convolution, Each, Enter, Leave, Mean, Window, Winograd
+from gf_tvm.blocked.winograd import Matrix
 from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.bundle.library import Library
 from gf_tvm.chains.plan.elementwise import FUNCTIONS
 from gf_tvm.chains.plan.graph import Add, Conv, Gate, Map, Outside, Pad, Pool, View, WindowPool
 from gf_tvm.core.workload import ALIGNMENT
-from gf_tvm.forward import emit_steps
-from gf_tvm.forward.emit_steps import Products, StepCode
 from gf_tvm.forward.engine import Compiled
 from gf_tvm.forward.front import _Places
 from gf_tvm.forward.lower import Lowered, lower
 from gf_tvm.forward.programs import FrontProgram
-from gf_tvm.forward.steps import Convolution, Each, Enter, Leave, Mean, Window, Winograd
-from gf_tvm.forward.winograd import Matrix
 from gf_tvm.kernels.cpu import simd
 from gf_tvm.machine.profiles import DeviceProfile, get_profile, missing_flags
 
@@ -163,7 +163,9 @@ def test_random_networks_on_an_emulated_cortex_a72(virtual_root: Path, tmp_path:
         for j, exit in enumerate(wanted):
             arrays[f"{k}_value_{j}"], arrays[f"{k}_error_{j}"] = exit.value.numpy(), exit.error.numpy()
         given = len(network.entries) + 1
-        described.append({"symbol": symbols[front.key], "arena": front.memory.size, "given": given, "exits": len(wanted)})
+        described.append(
+            {"symbol": symbols[front.key], "arena": front.memory.size, "given": given, "exits": len(wanted)}
+        )
     (tmp_path / "cases.json").write_text(json.dumps(described))
     np.savez(tmp_path / "arrays.npz", **arrays)
     said = json.loads(run_in(virtual_root, Path(__file__).with_name("on_board.py"), str(tmp_path), cwd=tmp_path))
@@ -174,7 +176,16 @@ def test_random_networks_on_an_emulated_cortex_a72(virtual_root: Path, tmp_path:
 
 
 def conv(x: int, weight: int, co: int, kernel: int = 3, **settings: Any) -> Conv:
-    return Conv("conv", (x,), (weight, None), kernel=(kernel,) * 2, padding=(kernel // 2,) * 2, co=co, filtered=False, **settings)
+    return Conv(
+        "conv",
+        (x,),
+        (weight, None),
+        kernel=(kernel,) * 2,
+        padding=(kernel // 2,) * 2,
+        co=co,
+        filtered=False,
+        **settings,
+    )
 
 
 def odd_networks() -> dict[str, Network]:

@@ -30,6 +30,7 @@ class FakeLibrary:
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     digest: str = "fake"
     device_type: str = "cpu"
+    fingerprints: None = None
     calls: list[tuple[str, list[int]]] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock, repr=False)
 

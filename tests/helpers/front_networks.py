@@ -15,12 +15,27 @@ from torch import Tensor
 
 from gf_tvm.chains.capture.assemble import part_of
 from gf_tvm.chains.plan import elementwise
-from gf_tvm.chains.plan.graph import Add, Conv, Gate, Map, Misfit, Norm, Op, Pad, Part, Pool, Region, Scale, View, WindowPool
+from gf_tvm.chains.plan.graph import (
+    Add,
+    Conv,
+    Gate,
+    Map,
+    Misfit,
+    Norm,
+    Op,
+    Pad,
+    Part,
+    Pool,
+    Region,
+    Scale,
+    View,
+    WindowPool,
+)
 from gf_tvm.core import verify
 from gf_tvm.forward.front import Call, Front, lines, nests
 from gf_tvm.forward.lower import Lowered, can_compile
-from gf_tvm.forward.steps import Convolution, Tile, Winograd
-from gf_tvm.forward.tiling import divisors, tile_of
+from gf_tvm.blocked.steps import Convolution, Tile, Winograd
+from gf_tvm.blocked.tiling import divisors, tile_of
 from gf_tvm.machine.profiles import DeviceProfile
 
 _EPS = torch.finfo(torch.float32).eps
@@ -91,7 +106,9 @@ class _Builder:
             self.shapes.append(shape)
 
     def channels(self) -> int:
-        return self.random.choice((1, 2, 3, 3, 4, 5, 8, 12, 16, 17, 24, 32, self.wide, self.wide, self.random.randint(1, 50)))
+        return self.random.choice(
+            (1, 2, 3, 3, 4, 5, 8, 12, 16, 17, 24, 32, self.wide, self.wide, self.random.randint(1, 50))
+        )
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -149,8 +166,25 @@ class _Builder:
         if min(outs) < 1:
             kernel, dilation, padding = (1, 1), (1, 1), (0, 0)
         fan = ci // groups * kernel[0] * kernel[1]
-        tensors = (self.tensor(co, ci // groups, *kernel, scale=fan**-0.5), r.choice((None, self.tensor(co, scale=0.3))))
-        return self.add(Conv(f"conv{len(self.ops)}", (x,), tensors, False, kernel, stride, padding, dilation, groups, co, filtered=False))
+        tensors = (
+            self.tensor(co, ci // groups, *kernel, scale=fan**-0.5),
+            r.choice((None, self.tensor(co, scale=0.3))),
+        )
+        return self.add(
+            Conv(
+                f"conv{len(self.ops)}",
+                (x,),
+                tensors,
+                False,
+                kernel,
+                stride,
+                padding,
+                dilation,
+                groups,
+                co,
+                filtered=False,
+            )
+        )
 
     def wide_ones(self) -> int:
         """For Winograd's algorithm, or with groups that blocks fit: both maps have many channels, and some pixels."""
@@ -197,7 +231,11 @@ class _Builder:
 
     def plus(self) -> int:
         a, r = self.pick(), self.random
-        alike = [v for v in range(len(self.shapes)) if self.shapes[v] == self.shapes[a] and v not in self.flat and not self.is_pad(v)]
+        alike = [
+            v
+            for v in range(len(self.shapes))
+            if self.shapes[v] == self.shapes[a] and v not in self.flat and not self.is_pad(v)
+        ]
         b = r.choice(alike)
         if b == a and r.random() < 0.7:
             # Something of the same shape, made of it.
@@ -320,7 +358,9 @@ def _other_tile(step: Convolution, rng: random.Random) -> Tile:
     return Tile(rng.randint(1, min(2, chunk)), columns, vectors, chunk, rng.random() < 0.3, turns)
 
 
-def network_of(ops: Sequence[Op], entries: Sequence[Tensor], tensors: Sequence[Tensor], exits: Sequence[int]) -> Network:
+def network_of(
+    ops: Sequence[Op], entries: Sequence[Tensor], tensors: Sequence[Tensor], exits: Sequence[int]
+) -> Network:
     """A network of these operations; those behind the first that cannot be compiled are outside."""
     region = Region(len(entries), tuple(ops), dict.fromkeys(exits, "x"))
     shapes: Any = [tuple(t.shape) if t.dim() == 4 else (*t.shape, 1, 1) for t in entries]
@@ -405,7 +445,9 @@ def _apply(op: Op, given: list[Exact], tensors: list[Tensor | None], winograd: b
         return Exact(x * y, e * y.abs() + f * x.abs() + e * f + _EPS * (x * y).abs())
     if isinstance(op, Pool):
         terms = _rounded(x[0, 0].numel())
-        return Exact(x.mean((2, 3), keepdim=True), e.mean((2, 3), keepdim=True) + terms * x.abs().mean((2, 3), keepdim=True))
+        return Exact(
+            x.mean((2, 3), keepdim=True), e.mean((2, 3), keepdim=True) + terms * x.abs().mean((2, 3), keepdim=True)
+        )
     if isinstance(op, View):
         shape = x.shape[:2] if op.flat else (*x.shape[:2], 1, 1)
         return Exact(x.view(shape), e.view(shape))

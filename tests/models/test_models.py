@@ -105,7 +105,7 @@ def test_residuals() -> None:
     kept, changed = InvertedResidual(8, 8, 1, 6), InvertedResidual(8, 16, 1, 6)
     strided, block = InvertedResidual(8, 8, 2, 6), BasicBlock(8, 8, 1)
     for module in (kept, changed, strided):
-        nn.init.zeros_(module.layers[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(module.conv[-1].weight)  # type: ignore[arg-type]
     nn.init.zeros_(block.bn2.weight)
     with torch.no_grad():
         assert kept(x).equal(x)
@@ -114,7 +114,7 @@ def test_residuals() -> None:
         assert block(x).equal(x)  # x is not negative, so ReLU keeps it
         projected = BasicBlock(8, 16, 2).eval()
         nn.init.zeros_(projected.bn2.weight)
-        torch.testing.assert_close(projected(x), projected.shortcut(x).relu())
+        torch.testing.assert_close(projected(x), projected.downsample(x).relu())
 
 
 def test_in_channels_and_gradients() -> None:

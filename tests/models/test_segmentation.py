@@ -48,7 +48,7 @@ def test_logits_have_the_images_size(name: str) -> None:
 
 def test_every_pixel_sees_its_own_place() -> None:
     """A change in one corner changes that corner's logits most: nothing is mirrored or mixed up on the way."""
-    for name in ("fcn_resnet18_010", "upernet_mobilenetv2_010"):
+    for name in ("fcn_resnet18_010", "upernet_mobilenetv2_010", "deeplabv3_efficientnet_lite0_010"):
         model = tiny(name, 64).eval()
         x = torch.randn(1, 3, 64, 64)
         changed = x.clone()
@@ -250,7 +250,7 @@ def test_train_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ]
     options += ["--batch", "8", "--pretrain-epochs", "10", "--epochs", "2", "--shift", "1", "--skew", "0.8"]
     options += ["--patch", "exact,2", "--no-chain"]
-    arguments = ["train", *options, "--json", str(out), "--checkpoint", str(tmp_path / "c")]
+    arguments = ["train", "--protocol", "paper", *options, "--json", str(out), "--checkpoint", str(tmp_path / "c")]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr()
     assert "mIoU train" in shown.err
@@ -274,11 +274,12 @@ def test_train_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_classifier_is_refused_for_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = squares(tmp_path / "voc")
-    assert cli.main(["train", "--model", "resnet18_010", "--data", data, "--image-size", "16", "--batch", "8"]) == 2
+    sizes = ["--image-size", "16", "--batch", "8"]
+    assert cli.main(["train", "--protocol", "paper", "--model", "resnet18_010", "--data", data, *sizes]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "must have shape (images, classes, height, width), got (2, 3)" in error
-    arguments = ["train", "--model", "fcn_resnet18_010", "--data", "digits", "--image-size", "16", "--batch", "8"]
+    arguments = ["train", "--protocol", "paper", "--model", "fcn_resnet18_010", "--data", "digits", *sizes]
     assert cli.main(arguments) == 2
     assert "must have shape (images, classes), got (2, 10, 16, 16)" in capsys.readouterr().err
 

@@ -473,7 +473,8 @@ def test_what_the_commands_write_can_be_read(tmp_path: Path, monkeypatch: pytest
     case = Case("small", Geometry(2, 8, 8, 8, 8, (3, 3), (2, 2), padding=(1, 1)))
     document = compare([case], None, seconds=0, threads=1).to_dict()
     save("compare.json", document)
-    command = ["train", "--model", "training_models:tiny", "--data", patterns(tmp_path / "patterns.npz"), "--last", "1"]
+    command = ["train", "--protocol", "paper", "--model", "training_models:tiny", "--last", "1"]
+    command += ["--data", patterns(tmp_path / "patterns.npz")]
     command += ["--image-size", "8", "--batch", "8", "--epochs", "1", "--pretrain-epochs", "1", "--patch", "exact,2"]
     assert main([*command, "--threads", "1", "--json", "train.json"]) == 0
     page = page_of("compare.json", "train.json")

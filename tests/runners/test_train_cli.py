@@ -20,6 +20,7 @@ from training_models import patterns, state_of
 
 from gf_tvm.runners import cli
 from gf_tvm.training import EpochRow, TrainConfig
+from gf_tvm.training.job import JobConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +30,8 @@ def arguments(tmp_path: Path) -> list[str]:
     """A run of a second: a tiny network on 160 images of 8x8 pixels."""
     data = patterns(tmp_path / "patterns.npz")
     return [
-        *("train", "--model", "training_models:tiny", "--data", data, "--last", "1", "--image-size", "8"),
+        *("train", "--protocol", "paper", "--model", "training_models:tiny", "--data", data),
+        *("--last", "1", "--image-size", "8"),
         *("--batch", "8", "--epochs", "2", "--pretrain-epochs", "1"),
     ]
 
@@ -87,18 +89,19 @@ def test_every_setting_is_an_option() -> None:
         "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 9, "step_factor": 0.25, "amp": "bfloat16",
         "patience": 10, "min_delta": 0.01, "cache": "off", "chain": "float16",
     }  # fmt: skip
-    assert set(values) | {"patch"} == set(TrainConfig("resnet18").to_dict())
-    flags = {"chain": "--means"}
+    values |= {"strict": True, "weights": "imagenet", "augment": False, "validation": 0.3}
+    assert set(values) | {"patch"} == {*TrainConfig("resnet18").to_dict(), *JobConfig("resnet18").to_dict()}
+    flags = {"chain": "--means", "augment": "--no-augment"}
     options = [
         part
         for key, value in values.items()
-        for part in (flags.get(key, f"--{key.replace('_', '-')}"), *([] if value is True else [str(value)]))
+        for part in (flags.get(key, f"--{key.replace('_', '-')}"), *([] if isinstance(value, bool) else [str(value)]))
     ]
     args = vars(cli.build_parser().parse_args(["train", *options]))
     assert {key: args[key] for key in values} == values
-    defaults = vars(cli.build_parser().parse_args(["train", "--model", "resnet18"]))
-    expected = TrainConfig("resnet18").to_dict()
-    assert {key: defaults[key] for key in values} == {key: expected[key] for key in values}
+    # What is not given is left to the protocol's own configuration.
+    args = vars(cli.build_parser().parse_args(["train", "--model", "resnet18"]))
+    assert set(values) & set(args) == {"model", "chain"}
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,15 @@ def test_bad_folders(tmp_path: Path) -> None:
     assert len(load_images(str(tmp_path)).y) == 2
     broken = tmp_path / "dog" / "b.png"
     broken.write_bytes((tmp_path / "dog" / "a.png").read_bytes()[:50])
-    assert f"cannot read the image {str(broken)!r}" in message_of(tmp_path)
+    assert f"cannot read the image {str(broken)!r}" in message_of(tmp_path, strict=True)
     broken.write_text("no image at all")
-    assert f"cannot read the image {str(broken)!r}" in message_of(tmp_path)
+    assert f"cannot read the image {str(broken)!r}" in message_of(tmp_path, strict=True)
     broken.unlink()
-    (tmp_path / "eel" / "deeper").mkdir(parents=True)
-    save(tmp_path / "eel" / "deeper" / "a.png", RED)
+    (tmp_path / "eel" / ".deeper").mkdir(parents=True)
+    save(tmp_path / "eel" / ".deeper" / "a.png", RED)
     assert f"{str(tmp_path / 'eel')!r} has no images" in message_of(tmp_path)
+    (tmp_path / "eel" / "a.HEIC").touch()
+    assert "but 1 of .heic, which is not read" in message_of(tmp_path)
 
 
 def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,7 +635,7 @@ def test_bad_voc(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(masks / "a.png")
     assert "must hold palette indices or grey values, not RGB" in message_of(tmp_path)
     (masks / "a.png").write_text("no image")
-    assert f"cannot read the image {str(masks / 'a.png')!r}" in message_of(tmp_path)
+    assert f"cannot read the image {str(masks / 'a.png')!r}" in message_of(tmp_path, strict=True)
     (tmp_path / "JPEGImages" / "a.png").unlink()
     assert "has no image JPEGImages/a.jpg" in message_of(tmp_path)
     (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)

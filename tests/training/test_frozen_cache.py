@@ -379,7 +379,7 @@ def test_a_full_disk(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_sha256", full)
+    monkeypatch.setattr(files, "sha256_of", full)
     result = train(replace(config, epochs=1, cache="disk"), checkpoint=tmp_path)
     assert result.cache["kind"] == "off"
     assert "No space left on device" in result.cache["reason"]

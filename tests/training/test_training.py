@@ -124,12 +124,14 @@ def test_config_round_trip() -> None:
 def test_exactly_what_decides_pretraining_decides_its_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
     # Every field is changed once: two runs share pretrained weights exactly if none of these fields differs.
     fine_tuning_only = {"patch", "last", "epochs", "lr", "train_bn_affine", "patience", "min_delta", "cache", "chain"}
+    fine_tuning_only |= {"strict"}
     changes: dict[str, Any] = {
         "model": "training_models:pointwise", "data": patterns(tmp_path / "other.npz"), "patch": 4, "last": 2,
         "image_size": 10, "batch": 4, "epochs": 1, "pretrain_epochs": 1, "lr": 0.01, "pretrain_lr": 0.01,
         "momentum": 0.5, "weight_decay": 0.0, "schedule": "constant", "clip": None, "flip": True, "shift": 1,
         "seed": 1, "skew": 0.6, "test_fraction": 0.5, "train_bn_affine": True, "warmup_epochs": 0.5, "step_epochs": 2,
         "step_factor": 0.5, "amp": "bfloat16", "patience": 2, "min_delta": 0.1, "cache": "off", "chain": False,
+        "strict": True,
     }  # fmt: skip
     assert set(changes) == set(config.to_dict())
     changed = {

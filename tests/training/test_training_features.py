@@ -318,12 +318,12 @@ def test_command_line(config: TrainConfig, tmp_path: Path, capsys: pytest.Captur
     options = ["--model", config.model, "--data", config.data, "--last", "1", "--image-size", "8", "--batch", "8"]
     options += ["--epochs", "4", "--pretrain-epochs", "1", "--shift", "0", "--patch", "2", "--patience", "1"]
     options += ["--min-delta", "1", "--json", str(out), "--metrics", str(metrics), "--checkpoint", str(tmp_path / "c")]
-    assert cli.main(["train", *options]) == 0
+    assert cli.main(["train", "--protocol", "paper", *options]) == 0
     shown = capsys.readouterr().out
     assert "frozen layers' results (R2 chained): kept in memory (0.16 MB)" in shown
     assert "R2 chained: weights of epoch 1, trained 2" in shown
     (run,) = json.loads(out.read_text())["runs"]
     assert (run["cache"]["kind"], run["best_epoch"], len(run["rows"])) == ("memory", 1, 2)
     assert len(lines_of(metrics)) == 3
-    assert cli.main(["train", *options, "--resume"]) == 0
+    assert cli.main(["train", "--protocol", "paper", *options, "--resume"]) == 0
     assert len(lines_of(metrics)) == 3

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...blocked.convolution import ConvolutionProgram
 from ...core.geometry import Geometry
+from ...machine.profiles import DeviceProfile
 from ...ops import operators
 from ...ops.functional import cast_for_convolution
+from ..compile.programs import Program
 from ..plan.graph import Conv, Pad, Part, Region, Shape, View
 from ..plan.partition import Layout, partition
 from ..run.plan import Plan, make_plan
@@ -76,6 +79,13 @@ class ConvolutionStep(nn.Module):
         co, _, kh, kw = value_of(a.weight).shape
         return Geometry(n, ci, co, h, w, (kh, kw), self.patch, a.stride, a.padding, a.dilation, a.groups)
 
+    @property
+    def programs(self) -> list[ConvolutionProgram]:
+        """The compiled function that its forward pass can call, if there is one."""
+        assert self.site.arguments is not None
+        program = ConvolutionProgram(self.geometry, self.site.arguments.bias is not None)
+        return [program] if ConvolutionProgram.exists(self.geometry) else []
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight, bias = cast_for_convolution(x, weight, bias)
         y: Tensor = operators.conv2d(x, weight, bias, *self._settings, self.patch, self.digest, weight.requires_grad)[0]
@@ -97,6 +107,24 @@ class CheckpointStep(nn.Module):
         return checkpoint(self.body, *given, **self.settings)
 
 
+class ForwardStep(nn.Module):
+    """A part without gradients: called with its entries, then its tensors; gives a tuple of its exits.
+
+    Attributes:
+        library: digest of the library whose function it calls; "" while it calls none.
+    """
+
+    library: str
+
+    def program(self, profile: DeviceProfile) -> Program:
+        """What a library needs for it."""
+        raise NotImplementedError
+
+    def use(self, digest: str) -> None:
+        """Take the compiled function from the loaded library of this digest, from the next step on."""
+        raise NotImplementedError
+
+
 class Forward(Protocol):
     """What compiles parts of a graph that need no gradients: :class:`gf_tvm.forward.engine.Engine`."""
 
@@ -106,11 +134,8 @@ class Forward(Protocol):
     def is_worth(self, part: Part) -> bool:
         """Whether the part had better be compiled."""
 
-    def step(self, part: Part, body: fx.GraphModule) -> nn.Module:
-        """What runs in its place: called with the part's entries, then its tensors; gives a tuple of its exits.
-
-        ``body``: the same by PyTorch's operators.
-        """
+    def step(self, part: Part, body: fx.GraphModule) -> ForwardStep:
+        """What runs in its place; ``body``: the same by PyTorch's operators."""
 
 
 @dataclass
@@ -127,7 +152,7 @@ class Assembled:
     module: fx.GraphModule
     chains: list[ChainStep] = field(default_factory=list)
     convolutions: list[ConvolutionStep] = field(default_factory=list)
-    fronts: list[nn.Module] = field(default_factory=list)
+    fronts: list[ForwardStep] = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
 
@@ -389,6 +414,7 @@ def _read_outside(region: Region, i: int, group: Sequence[int]) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Whether a step's result is a tensor of float32 on the CPU."""
+    """Whether a step's result is a tensor of float32 on the CPU, or on none."""
     value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == "cpu"
+    # A model whose programs are wanted, and nothing else, runs on no device.
+    return isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type in ("cpu", "meta")

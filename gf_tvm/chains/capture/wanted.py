@@ -8,7 +8,7 @@ import torch
 
 from ...core.geometry import Geometry
 from ...core.workload import DTYPES, Workload
-from ..compile.programs import ChainProgram
+from ..compile.programs import ChainProgram, Program
 from ..plan.graph import Conv
 from ..plan.lowering import Kept
 from ..plan.steps import ConvInput, ConvWeight
@@ -17,10 +17,11 @@ from .assemble import Assembled, ChainStep, ConvolutionStep
 from .aten import value_of
 
 
-def programs_of_plan(plan: Plan) -> list[ChainProgram]:
+def programs_of_plan(plan: Plan) -> list[Program]:
     """The functions that one chain can call."""
-    found = [ChainProgram(segment) for segment in plan.segments]
-    return found if plan.backward is None else [*found, ChainProgram(plan.backward.program)]
+    found: list[Program] = [ChainProgram(segment) for segment in plan.segments]
+    found += [] if plan.backward is None else [ChainProgram(plan.backward.program)]
+    return [*found, *plan.convolution_programs]
 
 
 def without_library(assembled: Assembled) -> list[ChainStep | ConvolutionStep]:
@@ -35,9 +36,11 @@ def workloads_of(steps: list[ChainStep | ConvolutionStep]) -> tuple[Workload, ..
     return tuple(dict.fromkeys(workload for step in steps for workload in _workloads(step)))
 
 
-def programs_of_steps(steps: list[ChainStep | ConvolutionStep]) -> tuple[ChainProgram, ...]:
-    """The functions that the chains among these steps call."""
-    found = [p for step in steps if isinstance(step, ChainStep) for p in programs_of_plan(step.plan)]
+def programs_of_steps(steps: list[ChainStep | ConvolutionStep]) -> tuple[Program, ...]:
+    """The functions that these steps call."""
+    found: list[Program] = []
+    for step in steps:
+        found += programs_of_plan(step.plan) if isinstance(step, ChainStep) else step.programs
     return tuple({program.key: program for program in found}.values())
 
 

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ...core.workload import Workload
 from ...machine.profiles import DeviceProfile
 from .compiled import Backward
 from .segment import Segment
+
+
+class Program(Protocol):
+    """What :class:`gf_tvm.building.Program` says, for what is above and below it."""
+
+    @property
+    def key(self) -> str:
+        """Equal for functions that do the same."""
+
+    def module(self, profile: DeviceProfile, config_of: Callable[[Workload], dict[str, Any]]) -> Any:
+        """The IRModule of the function ``main``; needs the compiler."""
 
 
 @dataclass(frozen=True)

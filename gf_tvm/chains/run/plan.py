@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ...blocked.convolution import ConvolutionProgram
 from ...ops.dispatch import AWAITED
 from ..compile import packs, segmenter
 from ..compile.compiled import Bound, backward_of
@@ -32,6 +33,7 @@ class Plan:
         tensors: numbers of the parameters and buffers that it reads, among the region's.
         needs: entries whose gradients are needed. trained: of ``tensors`` those whose gradients are needed.
         forward: its operations.
+        convolution_programs: the compiled functions that its convolutions can call in the forward pass.
         slots: what the forward pass keeps: means of products, and per operation x~, weight, scale or gate.
         slot_shapes: their shapes.
         steps, registers: the backward pass, and the size (channels, ph, pw) of each intermediate gradient.
@@ -49,6 +51,7 @@ class Plan:
     needs: frozenset[int]
     trained: tuple[int, ...]
     forward: tuple[Forward, ...]
+    convolution_programs: tuple[ConvolutionProgram, ...]
     slots: tuple[Mean | Kept, ...]
     slot_shapes: tuple[tuple[int, ...], ...]
     steps: tuple[Step, ...]
@@ -113,6 +116,7 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
         needs=frozenset(v for v in entries if situation.needs[v]),
         trained=tuple(t for t in tensors if t in situation.trained),
         forward=_schedule(region, ops, lowered.slots, exits),
+        convolution_programs=_convolution_programs(convs, situation),
         slots=tuple(lowered.slots),
         slot_shapes=tuple(_slot_shape(what, region, situation) for what in lowered.slots),
         steps=tuple(lowered.steps),
@@ -121,6 +125,13 @@ def make_plan(region: Region, situation: Situation, ops: Sequence[int], means: t
         derivatives=frozenset(_derivatives(region, lowered.slots)),
         means=means,
     )
+
+
+def _convolution_programs(convs: Sequence[Conv], situation: Situation) -> tuple[ConvolutionProgram, ...]:
+    geometries = [
+        (op.geometry(situation.shape(op.inputs[0])), op.tensors[1] is not None) for op in convs if op.filtered
+    ]
+    return tuple(dict.fromkeys(ConvolutionProgram(g, bias) for g, bias in geometries if ConvolutionProgram.exists(g)))
 
 
 def _derivatives(region: Region, slots: Sequence[Mean | Kept]) -> list[int]:

@@ -9,10 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import IGNORED, Images
+from .photos import Photos
+
+
+def steps(images: Images | Photos, batch: int) -> int:
+    """Full batches of an epoch."""
+    return images.steps(batch) if isinstance(images, Photos) else len(images) // batch
 
 
 def batches(
-    images: Images,
+    images: Images | Photos,
     batch: int,
     generator: torch.Generator | None = None,
     flip: bool = False,
@@ -26,8 +32,14 @@ def batches(
         flip: mirror each image left-right with probability 1/2, and its mask with it; needs ``generator``.
         shift: move each image by up to that many pixels along both axes, zeros (the mean) following, and its mask
             with it, ``IGNORED`` following; needs ``generator``.
-        drop_last: leave out a last batch that is not full. Training does: kernels are compiled for one batch size.
+        drop_last: leave out a last batch that is not full (:class:`Photos` fill it up). Training does: kernels are
+            compiled for one batch size.
     """
+    if isinstance(images, Photos):
+        if flip or shift:
+            raise ValueError("photographs are augmented in their own way")
+        yield from images.batches(batch, generator, drop_last)
+        return
     if generator is None and (flip or shift):
         raise ValueError("flip and shift need a generator")
     n = len(images)

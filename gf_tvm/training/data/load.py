@@ -22,7 +22,12 @@ _NAMED = 8
 
 
 def load_dataset(
-    data: str, image_size: int = 32, seed: int = 0, skew: float = 0.9, test_fraction: float = 0.25
+    data: str,
+    image_size: int = 32,
+    seed: int = 0,
+    skew: float = 0.9,
+    test_fraction: float = 0.25,
+    strict: bool = False,
 ) -> Dataset:
     """Read, resize, split and normalise a data set.
 
@@ -35,13 +40,14 @@ def load_dataset(
         seed: of the split, and of the scenes.
         skew, test_fraction: see :func:`split_parts`. Where pixels are labelled, the split takes each image for its
             dominant class: see :func:`split_labels`.
+        strict: a picture that cannot be read is an error; else it is skipped, with a warning.
 
     Warns of classes that a part has no images of, because there are too few to share.
 
     Raises:
         ModelError: nothing usable at ``data``, or too few images to split.
     """
-    images = load_images(data, image_size, seed)
+    images = load_images(data, image_size, seed, strict)
     index = split_parts(split_labels(images), len(images.classes), seed, skew, test_fraction, images.test)
     for name, members in zip(PARTS, index, strict=True):
         if len(members) == 0:
@@ -71,8 +77,9 @@ def _warn_of_missing(
         warnings.warn(f"{data!r} has too few images of some classes: {'; '.join(said)}", stacklevel=3)
 
 
-def load_images(data: str, image_size: int = 32, seed: int = 0) -> Images:
+def load_images(data: str, image_size: int = 32, seed: int = 0, strict: bool = False) -> Images:
     """Read what :func:`load_dataset` reads, values in 0..1, neither split nor normalised; ``seed`` is that of scenes.
+    ``strict`` as there.
 
     Raises:
         ModelError: nothing usable at ``data``.
@@ -85,8 +92,10 @@ def load_images(data: str, image_size: int = 32, seed: int = 0) -> Images:
     elif data == "scenes":
         images = load_scenes(image_size, seed)
     elif path.is_dir():
-        reader = load_cifar if is_cifar(path) else load_voc if is_voc(path) else load_folder
-        images = reader(path, image_size)
+        if is_cifar(path):
+            images = load_cifar(path, image_size)
+        else:
+            images = (load_voc if is_voc(path) else load_folder)(path, image_size, strict)
     elif path.suffix == ".npz":
         images = load_npz(path, image_size)
     elif path.exists():

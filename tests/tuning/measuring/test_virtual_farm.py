@@ -169,7 +169,8 @@ for workload in library.workloads:
     inputs, outputs = random_inputs(workload, seed), poisoned_outputs(workload)
     kernel(*inputs, *outputs)
     print("checked", json.dumps([workload.key, seed, excess(outputs, expected(workload, inputs))]))
-common = ["train", "--model", "tiny_network:tiny", "--data", "data.npz", "--image-size", "8", "--patch", "2"]
+common = ["train", "--protocol", "paper", "--model", "tiny_network:tiny", "--data", "data.npz"]
+common += ["--image-size", "8", "--patch", "2"]
 common += ["--last", "2", "--batch", "8", "--epochs", "3", "--pretrain-epochs", "1", "--threads", "1"]
 assert main([*common, "--json", "reference.json"]) == 0
 assert main([*common, "--library", path, "--json", "library.json"]) == 0

@@ -10,7 +10,7 @@ from .maps import MapLayout
 
 #: What is done to a result before it is stored: (kind, settings). "add" takes the step's other map, times a factor;
 #: "gate" multiplies with it, one value per image and channel; "scale" multiplies with a number; the rest are functions
-#: of :data:`..chains.plan.elementwise.FUNCTIONS`.
+#: of ``gf_tvm.chains.plan.elementwise.FUNCTIONS``.
 After = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
@@ -115,7 +115,10 @@ class Convolution(Step):
         return block % outputs == 0 and block // outputs * inputs % block == 0
 
     def first_block(self, block: Any) -> Any:
-        """The first block of input channels that a block of output channels reads; a number or an expression of TVM's."""
+        """The first block of input channels that a block of output channels reads.
+
+        ``block``: a number, or an expression of TVM's.
+        """
         if not self._blockwise:
             return 0
         inputs, outputs = self._group

@@ -41,6 +41,14 @@ def divisors(number: int) -> list[int]:
     return [k for k in range(1, number + 1) if number % k == 0]
 
 
+def suits_winograd(step: Convolution) -> bool:
+    """Whether a convolution is one for Winograd's algorithm, F(4): enough channels, and not too much beside the map."""
+    plain = (step.kernel, step.stride, step.dilation, step.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    height, width, lanes = step.dst.height, step.dst.width, step.dst.block
+    covered = (height + -height % 4) * (width + -width % 4)
+    return plain and step.srcs[0].channels >= 2 * lanes and step.dst.channels >= lanes and covered <= 2 * height * width
+
+
 def tile_of(step: Convolution, profile: DeviceProfile) -> Tile:
     """The default."""
     if step.depthwise:

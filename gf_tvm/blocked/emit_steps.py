@@ -11,7 +11,6 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from ..chains.compile import emit_functions
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
 from .maps import MapLayout
@@ -23,7 +22,11 @@ from .winograd import Matrix, matrices
 _UNROLLED = 8
 
 
-def step_function(step: Step, name: str, lanes: int) -> Any:
+#: (kind, settings, z) -> f(z) for element-wise functions among what comes after a step.
+Functions = Callable[[str, tuple[Any, ...], Any], Any]
+
+
+def step_function(step: Step, name: str, lanes: int, functions: Functions) -> Any:
     """The PrimFunc of a step: takes pointers to its sources, its parameters if it has any, and its result."""
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
@@ -34,7 +37,7 @@ def step_function(step: Step, name: str, lanes: int) -> Any:
         sizes["dst"] = step.images * step.dst.image
         pointers = {key: T.arg(key, T.handle(ACC)) for key in sizes}
         buffers = {key: T.decl_buffer((size,), ACC, data=pointers[key]) for key, size in sizes.items()}
-        _EMITTERS[type(step)](step, buffers, lanes).emit()
+        _EMITTERS[type(step)](step, buffers, lanes, functions).emit()
         T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
     return builder.get()
 
@@ -42,8 +45,8 @@ def step_function(step: Step, name: str, lanes: int) -> Any:
 class StepCode:
     """A step whose function is being emitted: its tensors, and what all kinds of steps do alike."""
 
-    def __init__(self, step: Any, buffers: dict[str, Any], lanes: int) -> None:
-        self.step, self.buffers, self.lanes = step, buffers, lanes
+    def __init__(self, step: Any, buffers: dict[str, Any], lanes: int, functions: Functions) -> None:
+        self.step, self.buffers, self.lanes, self.functions = step, buffers, lanes, functions
         self.dst: MapLayout = step.dst
         self.src: MapLayout = step.srcs[0]
 
@@ -76,7 +79,7 @@ class StepCode:
             elif kind == "scale":
                 value = value * simd.splat(float(settings[0]), simd.lanes_of(value))
             else:
-                value = emit_functions.function(kind, settings, value)
+                value = self.functions(kind, settings, value)
             value = T.bind(value)
         return value
 
@@ -328,9 +331,7 @@ class ByWinograd(Products):
         half = _Square(m, n, dst.block)
         tile = T.bind(r * self.tiles_across + t)
         for x in range(n):
-            column = [
-                simd.load(self.made, self._place(dst, y * n + x, block, tile), dst.block) for y in range(n)
-            ]
+            column = [simd.load(self.made, self._place(dst, y * n + x, block, tile), dst.block) for y in range(n)]
             half.put_column(x, combined(self.a, column))
         column_ = T.bind(t * m)
         to = T.bind(image * dst.image + block * dst.plane + dst.origin + row * dst.row + column_ * dst.block)
@@ -558,38 +559,66 @@ class Elements(Rows):
 
 
 class Entering(StepCode):
-    """Planes into blocks, or into planes with a border."""
+    """Planes into blocks."""
 
     def emit(self) -> None:
-        src, dst = self.src, self.dst
+        src, dst, side = self.src, self.dst, self.dst.block
         with self.tasks(self.step.images, dst.blocks) as (image, block):
             self.border(image, block, 0, dst.height)
             base = T.bind(image * dst.image + block * dst.plane + dst.origin)
-            if dst.block == 1:
-                with emit.loop(dst.height) as row:
-                    at, to = T.bind(image * src.image + block * src.plane + row * src.row), T.bind(base + row * dst.row)
-
-                    def some(k: Any, width: int, at: Any = at, to: Any = to) -> None:
-                        simd.store(self.buffers["dst"], to + k, simd.load(self.buffers["src0"], at + k, width))
-
-                    emit.each_vector(dst.width, self.lanes, some)
+            planes = [T.bind(image * src.image + self._channel(block * side + k) * src.plane) for k in range(side)]
+            if side == self.lanes and dst.height * dst.width >= side:
+                self._by_squares(planes, base)
                 return
             with emit.loop(dst.height) as row, emit.loop(dst.width) as column:
-                to = T.bind(base + row * dst.row + column * dst.block)
-                for lane in range(dst.block):
-                    channel = tirx.min(block * dst.block + lane, src.channels - 1) if src.channels % dst.block else (
-                        block * dst.block + lane
-                    )
-                    at = image * src.image + channel * src.plane + row * src.row + column
-                    simd.store(self.buffers["dst"], to + lane, simd.load(self.buffers["src0"], at, 1))
+                to = T.bind(base + row * dst.row + column * side)
+                for lane, plane in enumerate(planes):
+                    value = simd.load(self.buffers["src0"], plane + row * src.row + column, 1)
+                    simd.store(self.buffers["dst"], to + lane, value)
+
+    def _by_squares(self, planes: Sequence[Any], base: Any) -> None:
+        """Turning as many pixels as a block has channels in registers."""
+        dst, side = self.dst, self.dst.block
+
+        def square(first: Any) -> None:
+            rows = [T.bind(simd.load(self.buffers["src0"], plane + first, side)) for plane in planes]
+            for k, value in enumerate(emit.transposed(rows)):
+                pixel = first + k
+                at = pixel // dst.width * dst.row + pixel % dst.width * side if dst.has_border else pixel * side
+                simd.store(self.buffers["dst"], base + at, value)
+
+        _squares(dst.height * dst.width, side, square)
+
+    def _channel(self, channel: Any) -> Any:
+        """A channel; what fills up the last block is as the last one."""
+        return tirx.min(channel, self.src.channels - 1) if self.src.channels % self.dst.block else channel
 
 
 class Leaving(StepCode):
     """Blocks into planes."""
 
+    def _by_squares(self) -> None:
+        """Turning as many pixels as a block has channels in registers, where rows follow each other."""
+        src, dst, side = self.src, self.dst, self.src.block
+        with self.tasks(self.step.images, src.blocks) as (image, block):
+            start = T.bind(image * src.image + block * src.plane)
+            to = T.bind(image * dst.image + block * (side * dst.plane))
+
+            def square(first: Any) -> None:
+                pixels = [
+                    T.bind(simd.load(self.buffers["src0"], start + (first + k) * side, side)) for k in range(side)
+                ]
+                for lane, value in enumerate(emit.transposed(pixels)):
+                    simd.store(self.buffers["dst"], to + lane * dst.plane + first, value)
+
+            _squares(src.height * src.width, side, square)
+
     def emit(self) -> None:
         src, dst = self.src, self.dst
         whole, rest = divmod(src.channels, src.block)
+        if not rest and not src.has_border and src.plane >= src.block**2:
+            self._by_squares()
+            return
         for blocks, before, channels in ((whole, 0, src.block), (min(rest, 1), whole, rest)):
             if not blocks:
                 continue
@@ -601,11 +630,19 @@ class Leaving(StepCode):
                     simd.store(self.buffers["dst"], to + lane * dst.plane + row * dst.row + column, value)
 
 
-def _convolution(step: Convolution, buffers: dict[str, Any], lanes: int) -> StepCode:
-    return (Depthwise if step.depthwise else Products)(step, buffers, lanes)
+def _squares(pixels: int, side: int, square: Callable[[Any], None]) -> None:
+    """``square(first)`` for groups of ``side`` pixels that cover all: the last one overlaps the one before."""
+    with emit.loop(pixels // side) as k:
+        square(T.bind(k * side))
+    if pixels % side:
+        square(tirx.IntImm("int32", pixels - side))
 
 
-_EMITTERS: dict[type, Callable[[Any, dict[str, Any], int], StepCode]] = {
+def _convolution(step: Convolution, buffers: dict[str, Any], lanes: int, functions: Functions) -> StepCode:
+    return (Depthwise if step.depthwise else Products)(step, buffers, lanes, functions)
+
+
+_EMITTERS: dict[type, Callable[[Any, dict[str, Any], int, Functions], StepCode]] = {
     Convolution: _convolution,
     Winograd: ByWinograd,
     Window: Windows,
