@@ -343,7 +343,7 @@ def test_the_command_prints_and_writes(
     assert main([*words, "--seconds", "0", "--json", "rows.json", "--plot", "rows.png"]) == 0
     out = capsys.readouterr().out
     for text in (
-        *("Simulated GPU, copying: 1000.0 GB/s", "the fastest of those below", "small float16"),
+        *("Simulated GPU, allocator: ", "copying: 1000.0 GB/s", "the fastest of those below", "small float16"),
         *("joules above idle (fake meter)", "Not measured: channels_last tf32: no TF32"),
         "geometric mean of 1 R2 float16 rows",
     ):

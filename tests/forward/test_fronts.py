@@ -20,15 +20,20 @@ from torch import Tensor
 from virtual_pi import run_in
 
 import gf_tvm
+from gf_tvm.blocked import emit_steps
+from gf_tvm.blocked.emit_steps import Products, StepCode
 from gf_tvm.blocked.steps import Convolution, Each, Enter, Leave, Mean, Window, Winograd
+from gf_tvm.blocked.winograd import Matrix
 from gf_tvm.bundle.format import LIBRARY, MANIFEST
 from gf_tvm.bundle.library import Library
 from gf_tvm.chains.plan.elementwise import FUNCTIONS
 from gf_tvm.chains.plan.graph import Add, Conv, Gate, Map, Outside, Pad, Pool, View, WindowPool
 from gf_tvm.core.workload import ALIGNMENT
 from gf_tvm.forward.engine import Compiled
+from gf_tvm.forward.front import _Places
 from gf_tvm.forward.lower import Lowered, lower
 from gf_tvm.forward.programs import FrontProgram
+from gf_tvm.kernels.cpu import simd
 from gf_tvm.machine.profiles import DeviceProfile, get_profile, missing_flags
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,3 +258,42 @@ def test_nan_is_where_pytorch_has_it(lanes: int, host: DeviceProfile, tmp_path: 
     expected += [FUNCTIONS[kind].apply(x, False, *settings) for kind, settings in MAPS]
     for op, result, wanted in zip(ops, results, expected, strict=True):
         torch.testing.assert_close(result, wanted, equal_nan=True, rtol=1e-5, atol=1e-5, msg=f"{op}")
+
+
+def no_right_border(self: StepCode, image: Any, block: Any, first: Any, rows: int) -> None:
+    self.dst = replace(self.dst, right=0)
+    BORDER(self, image, block, first, rows)
+    self.dst = self.step.dst
+
+
+def wrong_matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
+    a, g, b = MATRICES(m)
+    return a, g, ((b[0][0] * 1.001, *b[0][1:]), *b[1:])
+
+
+def freed_early(self: _Places, value: int, elements: int, since: int, until: int) -> None:
+    PUT(self, value, elements, since, max(since, until - 1))
+
+
+BORDER, MATRICES, PUT = StepCode.border, emit_steps.matrices, _Places.put
+#: A mistake, and of which kind the step of a network must be that shows it.
+MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
+    "a border is not written": (StepCode, "border", no_right_border, "unequal borders"),
+    "blocks of another group": (Convolution, "first_block", lambda self, block: 0, "groups of whole blocks"),
+    "an entry of Winograd's matrices": (emit_steps, "matrices", wrong_matrices, "Winograd's, 4"),
+    "places are free too early": (_Places, "put", freed_early, "means of windows"),
+    "no bias": (Products, "_bias", lambda self, block, vectors: [simd.splat(0.0, self.lanes)] * vectors, "dense"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_noticed(
+    mistake: str, host: DeviceProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, name, wrong, kind = MISTAKES[mistake]
+    cases = [case for case in cases_of(host, 25)[:25] if kind in kinds([case])][:4]
+    assert cases
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, wrong)
+        library = build([found for _, found in cases], host, tmp_path / "wrong.gfb")
+    assert max(worst(network, found, library) for network, found in cases) > 1
