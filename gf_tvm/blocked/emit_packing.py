@@ -41,9 +41,6 @@ def emit_convolution(geometry: Geometry, bias: bool, steps: tuple[Enter, Convolu
         shapes = [("x", g.x_shape), ("weight", g.weight_shape), *([("bias", (g.co,))] if bias else [])]
         parameters = [T.arg(name, T.buffer(shape, ACC)) for name, shape in (*shapes, ("y", g.y_shape))]
         x, weight, *biases, y = map(simd.flat, parameters)
-        read, packed, made = (
-            T.alloc_buffer((size,), ACC) for size in (g.n * enter.dst.image, step.weights, g.n * step.dst.image)
-        )
 
         def call(variable: tvm.ir.GlobalVar, *buffers: Any) -> None:
             T.evaluate(variable(*(tirx.address_of(tirx.BufferLoad(buffer, [0])) for buffer in buffers)))
@@ -51,6 +48,9 @@ def emit_convolution(geometry: Geometry, bias: bool, steps: tuple[Enter, Convolu
             simd.fence()
 
         with simd.streaming(ACC, shared=True):
+            read, packed, made = (
+                T.alloc_buffer((size,), ACC) for size in (g.n * enter.dst.image, step.weights, g.n * step.dst.image)
+            )
             call(variables[0], x, read)
             call(variables[1], weight, *biases, packed)
             call(variables[2], read, packed, made)
@@ -69,8 +69,8 @@ def _pack_function(step: Convolution, name: str, bias: bool) -> Any:
         sizes["packed"] = step.weights
         pointers = {key: T.arg(key, T.handle(ACC)) for key in sizes}
         buffers = {key: T.decl_buffer((size,), ACC, data=pointers[key]) for key, size in sizes.items()}
-        _Packing(step, taps, buffers).emit()
-        T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
+        with simd.streaming(ACC, shared=True):
+            _Packing(step, taps, buffers).emit()
     return builder.get()
 
 

@@ -31,14 +31,16 @@ def step_function(step: Step, name: str, lanes: int, functions: Functions) -> An
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True})
+        # Where a parallel loop fails TVM's code returns a number. At the end there is no return of our own: memory is
+        # given back after the last statement, and would not be.
         T.func_ret(tvm.ir.PrimType("int32"))
         sizes = {f"src{k}": step.images * layout.image for k, layout in enumerate(step.srcs)}
         sizes |= {"weights": step.weights} if step.weights else {}
         sizes["dst"] = step.images * step.dst.image
         pointers = {key: T.arg(key, T.handle(ACC)) for key in sizes}
         buffers = {key: T.decl_buffer((size,), ACC, data=pointers[key]) for key, size in sizes.items()}
-        _EMITTERS[type(step)](step, buffers, lanes, functions).emit()
-        T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
+        with simd.streaming(ACC, shared=True):
+            _EMITTERS[type(step)](step, buffers, lanes, functions).emit()
     return builder.get()
 
 

@@ -144,3 +144,24 @@ def test_groups_of_several_channels_have_none() -> None:
     assert not ConvolutionProgram.exists(Geometry(1, 8, 8, 5, 5, 3, 1, groups=2))
     assert not ConvolutionProgram.exists(Geometry(1, 4, 8, 5, 5, 3, 1, groups=4))
     assert ConvolutionProgram.exists(Geometry(1, 4, 4, 5, 5, 3, 1, groups=4))
+
+
+def test_memory_is_given_back(library: Library) -> None:
+    """What a call takes for itself: transformed tiles, packed weights."""
+    program = next(
+        ConvolutionProgram(*case)
+        for case in CASES
+        if isinstance(ConvolutionProgram(*case).steps(get_profile(library.device))[1], Winograd)
+    )
+    given, y = tensors(program.geometry, program.bias, 0), torch.empty(program.geometry.y_shape)
+    function = library.program(program.key)
+    assert function is not None
+
+    def used() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    function(*given, y)
+    before = used()
+    for _ in range(100):
+        function(*given, y)
+    assert used() - before < 10 * y.nbytes

@@ -55,6 +55,8 @@ class StageEmitter(StageCode):
         with IRBuilder() as builder, T.prim_func(is_private=True):
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
+            # Where a parallel loop fails TVM's code returns a number. At the end there is no return of our own: memory
+            # is given back after the last statement, and would not be.
             T.func_ret(tvm.ir.PrimType("int32"))
             pointers = {key: T.arg("".join(map(str, key)), T.handle(kinds[key])) for key in sizes}
             buffers = {key: T.decl_buffer((size,), kinds[key], data=pointers[key]) for key, size in sizes.items()}
@@ -62,8 +64,6 @@ class StageEmitter(StageCode):
             self.given = {key: buffer for key, buffer in buffers.items() if key[0] != "register"}
             with simd.streaming(ACC, shared=True):
                 self._emit()
-            # Where a parallel loop fails TVM's code returns, and that it does with a number.
-            T.add_to_parent(tirx.Return(tirx.IntImm("int32", 0)))
         return builder.get()
 
     def _emit(self) -> None:
