@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from ..core.geometry import Geometry
 from ..kernels.cpu import emit, simd
 from ..kernels.stages import ACC
-from .emit_steps import combined, step_function
+from .emit_steps import Products, combined, private_function, step_function
 from .steps import Convolution, Enter, Leave, Winograd
 from .tiling import Cut, cuts
 from .winograd import TAPS, matrices
@@ -23,15 +23,13 @@ def emit_convolution(geometry: Geometry, bias: bool, steps: tuple[Enter, Convolu
     enter, step, leave = steps
     lanes = step.dst.block
 
-    def nothing(kind: str, *_: Any) -> Any:
-        raise AssertionError(f"no {kind} comes after it")
-
-    names = [f"{name}_{what}" for what in ("enter", "pack", "multiply", "leave")]
+    together = packs_by_tiles(step)
+    names = [f"{name}_{what}" for what in ("enter", "multiply", "leave", *([] if together else ["pack"]))]
     functions = [
-        step_function(enter, names[0], lanes, nothing),
-        _pack_function(step, names[1], bias),
-        step_function(step, names[2], lanes, nothing),
-        step_function(leave, names[3], lanes, nothing),
+        step_function(enter, names[0], lanes, _no_function),
+        _own_weights_function(step, names[1], bias) if together else step_function(step, names[1], lanes, _no_function),
+        step_function(leave, names[2], lanes, _no_function),
+        *([] if together else [_pack_function(step, names[3], bias)]),
     ]
     variables = [tvm.ir.GlobalVar(name) for name in names]
     g = geometry
@@ -48,30 +46,74 @@ def emit_convolution(geometry: Geometry, bias: bool, steps: tuple[Enter, Convolu
             simd.fence()
 
         with simd.streaming(ACC, shared=True):
-            read, packed, made = (
-                T.alloc_buffer((size,), ACC) for size in (g.n * enter.dst.image, step.weights, g.n * step.dst.image)
-            )
+            read = T.alloc_buffer((g.n * enter.dst.image,), ACC)
+            made = T.alloc_buffer((g.n * step.dst.image,), ACC)
             call(variables[0], x, read)
-            call(variables[1], weight, *biases, packed)
-            call(variables[2], read, packed, made)
-            call(variables[3], made, y)
+            if together:
+                call(variables[1], read, weight, *biases, made)
+            else:
+                packed = T.alloc_buffer((step.weights,), ACC)
+                call(variables[3], weight, *biases, packed)
+                call(variables[1], read, packed, made)
+            call(variables[2], made, y)
     return tvm.IRModule({"main": builder.get(), **dict(zip(variables, functions, strict=True))})
+
+
+def packs_by_tiles(step: Convolution) -> bool:
+    """Whether tasks pack the weights of their own tile of output channels, which then need not leave their caches."""
+    return step.tile.by_channels and not isinstance(step, Winograd) and not step.depthwise
+
+
+def _own_weights_function(step: Convolution, name: str, bias: bool) -> Any:
+    """The PrimFunc of a convolution that packs its weights: takes pointers to map, weight, bias and result."""
+    taps = step.kernel[0] * step.kernel[1]
+    sizes = {"src0": step.images * step.srcs[0].image, "weights": step.dst.channels * step.depth * taps}
+    sizes |= {"bias": step.dst.channels} if bias else {}
+    sizes["dst"] = step.images * step.dst.image
+    return private_function(
+        name, sizes, lambda buffers: _OwnWeights(step, buffers, step.dst.block, _no_function).emit()
+    )
+
+
+def _no_function(kind: str, *_: Any) -> Any:
+    raise AssertionError(f"no {kind} comes after it")
+
+
+class _OwnWeights(Products):
+    """Products, by channels, whose tasks pack the weights of their tile."""
+
+    def packed(self, family: Cut, weights: int, k: Any) -> Any:
+        step, lanes, wide = self.step, self.dst.block, family.size * self.dst.block
+        panel = T.alloc_buffer((wide * step.depth * step.taps,), ACC)
+        packing = _Packing(step, step.taps, {"weight": self.buffers["weights"], "packed": panel})
+        for v in range(family.size):
+            packing.ordered(T.bind(family.start + k * family.size + v), v * lanes, wide)
+        self.weights = panel
+        return 0
+
+    def bias(self, block: Any, vectors: int) -> list[Any]:
+        lanes, channels = self.dst.block, self.dst.channels
+        if "bias" not in self.buffers:
+            return [simd.splat(0.0, lanes)] * vectors
+        if channels % lanes == 0:
+            return [T.bind(simd.load(self.buffers["bias"], (block + v) * lanes, lanes)) for v in range(vectors)]
+        # The last block is not full, and what is beyond the bias is not ours to read.
+        found = []
+        for v in range(vectors):
+            values = T.alloc_buffer((lanes,), ACC, scope="local")
+            for lane in range(lanes):
+                channel = tirx.min((block + v) * lanes + lane, channels - 1)
+                simd.store(values, lane, simd.load(self.buffers["bias"], channel, 1))
+            found.append(simd.load(values, 0, lanes))
+        return found
 
 
 def _pack_function(step: Convolution, name: str, bias: bool) -> Any:
     """The PrimFunc that packs parameters as :func:`.packing.pack` does: takes pointers to weight, bias and result."""
-    with IRBuilder() as builder, T.prim_func(is_private=True):
-        T.func_name(name)
-        T.func_attr({"tirx.noalias": True})
-        T.func_ret(tvm.ir.PrimType("int32"))
-        taps = step.kernel[0] * step.kernel[1]
-        sizes = {"weight": step.dst.channels * step.depth * taps, **({"bias": step.dst.channels} if bias else {})}
-        sizes["packed"] = step.weights
-        pointers = {key: T.arg(key, T.handle(ACC)) for key in sizes}
-        buffers = {key: T.decl_buffer((size,), ACC, data=pointers[key]) for key, size in sizes.items()}
-        with simd.streaming(ACC, shared=True):
-            _Packing(step, taps, buffers).emit()
-    return builder.get()
+    taps = step.kernel[0] * step.kernel[1]
+    sizes = {"weight": step.dst.channels * step.depth * taps, **({"bias": step.dst.channels} if bias else {})}
+    sizes["packed"] = step.weights
+    return private_function(name, sizes, lambda buffers: _Packing(step, taps, buffers).emit())
 
 
 class _Packing:
@@ -103,7 +145,7 @@ class _Packing:
                     self._transformed(family, block, at, tile, v)
                 else:
                     first = at + tile * (family.size * lanes * self.columns) + v * lanes
-                    self._ordered(block, first, family.size * lanes)
+                    self.ordered(block, first, family.size * lanes)
             at += family.count * family.size * lanes * (step.depth if isinstance(step, Winograd) else self.columns)
 
     def _channel(self, channel: Any) -> Any:
@@ -123,7 +165,7 @@ class _Packing:
         rows = [T.bind(self._channel(block * self.lanes + lane) * self.columns + column) for lane in range(self.lanes)]
         return emit.transposed([T.bind(simd.load(self.buffers["weight"], row, self.lanes)) for row in rows])
 
-    def _ordered(self, block: Any, first: Any, wide: int) -> None:
+    def ordered(self, block: Any, first: Any, wide: int) -> None:
         """By blocks of input channels, taps and channels; ``wide``: from one input channel to the next."""
         step, lanes, taps = self.step, self.lanes, self.taps
         inner = step.srcs[0].block

@@ -28,19 +28,24 @@ Functions = Callable[[str, tuple[Any, ...], Any], Any]
 
 def step_function(step: Step, name: str, lanes: int, functions: Functions) -> Any:
     """The PrimFunc of a step: takes pointers to its sources, its parameters if it has any, and its result."""
+    sizes = {f"src{k}": step.images * layout.image for k, layout in enumerate(step.srcs)}
+    sizes |= {"weights": step.weights} if step.weights else {}
+    sizes["dst"] = step.images * step.dst.image
+    return private_function(name, sizes, lambda buffers: _EMITTERS[type(step)](step, buffers, lanes, functions).emit())
+
+
+def private_function(name: str, sizes: dict[str, int], emit_body: Callable[[dict[str, Any]], None]) -> Any:
+    """A PrimFunc that takes pointers to buffers of these sizes, by name, which ``emit_body`` gets."""
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True})
         # Where a parallel loop fails TVM's code returns a number. At the end there is no return of our own: memory is
         # given back after the last statement, and would not be.
         T.func_ret(tvm.ir.PrimType("int32"))
-        sizes = {f"src{k}": step.images * layout.image for k, layout in enumerate(step.srcs)}
-        sizes |= {"weights": step.weights} if step.weights else {}
-        sizes["dst"] = step.images * step.dst.image
         pointers = {key: T.arg(key, T.handle(ACC)) for key in sizes}
         buffers = {key: T.decl_buffer((size,), ACC, data=pointers[key]) for key, size in sizes.items()}
         with simd.streaming(ACC, shared=True):
-            _EMITTERS[type(step)](step, buffers, lanes, functions).emit()
+            emit_body(buffers)
     return builder.get()
 
 
@@ -179,16 +184,23 @@ class Products(StepCode):
         step, tile, dst = self.step, self.step.tile, self.dst
         families = self._families()
         chunks = dst.height // tile.chunk
+        self.weights = self.buffers["weights"]
         if tile.by_channels:
             for family, weights in families:
-                with self.tasks(family.count) as (k,), emit.loop(step.images) as image:
-                    self._rows(image, family, weights, k, 0, dst.height)
+                with self.tasks(family.count) as (k,):
+                    at = self.packed(family, weights, k)
+                    with emit.loop(step.images) as image:
+                        self._rows(image, family, at, k, 0, dst.height)
             return
         with self.tasks(step.images, chunks) as (image, chunk):
             first = T.bind(chunk * tile.chunk)
             for family, weights in families:
                 with emit.loop(family.count) as k:
-                    self._rows(image, family, weights, k, first, tile.chunk)
+                    self._rows(image, family, self.packed(family, weights, k), k, first, tile.chunk)
+
+    def packed(self, family: Cut, weights: int, k: Any) -> Any:
+        """Where the weights of a family's tile ``k`` begin, if those of its first are at ``weights``."""
+        return T.bind(weights + k * (family.size * self.dst.block * self.step.depth * self.step.taps))
 
     def _families(self) -> list[tuple[Cut, int]]:
         """Tiles of output channels of equal widths, and where the weights of the first begin."""
@@ -198,10 +210,9 @@ class Products(StepCode):
             at += cut.count * cut.size * self.dst.block * self.step.depth * self.step.taps
         return found
 
-    def _rows(self, image: Any, family: Cut, weights: int, k: Any, first: Any, rows: int) -> None:
+    def _rows(self, image: Any, family: Cut, at: Any, k: Any, first: Any, rows: int) -> None:
         step, dst, vectors = self.step, self.dst, family.size
         block = T.bind(family.start + k * vectors)
-        at = T.bind(weights + k * (vectors * dst.block * step.depth * step.taps))
         for v in range(vectors):
             self.border(image, block + v, first, rows)
         for r in cuts(rows, step.tile.rows):
@@ -221,10 +232,10 @@ class Products(StepCode):
         start = start + image * src.image + row * (sy * src.row) + column * (sx * src.block)
         source = T.bind(start + step.first_block(block) * src.plane)
         offsets = [r * sy * src.row + c * sx * src.block for r, c in pixels]
-        sums = Sums(len(pixels), vectors, lanes, self._bias(block, vectors))
+        sums = Sums(len(pixels), vectors, lanes, self.bias(block, vectors))
         wide = vectors * lanes
         whole, rest = divmod(step.depth, src.block)
-        given = (self.buffers["src0"], self.buffers["weights"], offsets)
+        given = (self.buffers["src0"], self.weights, offsets)
         # Pixels of one block follow each other, so a row of the kernel is as one pixel of more channels.
         across, channels = (1, kx * src.block) if src.blocks == 1 and dx == 1 and not rest else (kx, src.block)
         with emit.loop(whole) as b, emit.loop(ky) as y, emit.loop(across) as x:
@@ -242,7 +253,8 @@ class Products(StepCode):
                 value = self.finished(sums[p, v], self.other(image, block + v, row + r, column + c))
                 simd.store(self.buffers["dst"], base + v * dst.plane + (r * dst.row + c * dst.block), value)
 
-    def _bias(self, block: Any, vectors: int) -> list[Any]:
+    def bias(self, block: Any, vectors: int) -> list[Any]:
+        """The bias of some blocks of output channels."""
         lanes = self.dst.block
         at = [self.step.bias_at + (block + v) * lanes for v in range(vectors)]
         return [T.bind(simd.load(self.buffers["weights"], a, lanes)) for a in at]
@@ -321,7 +333,7 @@ class ByWinograd(Products):
         row = T.bind(down * m)
         if dst.has_border:
             self._tile_border(image, block, row)
-        (bias,) = self._bias(block, 1)
+        (bias,) = self.bias(block, 1)
         across, over = divmod(dst.width, m)
         for tiles, start, width in ((across, 0, m), (min(over, 1), across, over)):
             if tiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import gf_tvm
 from gf_tvm.blocked.convolution import ConvolutionProgram
+from gf_tvm.blocked.emit_packing import packs_by_tiles
 from gf_tvm.blocked.steps import Convolution, Winograd
 from gf_tvm.bundle.library import Library
 from gf_tvm.core.geometry import Geometry
@@ -58,7 +60,12 @@ def cases() -> list[tuple[Geometry, bool]]:
         Geometry(2, 64, 64, 7, 7, 3, 1, 1, 1),
         Geometry(1, 20, 30, 1, 1, 1, 1),
     ]
-    return [(geometry, rng.random() < 0.5) for geometry in dict.fromkeys(found)]
+    # Many weights and few pixels: every task packs its own.
+    heavy = [Geometry(2, 250, 300, 5, 5, 3, 1, 1, 1), Geometry(3, 500, 400, 4, 4, 1, 1)]
+    return [
+        *((geometry, rng.random() < 0.5) for geometry in dict.fromkeys(found)),
+        *((geometry, bias) for geometry in heavy for bias in (True, False)),
+    ]
 
 
 CASES = cases()
@@ -101,9 +108,10 @@ def bound(program: ConvolutionProgram, step: Convolution) -> float:
     return 4 * math.sqrt(terms) * torch.finfo(torch.float32).eps
 
 
-def test_both_algorithms_are_met() -> None:
-    kinds = {type(ConvolutionProgram(*case).steps(get_profile("x86-64-v3"))[1]) for case in CASES}
-    assert kinds == {Convolution, Winograd}
+def test_all_forms_are_met() -> None:
+    steps = [ConvolutionProgram(*case).steps(get_profile("x86-64-v4"))[1] for case in CASES]
+    assert {type(step) for step in steps} == {Convolution, Winograd}
+    assert sum(map(packs_by_tiles, steps)) == 4
 
 
 def test_every_result_is_right(library: Library) -> None:
