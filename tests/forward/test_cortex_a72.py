@@ -11,11 +11,11 @@ import torch
 from cortex_a72 import hot_loops, products_a_cycle
 from front_networks import network_of
 
+from gf_tvm.blocked.steps import Convolution, Winograd
 from gf_tvm.chains.plan.graph import Conv
 from gf_tvm.codegen.compile import compile_module
 from gf_tvm.forward.emit_front import emit_front
 from gf_tvm.forward.lower import lower
-from gf_tvm.blocked.steps import Convolution, Winograd
 from gf_tvm.machine.profiles import get_profile
 
 RPI4 = get_profile("rpi4")
