@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_task import wait_until
 
 import gf_tvm
 from gf_tvm.bundle.library import Library
@@ -19,6 +20,7 @@ from gf_tvm.chains import programs_of
 from gf_tvm.chains.model import graphs_of
 from gf_tvm.forward.engine import Compiled, FrontStep
 from gf_tvm.forward.programs import FrontProgram
+from gf_tvm.on_demand import KernelCache, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -388,7 +390,7 @@ def test_one_step_with_other_parameters_in_several_threads(model: Net) -> None:
     (step,) = fronts(model)
     assert step.compiled is not None
     wrong: list[int] = []
-    graph = [graph for _, graph in graphs_of(model)][0]
+    (graph,) = (graph for _, graph in graphs_of(model))
     tensors = [t.detach() for t in _tensors(graph, model)]
 
     def work(number: int) -> None:
@@ -407,6 +409,23 @@ def test_one_step_with_other_parameters_in_several_threads(model: Net) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_tensors_of_other_kinds_are_left_to_pytorch(model: Net, calls: list[Compiled]) -> None:
+    class Special(Tensor):
+        pass
+
+    model(images())
+    (step,) = fronts(model)
+    (graph,) = (graph for _, graph in graphs_of(model))
+    tensors = [t.detach() for t in _tensors(graph, model)]
+    called = len(calls)
+    for x, own in ((images().double(), [t.double() for t in tensors]), (images().as_subclass(Special), tensors)):
+        with torch.no_grad():
+            (y,), (expected,) = step(x, *own), step.body(x, *own)
+        assert type(y) is type(x)
+        assert torch.equal(y, expected)
+    assert len(calls) == called
 
 
 def _tensors(graph: Any, model: nn.Module) -> list[Tensor]:
@@ -459,8 +478,6 @@ def test_what_changes_its_input_in_place(library: Library) -> None:
 
 def test_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Compiled]) -> None:
     """Built in the background when the model first runs, and used when it is there."""
-    from gf_tvm.on_demand import KernelCache, models
-
     cache = KernelCache(tmp_path / "kernels", logs=())
     monkeypatch.setenv("GF_TVM_ON_DEMAND", "1")
     monkeypatch.setattr(models, "_kernel_cache", lambda: cache)
@@ -468,8 +485,6 @@ def test_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[
     assert right(model, images())
     assert calls == []
     (step,) = fronts(model)
-    from toy_task import wait_until
-
     assert wait_until(lambda: bool(step.library), 120)
     assert right(model, images())
     assert len(calls) == 1

@@ -39,8 +39,6 @@ from gf_tvm.forward.lower import Lowered, can_compile
 from gf_tvm.machine.profiles import DeviceProfile
 
 _EPS = torch.finfo(torch.float32).eps
-#: Rounding errors of products through Winograd's transforms, in those of the products themselves; seen are up to 3.
-_WINOGRAD = 4.0
 #: Every function that is compiled, with settings.
 MAPS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("relu", ()),
@@ -287,8 +285,8 @@ class _Builder:
         return x
 
     KINDS = (
-        ("conv", 7), ("wide_ones", 2), ("pad", 1), ("norm", 3), ("map", 4), ("plus", 3), ("gate", 1), ("window", 2), ("mean", 0.3),
-        ("scale", 0.5), ("head", 0.7),
+        ("conv", 7), ("wide_ones", 2), ("pad", 1), ("norm", 3), ("map", 4), ("plus", 3), ("gate", 1), ("window", 2),
+        ("mean", 0.3), ("scale", 0.5), ("head", 0.7),
     )  # fmt: skip
 
     def network(self, seed: int) -> Network | None:
@@ -323,8 +321,11 @@ def random_networks(count: int, seed: int, wide: int) -> list[Network]:
     return found
 
 
-def varied(given: Lowered, profile: DeviceProfile, seed: int) -> Lowered:
-    """The same otherwise: other tiles, other numbers of images at a time, threads that share other steps."""
+def varied(given: Lowered, profile: DeviceProfile, seed: int, outputs: int | None = None) -> Lowered:
+    """The same otherwise: other tiles, other numbers of images at a time, threads that share other steps.
+
+    ``outputs``: of Winograd's tiles; None: of some 2, of some 4.
+    """
     rng = random.Random(seed)
     batch, at = given.front.batch, 0
     calls: list[tuple[Call, bool]] = []
@@ -334,8 +335,8 @@ def varied(given: Lowered, profile: DeviceProfile, seed: int) -> Lowered:
             by_images = rng.random() < 0.5
             images = rng.choice(divisors(batch))
         step = replace(call.step, images=1 if by_images else images, shared=not by_images)
-        if isinstance(step, Winograd) and rng.random() < 0.5:
-            step = replace(step, outputs=2)
+        if isinstance(step, Winograd):
+            step = replace(step, outputs=outputs or rng.choice((2, 4)))
         if isinstance(step, Convolution):
             step = replace(step, tile=tile_of(step, profile))
             step = replace(step, tile=_other_tile(step, rng))
@@ -416,14 +417,15 @@ def _apply(op: Op, given: list[Exact], tensors: list[Tensor | None], winograd: b
         seen = x.abs()
         if winograd:
             # All pixels of a tile take part in every result of it.
-            seen = _WINOGRAD * F.max_pool2d(seen, 11, 1, 5)
+            seen = F.max_pool2d(seen, 11, 1, 5)
             seen = F.max_pool2d(F.pad(seen, [4] * 4), 9, 1)
         size = F.conv2d(seen, weight.abs(), None if bias is None else bias.abs(), *settings)
         inherited = F.conv2d(e**2, weight**2, None, *settings).clamp(min=0).sqrt()
         return Exact(y, _rounded(weight[0].numel() + 1) * size + inherited)
     if isinstance(op, Norm):
         mean, variance, scale, shift = tensors
-        assert mean is not None and variance is not None
+        assert mean is not None
+        assert variance is not None
         factor = (1.0 if scale is None else scale) / torch.sqrt(variance + op.eps)
         offset = torch.zeros_like(mean) if shift is None else shift
         f, m, o = (t.view(-1, 1, 1) for t in (factor, mean, offset))
