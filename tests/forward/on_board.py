@@ -1,7 +1,7 @@
 """Runs compiled forward passes on a board: ``on_board.py FOLDER`` prints the largest error of each, see test_fronts.py.
 
-The folder holds the library, and arrays by the number of the case: ``K_given_J`` (entries, packed parameters), ``K_value_J``
-and ``K_error_J`` of the exits in float64. Without PyTorch, whose import takes long under emulation.
+The folder holds the library, and arrays by the number of the case: ``K_given_J`` (entries, packed parameters),
+``K_value_J`` and ``K_error_J`` of the exits in float64. Without PyTorch, whose import takes long under emulation.
 """
 
 from __future__ import annotations

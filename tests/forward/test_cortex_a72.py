@@ -36,7 +36,7 @@ CASES = {
 
 
 def loops_of(ci: int, co: int, size: int, taps: int, stride: int, groups: int) -> tuple[Convolution, list[list[str]]]:
-    """The step of a convolution by default, and its loops of products: Winograd's transforms, which also add, are none."""
+    """A convolution's step by default, and its loops of products: Winograd's transforms, which also add, are none."""
     settings: Any = {"kernel": (taps, taps), "stride": (stride, stride), "padding": (taps // 2,) * 2, "groups": groups}
     op = Conv("conv", (0,), (0, None), co=co, filtered=False, **settings)
     front = lower(network_of([op], [torch.empty(1, ci, size, size)], [torch.empty(0)], [1]).part, RPI4).front

@@ -1,10 +1,10 @@
-"""Compiled forward passes inside of live models: whatever happens to the model, its results are those of eager PyTorch."""
+"""Compiled forward passes in live models: whatever happens to the model, its results are those of eager PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
 
 
 @pytest.fixture
-def model(library: Library) -> Iterator[Net]:
-    yield gf_tvm.filter_model(plain(), 2, last=2, library=library)
+def model(library: Library) -> Net:
+    return gf_tvm.filter_model(plain(), 2, last=2, library=library)
 
 
 def eager(model: nn.Module, x: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ def by_numpy(model: Net) -> None:
 
 
 CHANGES = (
-    by_data, of_statistics, of_another_state, of_assigned_state, by_swapped_memory, by_new_parameters, of_weights_strides,
-    of_signs, by_numpy,
+    by_data, of_statistics, of_another_state, of_assigned_state, by_swapped_memory, by_new_parameters,
+    of_weights_strides, of_signs, by_numpy,
 )  # fmt: skip
 
 

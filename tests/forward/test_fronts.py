@@ -218,16 +218,19 @@ def odd_networks() -> dict[str, Network]:
             [2, 5],
         ),
         "a view and what it is a view of": network_of(
-            [conv(0, 1, 3), View("flat", (1,), flat=True), Map("relu", (2,), flat=True, kind="relu")], [pixel], weights, [1, 2, 3]
+            [conv(0, 1, 3), View("flat", (1,), flat=True), Map("relu", (2,), flat=True, kind="relu")],
+            [pixel], weights, [1, 2, 3],
         ),
         "a pixel that gates itself": network_of([Gate("gate", (0, 0)), conv(1, 0, 4)], [pixel], weights, [1, 2]),
         "added to itself, then changed": network_of(
-            [conv(0, 1, 3), Add("add", (1, 1), alpha=-0.5), Map("relu", (2,), kind="relu"), Add("add", (3, 1))], [x], weights, [4]
+            [conv(0, 1, 3), Add("add", (1, 1), alpha=-0.5), Map("relu", (2,), kind="relu"), Add("add", (3, 1))],
+            [x], weights, [4],
         ),
         "the same twice": network_of([conv(0, 1, 3), conv(0, 1, 3), Add("add", (1, 2))], [x], weights, [1, 3]),
         "what nobody reads": network_of([conv(0, 0, 4), conv(0, 1, 3)], [x], weights, [2]),
         "flat entries": network_of(
-            [Conv("linear", (0,), (3, None), True, co=5, filtered=False)], [pixel.flatten(1)], [*weights, torch.randn(5, 3)], [1]
+            [Conv("linear", (0,), (3, None), True, co=5, filtered=False)],
+            [pixel.flatten(1)], [*weights, torch.randn(5, 3)], [1],
         ),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What can be said of code for a Cortex-A72 without one: its innermost loops, and llvm-mca's estimate of their speed."""
+"""What can be said of code for a Cortex-A72 without one: its innermost loops, and llvm-mca's estimate of them."""
 
 from __future__ import annotations
 
