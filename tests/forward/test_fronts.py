@@ -304,7 +304,7 @@ MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     "blocks of another group": (Convolution, "first_block", lambda self, block: 0, "groups of whole blocks"),
     "an entry of Winograd's matrices": (emit_steps, "matrices", wrong_matrices, "Winograd's, 4"),
     "places are free too early": (_Places, "put", freed_early, "means of windows"),
-    "no bias": (Products, "_bias", lambda self, block, vectors: [simd.splat(0.0, self.lanes)] * vectors, "dense"),
+    "no bias": (Products, "bias", lambda self, block, vectors: [simd.splat(0.0, self.lanes)] * vectors, "dense"),
 }
 
 
