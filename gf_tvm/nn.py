@@ -20,7 +20,7 @@ from .chains.capture.sites import Choice
 from .chains.model import chain_model, check_means, graphs_of, unchain_model
 from .core.geometry import Pair, Patch, as_pair
 from .errors import ModelError
-from .forward.engine import Engine
+from .forward.engine import Engine, FrontStep, check_budget
 from .on_demand.models import find_kernels
 from .ops.module import FilteredConv2d as FilteredConv2d
 from .ops.module import check_library
@@ -41,16 +41,19 @@ class FilterReport:
     Attributes:
         filtered: fully qualified name -> patch (height, width).
         left_alone: fully qualified name -> reason.
+        forward: what runs compiled of what needs no gradient, a line for each part of the last training step.
     """
 
     filtered: Mapping[str, Pair]
     left_alone: Mapping[str, str]
+    forward: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = len(self.filtered) + len(self.left_alone)
         lines = [f"{len(self.filtered)} of {total} convolutions filtered"]
         lines += [f"  {shown_name(name)}: patch {ph}x{pw}" for name, (ph, pw) in self.filtered.items()]
         lines += [f"  {shown_name(name)}: left alone, {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"  forward pass: {line}" for line in self.forward]
         return "\n".join(lines)
 
 
@@ -75,7 +78,8 @@ def filter_report(model: nn.Module) -> FilterReport:
             filtered[name] = module.patch
         elif isinstance(module, _ConvNd):
             left_alone[name] = _why_left_alone(module)
-    return FilterReport(filtered, left_alone)
+    fronts = [front for _, graph in graphs_of(model) for front in graph.assembled.fronts]
+    return FilterReport(filtered, left_alone, tuple(str(front) for front in fronts if isinstance(front, FrontStep)))
 
 
 def _why_left_alone(module: nn.Module) -> str:
@@ -180,6 +184,7 @@ def filter_model(
     means: torch.dtype | None = None,
     rest: str | None = None,
     forward: bool = True,
+    memory_budget: int | None = None,
 ) -> M:
     """Give convolutions of ``model`` a filtered backward pass, in place.
 
@@ -212,13 +217,16 @@ def filter_model(
         forward: whether the parts before the first trained layer are compiled, too, for CPUs in float32: convolutions
             with the frozen batch norms, activations and additions after them, and pooling (docs/forward.md). Without
             it PyTorch runs them.
+        memory_budget: bytes that the maps between the layers of a compiled part may take: the batch then goes through
+            it in smaller pieces, with the same results. None: as is fastest. Where even one image at a time needs more,
+            it takes what that needs; :func:`filter_report` says how much.
 
     Returns:
         ``model``.
 
     Raises:
-        ModelError: a selection that fits the model badly, a convolution that is named but cannot be filtered, or a
-            dtype of means that is none of these. Nothing has been changed.
+        ModelError: a selection that fits the model badly, a convolution that is named but cannot be filtered, a dtype
+            of means that is none of these, or a budget that is no number of bytes. Nothing has been changed.
         GeometryError: a patch that is not one or two positive integers. Nothing has been changed.
     """
     if isinstance(patch, Mapping) and last is None and layers is None:
@@ -226,6 +234,7 @@ def filter_model(
     selection = select_filterable(model, last, layers)
     check_library(library)
     check_means(means)
+    check_budget(memory_budget)
     patches = _patches(model, selection.convs, patch)
     for name, module in selection.filterable.items():
         if name not in selection.captured:
@@ -238,7 +247,7 @@ def filter_model(
         library="" if library is None else library.digest,
     )
     if chain or selection.captured or last is not None or rest is not None or forward:
-        engine = Engine("" if library is None else library.digest) if forward else None
+        engine = Engine("" if library is None else library.digest, memory_budget) if forward else None
         chain_model(model, means, choice, chain, bool(selection.captured), rest, find_kernels, engine)
     else:
         unchain_model(model)
@@ -247,7 +256,7 @@ def filter_model(
 
 
 #: What ``options`` of :func:`compile_backend` may hold.
-_OPTIONS = ("patch", "last", "layers", "library", "chain", "means", "rest", "forward")
+_OPTIONS = ("patch", "last", "layers", "library", "chain", "means", "rest", "forward", "memory_budget")
 
 
 def compile_backend(
@@ -258,9 +267,9 @@ def compile_backend(
     Modules stay what they are; convolutions are filtered in the captured graph.
 
     Args:
-        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means``, ``rest`` and
-            ``forward``, as for :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model into
-            several. Without ``last`` and ``layers``: convolutions that are filtered modules already.
+        options: ``patch``, ``last`` or ``layers`` (names), ``library``, ``chain``, ``means``, ``rest``, ``forward`` and
+            ``memory_budget``, as for :func:`filter_model`. ``last`` counts in each graph, where Dynamo breaks the model
+            into several. Without ``last`` and ``layers``: convolutions that are filtered modules already.
 
     Raises:
         ModelError: an option that there is not, or a value that is none of its kind.
@@ -273,6 +282,7 @@ def compile_backend(
     last, layers, patch = given.get("last"), given.get("layers"), given.get("patch")
     library = check_library(given.get("library"))
     check_means(given.get("means"))
+    check_budget(given.get("memory_budget"))
     choice = None
     if last is not None or layers is not None or patch is not None:
         if patch is None or (last is None) == (layers is None):
@@ -289,7 +299,7 @@ def compile_backend(
             patches = as_pair(patch, "patch", 1)
         choice = Choice(patches, last, names, "" if library is None else library.digest)
     digest = "" if library is None else library.digest
-    engine = Engine(digest) if given.get("forward", True) else None
+    engine = Engine(digest, given.get("memory_budget")) if given.get("forward", True) else None
     backend = Backend(
         choice, bool(given.get("chain", True)), given.get("means"), given.get("rest"), find_kernels, engine
     )

@@ -16,6 +16,7 @@ from ..bundle.library import Library, get_library
 from ..chains.capture.assemble import ForwardStep
 from ..chains.plan.graph import Conv, Part, Region, Shape
 from ..core.workload import ALIGNMENT
+from ..errors import ModelError
 from ..machine.profiles import DeviceProfile, get_profile
 from .arena import ARENAS
 from .lower import Lowered, can_compile, lower
@@ -30,9 +31,11 @@ class Engine:
 
     Attributes:
         library: digest of the loaded library that has compiled functions for them; "": they are built when wanted.
+        memory_budget: bytes that the maps between the operations of a part may take; None: as is fastest.
     """
 
     library: str = ""
+    memory_budget: int | None = None
 
     def takes(self, region: Region, op: int, shapes: Sequence[Shape | None]) -> bool:
         """Whether an operation can be in such a part."""
@@ -49,7 +52,7 @@ class Engine:
 
     def step(self, part: Part, body: fx.GraphModule) -> FrontStep:
         """What runs in a part's place."""
-        step = FrontStep(part, body)
+        step = FrontStep(part, body, self.memory_budget)
         if self.library:
             step.use(self.library)
         return step
@@ -65,19 +68,19 @@ class FrontStep(ForwardStep):
         library: digest of the library whose function it calls; "" while it calls none.
     """
 
-    def __init__(self, part: Part, body: fx.GraphModule) -> None:
+    def __init__(self, part: Part, body: fx.GraphModule, memory_budget: int | None = None) -> None:
         super().__init__()
-        self.part, self.body, self.library = part, body, ""
+        self.part, self.body, self.library, self.memory_budget = part, body, "", memory_budget
         self.compiled: Compiled | None = None
 
     def program(self, profile: DeviceProfile) -> FrontProgram:
         """What a library needs for it."""
-        return FrontProgram(lower(self.part, profile).front)
+        return FrontProgram(lower(self.part, profile, self.memory_budget).front)
 
     def use(self, digest: str) -> None:
         """Take the compiled function from the loaded library of this digest, from the next step on."""
         library = get_library(digest)
-        compiled = _compiled(self.part, library)
+        compiled = _compiled(self.part, library, self.memory_budget)
         if compiled is None:
             logger.info("%s has no compiled forward pass of %s: PyTorch runs it", library, self.names)
         self.library, self.compiled = ("" if compiled is None else digest), compiled
@@ -87,6 +90,15 @@ class FrontStep(ForwardStep):
         """The convolutions, for people."""
         names = [op.name for op in (self.part.region.ops[i] for i in self.part.ops) if isinstance(op, Conv)]
         return names[0] if len(names) == 1 else f"{len(names)} convolutions from {names[0]} to {names[-1]}"
+
+    def __str__(self) -> str:
+        if self.compiled is None:
+            return f"{self.names} in PyTorch, without a compiled function so far"
+        front = self.compiled.front
+        return (
+            f"{self.names} compiled; {4e-6 * front.memory.size:.1f} MB between them at most, "
+            f"{4e-6 * front.weights:.1f} MB of packed weights"
+        )
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         compiled = self.compiled
@@ -98,14 +110,21 @@ class FrontStep(ForwardStep):
             return compiled(given[:count], given[count:])
 
 
+def check_budget(memory_budget: object) -> None:
+    """Raises ModelError unless it is None or a number of bytes."""
+    valid = isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0
+    if memory_budget is not None and not valid:
+        raise ModelError(f"memory_budget must be None or a positive number of bytes, got {memory_budget!r}")
+
+
 def _fits(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
 
 
-def _compiled(part: Part, library: Library) -> Compiled | None:
+def _compiled(part: Part, library: Library, memory_budget: int | None) -> Compiled | None:
     if library.fingerprints is None:  # for a GPU, or of an older version
         return None
-    lowered = lower(part, get_profile(library.device))
+    lowered = lower(part, get_profile(library.device), memory_budget)
     function = library.program(lowered.front.key)
     return None if function is None else Compiled(part, lowered, function, library.fingerprints)
 

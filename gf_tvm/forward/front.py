@@ -42,10 +42,6 @@ class Nest:
     calls: tuple[Call, ...]
 
 
-#: Threads that get images of their own, at most.
-MOST_PARTS = 16
-
-
 @dataclass(frozen=True)
 class Front:
     """A forward pass without gradients, as it is compiled.
@@ -54,17 +50,19 @@ class Front:
         batch: images.
         entries, exits: values that are tensors of PyTorch, read and written.
         nests: in order.
+        parts: threads that get images of their own, at most.
     """
 
     batch: int
     entries: tuple[int, ...]
     exits: tuple[int, ...]
     nests: tuple[Nest, ...]
+    parts: int
 
     @cached_property
     def key(self) -> str:
         """Equal for programs that do the same."""
-        text = repr((self.batch, self.entries, self.exits, self.nests))
+        text = repr((self.batch, self.entries, self.exits, self.nests, self.parts))
         return f"forward_n{self.batch}_{len(self.calls)}steps_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     @cached_property
@@ -90,11 +88,6 @@ class Front:
     def flops(self) -> int:
         """Multiplications and additions of a whole batch."""
         return sum(call.step.flops * (self.batch // call.step.images) for call in self.calls)
-
-    @property
-    def parts(self) -> int:
-        """Threads that get images of their own, at most."""
-        return min(self.batch, MOST_PARTS)
 
     @cached_property
     def whole(self) -> frozenset[int]:

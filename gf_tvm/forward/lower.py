@@ -10,7 +10,7 @@ from ..blocked.maps import MapLayout
 from ..blocked.packing import Norm as FoldedNorm
 from ..blocked.packing import Parameters
 from ..blocked.steps import After, Convolution, Each, Enter, Leave, Mean, Step, Window, Winograd
-from ..blocked.tiling import suits_winograd, tile_of
+from ..blocked.tiling import divisors, suits_winograd, tile_of
 from ..chains.plan import elementwise
 from ..chains.plan.graph import Add, Conv, Gate, Map, Norm, Pad, Part, Pool, Region, Scale, Shape, View, WindowPool
 from ..core.geometry import Pair
@@ -21,8 +21,10 @@ from .front import Call, Front, lines, nests
 _COLOURS = 4
 #: Cores that a batch should have work for: boards have four.
 _CORES = 4
+#: Threads that get images of their own, at most.
+_MOST_PARTS = 16
 #: Packed weights that are read again for each image, as a part of a core's share of the second-level cache.
-HEAVY = 1.2
+_HEAVY = 1.2
 
 
 def can_compile(region: Region, i: int, shapes: Sequence[Shape | None]) -> bool:
@@ -102,14 +104,15 @@ class Lowered:
     parameters: tuple[Parameters | None, ...]
 
 
-def lower(part: Part, profile: DeviceProfile, arena_bytes: int | None = None) -> Lowered:
+def lower(part: Part, profile: DeviceProfile, memory_budget: int | None = None) -> Lowered:
     """The steps for a CPU.
 
     Args:
-        arena_bytes: what the maps between its steps may take, about; None: as is fastest.
+        memory_budget: bytes that the maps between its steps may take; None: as is fastest. Where nothing fits it, what
+            takes the least.
     """
     drafts = _drafts(part)
-    return _Layouts(part, drafts, profile, arena_bytes).front()
+    return _Layouts(part, drafts, profile).front(memory_budget)
 
 
 def _drafts(part: Part) -> list[_Draft]:
@@ -243,8 +246,8 @@ def _add(
 class _Layouts:
     """Gives maps their layouts and steps their numbers of images."""
 
-    def __init__(self, part: Part, drafts: list[_Draft], profile: DeviceProfile, arena_bytes: int | None) -> None:
-        self.part, self.drafts, self.profile, self.arena_bytes = part, drafts, profile, arena_bytes
+    def __init__(self, part: Part, drafts: list[_Draft], profile: DeviceProfile) -> None:
+        self.part, self.drafts, self.profile = part, drafts, profile
         self.shapes = part.shapes
         shape = self._shape(part.entries[0])
         self.batch = shape[0]
@@ -264,7 +267,8 @@ class _Layouts:
         assert shape is not None
         return shape
 
-    def front(self) -> Lowered:
+    def front(self, memory_budget: int | None) -> Lowered:
+        """The steps, in as few pieces of the batch as the budget allows."""
         values = len(self.shapes)
         inner: dict[int, MapLayout] = {}
         for value in {v for d in self.drafts for v in (*d.inputs, d.result)}:
@@ -296,7 +300,19 @@ class _Layouts:
             steps.append((Leave(0, plain, (inner[inside],)), (inside,), values, None))
             exits.append(values)
             values += 1
-        return self._nested(steps, tuple(exits))
+        most = [parts for parts in (_MOST_PARTS, 8, 4, 2, 1) if parts <= max(self.batch, 1)] or [1]
+        found = self._nested(steps, tuple(exits), self.batch, most[0])
+        if memory_budget is None:
+            return found
+        # Threads with images of their own are given up last, for they are what makes it fast. Then nothing between two
+        # nests holds the whole batch any more.
+        for parts in (*most, 0):
+            for images in reversed(divisors(self.batch)):
+                other = self._nested(steps, tuple(exits), images, parts)
+                if 4 * other.front.memory.size <= memory_budget:
+                    return other
+                found = min(found, other, key=lambda lowered: lowered.front.memory.size)
+        return found
 
     def _plain(self, value: int) -> MapLayout:
         _, c, h, w = self._shape(value)
@@ -337,27 +353,38 @@ class _Layouts:
         return *draft.before, below, after
 
     def _nested(
-        self, steps: list[tuple[Step, tuple[int, ...], int, Parameters | None]], exits: tuple[int, ...]
+        self,
+        steps: list[tuple[Step, tuple[int, ...], int, Parameters | None]],
+        exits: tuple[int, ...],
+        images: int,
+        parts: int,
     ) -> Lowered:
-        """Steps in nests: large maps a few images at a time, so that they stay in the caches."""
+        """Steps in nests.
+
+        Args:
+            images: that go together through steps which threads share.
+            parts: threads that get images of their own; 0: they share all steps.
+        """
         found: list[tuple[Call, bool]] = []
         at = 0
-        for (step, inputs, result, _), by_images in zip(steps, self._by_images([s for s, *_ in steps]), strict=True):
-            step = replace(step, images=1 if by_images else self.batch, shared=not by_images)
+        for (step, inputs, result, _), by_images in zip(
+            steps, self._by_images([s for s, *_ in steps], parts), strict=True
+        ):
+            step = replace(step, images=1 if by_images else images, shared=not by_images)
             if isinstance(step, Convolution):
                 step = replace(step, tile=tile_of(step, self.profile))
             found.append((Call(step, inputs, result, at), by_images))
             at += lines(step.weights)
-        front = Front(self.batch, self.part.entries, exits, nests(found))
+        front = Front(self.batch, self.part.entries, exits, nests(found), min(parts, self.batch))
         return Lowered(front, tuple(parameters for *_, parameters in steps))
 
-    def _by_images(self, steps: Sequence[Step]) -> list[bool]:
+    def _by_images(self, steps: Sequence[Step], parts: int) -> list[bool]:
         """By step, whether threads take images of their own through it: up to where weights are many.
 
         Threads that share a step wait for each other after it. But weights that do not stay in a core's cache are
         better read once for the whole batch, and few images are no work for several cores.
         """
-        heavy = [k for k, step in enumerate(steps) if 4 * step.weights > HEAVY * self.profile.l2_share]
+        heavy = [k for k, step in enumerate(steps) if 4 * step.weights > _HEAVY * self.profile.l2_share]
         end = min(heavy, default=len(steps))
-        enough = self.batch % _CORES == 0 or self.batch >= 4 * _CORES
+        enough = parts > 0 and (self.batch % _CORES == 0 or self.batch >= 4 * _CORES)
         return [enough and k < end for k in range(len(steps))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import nn
 
 import gf_tvm
 from gf_tvm.chains.model import graphs_of
+from gf_tvm.errors import ModelError
 from gf_tvm.forward.engine import FrontStep
+from gf_tvm.machine.profiles import get_profile
 from gf_tvm.models import build_model
 from gf_tvm.training import chain_programs
 from gf_tvm.training.loop import training_mode
@@ -63,12 +66,17 @@ def test_a_bundle_has_what_a_filtered_model_runs(tmp_path: Path, chain: bool, ca
     with caplog.at_level(logging.INFO, "gf_tvm"):
         compiled, (front,), run = outputs(library=library)
     assert front.library == library.digest
+    (line,) = gf_tvm.filter_report(run).forward
+    assert line == str(front)
+    assert re.match(r"\d+ convolutions from conv1 to layer4\.0\.\S+ compiled; [\d.]+ MB between them at most, ", line)
+    assert f"forward pass: {line}" in str(gf_tvm.filter_report(run))
     assert "no compiled forward pass" not in caplog.text
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     # Of another batch the library has none, which is said, and PyTorch runs it.
     with caplog.at_level(logging.INFO, "gf_tvm"):
         run(torch.randn(3, *SHAPE[1:]))
     assert [other.library for other in fronts(run)] == [""]
+    assert gf_tvm.filter_report(run).forward[0].endswith(" in PyTorch, without a compiled function so far")
     assert "no compiled forward pass of" in caplog.text
 
 
@@ -83,3 +91,21 @@ def test_programs_are_those_of_the_device() -> None:
     assert own["x86-64-v3"] != own["rpi4"]
     # Chains and convolutions are the same functions on all.
     assert found["x86-64-v3"] - own["x86-64-v3"] == found["rpi4"] - own["rpi4"]
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "64MB"])
+def test_a_budget_is_a_number_of_bytes(budget: Any) -> None:
+    with pytest.raises(ModelError, match=r"memory_budget must be None or a positive number of bytes, got"):
+        gf_tvm.filter_model(network(), 2, last=LAST, memory_budget=budget)
+
+
+def test_a_budget_reaches_the_programs() -> None:
+    model = network()
+    names = [name for name, _ in gf_tvm.select_layers(model, last=LAST)]
+    sizes = []
+    for budget in (None, 1):
+        run = gf_tvm.filter_model(copy.deepcopy(model), 2, layers=names, memory_budget=budget)
+        run(torch.randn(4, *SHAPE[1:]))
+        (front,) = fronts(run)
+        sizes.append(front.program(get_profile("x86-64-v3")).front.memory.size)
+    assert sizes[1] < sizes[0]

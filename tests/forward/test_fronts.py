@@ -263,6 +263,28 @@ def test_winograd_loses_little(host: DeviceProfile, tmp_path: Path) -> None:
         assert 0 < lost < {2: 1e-6, 4: 3e-6}[step.outputs], (step.outputs, step.dst)
 
 
+def test_a_budget_of_memory(host: DeviceProfile, tmp_path: Path) -> None:
+    """The same results in less memory, down to what one image at a time takes."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(c, c, 3, 3, generator=generator) / 20 for c in (32, 300)]
+    x = torch.randn(8, 32, 16, 16, generator=generator)
+    widened = torch.randn(300, 32, 1, 1, generator=generator) / 6
+    ops = [conv(0, 0, 32), conv(1, 0, 32), conv(2, 2, 300, 1), conv(3, 1, 300), conv(4, 1, 300)]
+    network = network_of(ops, [x], [*weights, widened], [5])
+    fastest = lower(network.part, host)
+    whole = 4 * fastest.front.memory.size
+    budgets = [whole, whole // 2, whole // 4, 1]
+    found = [lower(network.part, host, budget) for budget in budgets]
+    sizes = [4 * lowered.front.memory.size for lowered in found]
+    assert sizes[0] == whole
+    assert all(size <= budget for size, budget in zip(sizes[:-1], budgets[:-1], strict=True))
+    assert 0 < sizes[-1] == min(sizes) < whole // 6
+    assert {nest.images for nest in found[-1].front.nests} == {1}
+    library = build(found, host, tmp_path / "budgets.gfb")
+    for lowered in found:
+        assert worst(network, lowered, library) <= 1
+
+
 @pytest.mark.parametrize("lanes", [4, 8])
 def test_nan_is_where_pytorch_has_it(lanes: int, host: DeviceProfile, tmp_path: Path) -> None:
     x = torch.randn(2, 5, 7, 6, generator=torch.Generator().manual_seed(1))

@@ -342,7 +342,7 @@ def varied(given: Lowered, profile: DeviceProfile, seed: int, outputs: int | Non
             step = replace(step, tile=_other_tile(step, rng))
         calls.append((replace(call, step=step, weights=at), by_images))
         at += lines(step.weights)
-    front = Front(batch, given.front.entries, given.front.exits, nests(calls))
+    front = Front(batch, given.front.entries, given.front.exits, nests(calls), given.front.parts)
     return Lowered(front, given.parameters)
 
 
