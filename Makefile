@@ -9,7 +9,7 @@ TEST_JOBS   ?= 3
 
 # What the demo runs on is installed first and alone: it is the smaller part, and a first look should be quick.
 RUN_EXTRAS := train,weights,plot,tune-cpu
-DEV_EXTRAS := $(RUN_EXTRAS),cross,cuda,sign,models,test,docs,dev
+DEV_EXTRAS := $(RUN_EXTRAS),cross,cuda,sign,models,test,baselines,docs,dev
 RUN_STAMP  := $(VENV)/.installed-run
 DEV_STAMP  := $(VENV)/.installed-dev
 BIN        := $(VENV)/bin

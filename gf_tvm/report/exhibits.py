@@ -130,7 +130,8 @@ def conditions_of(sources: Iterable[Source], head: Mapping[str, Any]) -> list[tu
         ("Files", ", ".join(dict.fromkeys(source.name for source in sources))),
         ("Machine", ", ".join(parts)),
         ("Threads", str(head["threads"])),
-        ("Allocator", label_of(machine)),
+        # Files of older versions do not say it.
+        *([("Allocator", label_of(machine))] if "allocator" in machine else []),
         ("Versions", versions_line(head["versions"])),
     ]
 
