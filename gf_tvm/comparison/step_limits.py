@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,13 +50,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         inputs, outputs = _storages((args, kwargs)), _storages(out)
-        count = flop_registry.get(func._overloadpacket)
-        operations = count(*args, **kwargs, out_val=out) if count is not None else 0
+        operations = _operations(func, args, kwargs, out)
         # What writes in place reads and writes the same memory.
         moved = sum(inputs.values()) + sum(outputs.values())
         views = not func._schema.is_mutable and bool(outputs) and set(outputs) <= set(inputs)
         self.operators.append(_Operator(moved, operations, views))
         return out
+
+
+def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiplications and additions."""
+    if func._overloadpacket is torch.ops.aten.convolution_backward:
+        # PyTorch's own count multiplies with the groups.
+        grad_y, _, weight = args[:3]
+        products = sum(bool(wanted) for wanted in args[-1][:2])
+        return 2 * products * int(grad_y.numel()) * math.prod(weight.shape[1:])
+    count = flop_registry.get(func._overloadpacket)
+    return count(*args, **kwargs, out_val=out) if count is not None else 0
 
 
 def _storages(values: Any) -> dict[int, int]:

@@ -152,3 +152,19 @@ def test_what_a_process_says_when_it_fails() -> None:
     assert "cannot be pickled" in refused["reason"]
     wrong = step_memory.peaks(VARIANTS["exact"], (2, 2), replace(case, input_shape=(1, 5, 8, 8)), None)
     assert "channels" in wrong["reason"]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_operations_of_a_grouped_convolution(groups: int) -> None:
+    """Each product of the backward pass has as many terms as the forward pass."""
+    conv = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+
+    def loss() -> tuple[torch.Tensor, torch.Tensor]:
+        y = conv(x)
+        return y, y.sum()
+
+    found = step_limit(loss, [conv.weight], (100.0, 10.0))
+    operations = 2 * 2 * 8 * 6 * 6 * (8 // groups) * 9
+    assert found.forward_operations == operations
+    assert found.backward_operations == 2 * operations
