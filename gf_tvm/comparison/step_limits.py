@@ -66,7 +66,7 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         products = sum(bool(wanted) for wanted in args[-1][:2])
         return 2 * products * int(grad_y.numel()) * math.prod(weight.shape[1:])
     count = flop_registry.get(func._overloadpacket)
-    return count(*args, **kwargs, out_val=out) if count is not None else 0
+    return int(count(*args, **kwargs, out_val=out)) if count is not None else 0
 
 
 def _storages(values: Any) -> dict[int, int]:
