@@ -64,7 +64,7 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         # PyTorch's own count multiplies with the groups.
         grad_y, _, weight = args[:3]
         products = sum(bool(wanted) for wanted in args[-1][:2])
-        return 2 * products * int(grad_y.numel()) * math.prod(weight.shape[1:])
+        return int(2 * products * grad_y.numel() * math.prod(weight.shape[1:]))
     count = flop_registry.get(func._overloadpacket)
     return int(count(*args, **kwargs, out_val=out)) if count is not None else 0
 
